@@ -1,0 +1,57 @@
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.installed
+RUN    ?= runs/fashion_class
+export HF_HUB_DISABLE_TELEMETRY = 1
+export TOKENIZERS_PARALLELISM = false
+
+.DEFAULT_GOAL := help
+.PHONY: help install unlearn test test-slow table embedded-model quality style clean
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
+
+install: $(READY) ## create .venv with the tested versions
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,tensorboard]'
+	@touch $(READY)
+
+unlearn: $(READY) ## the main job: erase a class from the embedded Stable Diffusion
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		train_scripts/unlearn_sd.py --config train_scripts/configs/fashion_class.yaml \
+		--output_dir $(RUN) --overwrite_output_dir true
+
+test: $(READY) ## lint, types and all fast tests, in parallel
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -n 2 -m "not slow"
+
+test-slow: $(READY) ## the slow tests as well
+	$(BIN)/pytest -n 2
+
+table: $(READY) ## all rows of the README's table; finished rows are not run again
+	$(BIN)/python benchmarks/erasure_table.py
+
+embedded-model: $(READY) ## train everything in assets/ again (Debian package dataset-fashion-mnist needed)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps open-clip-torch
+	$(BIN)/python train_scripts/prepare_fashion_mnist.py
+	$(BIN)/accelerate launch --num_processes 1 train_scripts/train_classifier.py
+	$(BIN)/accelerate launch --num_processes 1 train_scripts/train_text_to_image.py
+	$(BIN)/python train_scripts/score_text_to_image.py
+
+quality: $(READY) ## lint and types only
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+style: $(READY) ## format in place
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove runs and the environment
+	rm -rf $(VENV) runs

@@ -1,0 +1,248 @@
+"""Forget and retain data: captioned images, their VAE latents and text embeddings, each computed once and cached.
+
+Shapes: N rows, C channels, H height, W width (h, w in latent space), L tokens, D embedding features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from diffusers.image_processor import VaeImageProcessor
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import default_collate
+from tqdm.auto import tqdm
+
+
+def load_image_text(source: str, split: str, image_column: str = "image", caption_column: str = "text") -> Dataset:
+    """Captioned images from an image folder with a metadata file, a folder of parquet or Arrow files, or a hub name.
+
+    Raises:
+        ValueError: a folder path that does not exist, an unknown split, or a column that is missing.
+    """
+    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") != 1
+    folder = Path(source).expanduser()
+    if not folder.is_dir() and looks_like_path and source.count("/") > 0:
+        raise ValueError(f"data folder {source!r} does not exist")
+    if (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file():
+        dataset = load_from_disk(str(folder))
+        if isinstance(dataset, DatasetDict):
+            if split not in dataset:
+                raise ValueError(f"{source!r} has no split {split!r}; it has {', '.join(dataset)}")
+            dataset = dataset[split]
+    else:
+        try:
+            dataset = load_dataset(str(folder) if folder.is_dir() else source, split=split)
+        except (FileNotFoundError, ValueError) as error:
+            raise ValueError(f"cannot read split {split!r} of {source!r}: {error}") from error
+    for column in (image_column, caption_column):
+        if column not in dataset.column_names:
+            raise ValueError(f"{source!r} has no column {column!r}; it has {', '.join(dataset.column_names)}")
+    return dataset
+
+
+def to_pixels(images: Sequence[Any], resolution: int) -> Tensor:
+    """PIL images -> (N, 3, resolution, resolution) in [-1, 1]; other sizes are scaled and centre-cropped."""
+    processor = VaeImageProcessor(vae_scale_factor=1, resample="bilinear")
+    rgb = [image.convert("RGB") for image in images]
+    return processor.preprocess(rgb, height=resolution, width=resolution, resize_mode="crop")
+
+
+def image_batches(dataset: Dataset, image_column: str, resolution: int) -> Dataset:
+    """The data set as rows {"pixels": (3, H, W)}; decoding happens when a row is read, so memory stays flat."""
+
+    def transform(rows: dict[str, list]) -> dict[str, list]:
+        return {"pixels": list(to_pixels(rows[image_column], resolution))}
+
+    return dataset.select_columns([image_column]).with_transform(transform)
+
+
+def fingerprint(*parts: Any) -> str:
+    """A short stable hash of settings (anything json can write)."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def cached_tensors(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Read tensors from `path`, or compute them once and write them there, whole or not at all."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        save_file({key: value.contiguous() for key, value in compute().items()}, temporary)
+        os.replace(temporary, path)
+    with safe_open(path, "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+@torch.no_grad()
+def encode_moments(vae: Any, dataset: Dataset, image_column: str, resolution: int, batch_size: int = 64) -> Tensor:
+    """VAE posterior of every image: (N, 2 c, h, w), mean and log-variance, so that each epoch can draw anew."""
+    rows = image_batches(dataset, image_column, resolution)
+    parameter = next(vae.parameters())
+    chunks = []
+    for start in tqdm(range(0, len(rows), batch_size), desc="VAE latents", leave=False):
+        stop = min(start + batch_size, len(rows))
+        pixels = default_collate(rows.__getitems__(list(range(start, stop))))["pixels"]
+        posterior = vae.encode(pixels.to(parameter.device, parameter.dtype)).latent_dist
+        chunks.append(posterior.parameters.float().cpu())
+    return torch.cat(chunks)
+
+
+def sample_latents(moments: Tensor, scaling_factor: float, generator: torch.Generator | None = None) -> Tensor:
+    """Draw scaled latents (N, c, h, w) from cached posteriors (N, 2 c, h, w)."""
+    mean, log_variance = moments.chunk(2, dim=1)
+    noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+    return (mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise) * scaling_factor
+
+
+def tokenize(tokenizer: Any, captions: Sequence[str]) -> Tensor:
+    """Captions -> (N, L) token ids, padded and cut to the tokenizer's length as the pipeline does."""
+    return tokenizer(
+        list(captions),
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
+
+
+def split_concepts(dataset: Dataset, column: str, concepts: Sequence[str]) -> tuple[Dataset, Dataset]:
+    """(forget rows, whose `column` is one of `concepts`; retain rows, all others).
+
+    Raises:
+        ValueError: a missing column, or a concept no row has (zero forget images).
+    """
+    if column not in dataset.column_names:
+        raise ValueError(f"the data has no column {column!r}; it has {', '.join(dataset.column_names)}")
+    values = dataset[column]
+    known = sorted(set(values))
+    for concept in concepts:
+        if concept not in known:
+            raise ValueError(f"zero forget images: no row has {column} = {concept!r}; known are {', '.join(known)}")
+    wanted = set(concepts)
+    forget = [index for index, value in enumerate(values) if value in wanted]
+    retain = [index for index, value in enumerate(values) if value not in wanted]
+    return dataset.select(forget), dataset.select(retain)
+
+
+def take_evenly(dataset: Dataset, count: int | None, seed: int) -> Dataset:
+    """At most `count` rows, drawn without replacement; all of them for None."""
+    if count is None or count >= len(dataset):
+        return dataset
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    return dataset.select(sorted(order[:count].tolist()))
+
+
+def swap_concept(caption: str, concept: str, replacement: str) -> str:
+    """The caption with the concept's words replaced; a caption that does not name the concept is an error.
+
+    >>> swap_concept("a photo of a red sneaker", "sneaker", "boot")
+    'a photo of a red boot'
+    """
+    swapped, count = re.subn(
+        rf"(?<!\w){re.escape(concept)}(?!\w)", lambda _: replacement, caption, flags=re.IGNORECASE
+    )
+    if count == 0:
+        raise ValueError(
+            f"caption {caption!r} does not name the concept {concept!r}, so no word of it can be exchanged: "
+            "set objective.anchor_prompt, a whole prompt"
+        )
+    return swapped
+
+
+def anchor_captions(
+    captions: Sequence[str],
+    concepts_of_rows: Sequence[str],
+    anchor: str | None,
+    anchor_prompt: str | None,
+    labels: Sequence[str],
+    seed: int,
+) -> list[str]:
+    """The prompt c' each forget row is steered to: `anchor_prompt` as it is, the concept's words replaced by `anchor`,
+    or (both None) by another label drawn at random for each row."""
+    if anchor_prompt is not None:
+        return [anchor_prompt] * len(captions)
+    if anchor is not None:
+        replacements = [anchor] * len(captions)
+    else:
+        draw = torch.randint(len(labels), (len(captions),), generator=torch.Generator().manual_seed(seed))
+        replacements = [labels[index] for index in draw.tolist()]
+    return [swap_concept(*row) for row in zip(captions, concepts_of_rows, replacements, strict=True)]
+
+
+@torch.no_grad()
+def encode_prompts(pipeline: Any, prompts: Sequence[str], batch_size: int = 64) -> Tensor:
+    """Text embeddings (N, L, D) float32 of the prompts, as the pipeline itself computes them."""
+    chunks = []
+    for start in range(0, len(prompts), batch_size):
+        device = next(pipeline.text_encoder.parameters()).device
+        embeddings, _ = pipeline.encode_prompt(list(prompts[start : start + batch_size]), device, 1, False)
+        chunks.append(embeddings.float().cpu())
+    return torch.cat(chunks)
+
+
+@dataclass
+class EncodedImages(TorchDataset):
+    """Captioned images with everything frozen already computed: a training batch is looked up, not encoded."""
+
+    moments: Tensor  # VAE posteriors (N, 2 c, h, w)
+    caption_ids: Tensor  # row of `embeddings` for each image's caption (N,)
+    anchor_ids: Tensor  # row of `embeddings` for each image's anchor prompt (N,); the caption's where there is none
+    embeddings: Tensor  # one row per distinct prompt (P, L, D)
+
+    def __len__(self) -> int:
+        return len(self.moments)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {
+            "moments": self.moments[index],
+            "condition": self.embeddings[self.caption_ids[index]],
+            "anchor": self.embeddings[self.anchor_ids[index]],
+        }
+
+
+@dataclass
+class NoisedBatches:
+    """Re-iterable batches of noised latents for recording: the same noise and timesteps at every pass.
+
+    Each process of a distributed run records its own share of the rows.
+    """
+
+    images: EncodedImages
+    scheduler: Any
+    scaling_factor: float
+    batch_size: int
+    seed: int
+    device: torch.device | str = "cpu"
+    process_index: int = 0
+    num_processes: int = 1
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // self.batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        generator = torch.Generator().manual_seed(self.seed)
+        for start in range(0, len(self.images), self.batch_size):
+            rows = range(start, min(start + self.batch_size, len(self.images)))
+            batch = default_collate([self.images[index] for index in rows])
+            latents = sample_latents(batch["moments"], self.scaling_factor, generator)
+            noise = torch.randn(latents.shape, generator=generator)
+            steps = torch.randint(self.scheduler.config.num_train_timesteps, (len(rows),), generator=generator)
+            full = {
+                "noisy": self.scheduler.add_noise(latents, noise, steps),
+                "timesteps": steps,
+                "condition": batch["condition"],
+            }
+            share = {key: value[self.process_index :: self.num_processes] for key, value in full.items()}
+            if len(share["timesteps"]):
+                yield {key: value.to(self.device) for key, value in share.items()}

@@ -1,0 +1,92 @@
+"""Protocol "class": what a classifier recognises in generated images, for the forgotten concepts and for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import binomtest
+
+from barrier_diffusers.evaluation.classifier import AttributeClassifier
+
+
+def recognise(classifier: AttributeClassifier, images_NHWC: np.ndarray, batch_size: int = 256) -> dict[str, list[str]]:
+    """Predicted labels of byte images (N, H, W, 3), a list of N per attribute; other sizes are resampled."""
+
+    def batches():
+        for start in range(0, len(images_NHWC), batch_size):
+            chunk = torch.from_numpy(images_NHWC[start : start + batch_size]).permute(0, 3, 1, 2).float() / 127.5 - 1
+            side = classifier.resolution
+            if chunk.shape[-1] != side:
+                chunk = torch.nn.functional.interpolate(chunk, (side, side), mode="bilinear", antialias=True)
+            yield chunk
+
+    return classifier.predict(batches())
+
+
+def share(correct: Sequence[bool]) -> dict[str, Any]:
+    """Percentage of successes with its count and 95 % Wilson interval (also in percent)."""
+    if not len(correct):
+        raise ValueError(
+            "no image to score: choose at least one evaluation prompt for forgotten and retained labels each"
+        )
+    interval = binomtest(int(sum(correct)), len(correct)).proportion_ci(0.95, method="wilson")
+    return {
+        "value": round(100 * float(np.mean(correct)), 3),
+        "num_images": len(correct),
+        "interval_95": [round(100 * interval.low, 3), round(100 * interval.high, 3)],
+    }
+
+
+def erasure_metrics(
+    predicted_before: Mapping[str, Sequence[str]],
+    predicted_after: Mapping[str, Sequence[str]],
+    wanted: Mapping[str, Sequence[str | None]],
+    attribute: str,
+    forgotten: Sequence[str],
+) -> dict[str, Any]:
+    """Unlearning accuracy (UA = 100 - accuracy on the forgotten labels) and what happened to everything else.
+
+    Args:
+        predicted_before, predicted_after, wanted: attribute -> N labels; `wanted` is what the prompts asked for (None:
+            the prompt does not say, so the image does not count for that attribute).
+        attribute: the attribute whose labels `forgotten` are to be forgotten.
+
+    Returns:
+        Percentages `unlearning_accuracy`, `retain_accuracy_before/after`, `retain_accuracy_drop`,
+        `per_<attribute>_before/after`, and `<other attribute>_accuracy_before/after` on the retained images; `details`
+        holds counts and intervals.
+    """
+    truth = np.array(wanted[attribute], dtype=object)
+    known = truth != np.array(None)
+    forget = np.isin(truth.astype(str), list(forgotten)) & known
+    retain = known & ~forget
+    others = [name for name in wanted if name != attribute and any(label is not None for label in wanted[name])]
+    details: dict[str, Any] = {}
+    per_label: dict[str, dict[str, float]] = {}
+    for when, predicted in (("before", predicted_before), ("after", predicted_after)):
+        correct = np.array(predicted[attribute]) == truth
+        details[f"forget_accuracy_{when}"] = share(correct[forget])
+        details[f"retain_accuracy_{when}"] = share(correct[retain])
+        labels = {label: share(correct[truth == label]) for label in dict.fromkeys(truth[known])}
+        details[f"per_{attribute}_{when}"] = labels
+        per_label[when] = {label: entry["value"] for label, entry in labels.items()}
+        for other in others:
+            asked = np.array(wanted[other], dtype=object)
+            counted = ~forget & (asked != np.array(None))
+            details[f"{other}_accuracy_{when}"] = share((np.array(predicted[other]) == asked)[counted])
+    details["unlearning_accuracy"] = share(np.array(predicted_after[attribute])[forget] != truth[forget])
+    summary = {
+        "unlearning_accuracy": details["unlearning_accuracy"]["value"],
+        "retain_accuracy_before": details["retain_accuracy_before"]["value"],
+        "retain_accuracy_after": details["retain_accuracy_after"]["value"],
+        f"per_{attribute}_before": per_label["before"],
+        f"per_{attribute}_after": per_label["after"],
+    }
+    summary["retain_accuracy_drop"] = round(summary["retain_accuracy_before"] - summary["retain_accuracy_after"], 3)
+    for other in others:
+        for when in ("before", "after"):
+            summary[f"{other}_accuracy_{when}"] = details[f"{other}_accuracy_{when}"]["value"]
+    return {**summary, "details": details}

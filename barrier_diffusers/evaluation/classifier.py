@@ -1,0 +1,77 @@
+"""A small residual network with one head per attribute (class, colour, style, ...): the judge of generated images.
+
+Shapes: N images, C channels, H height, W width, J labels of an attribute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with batch normalisation and a shortcut."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(out_channels)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C', H / stride, W / stride)."""
+        hidden = torch.relu(self.norm1(self.conv1(x)))
+        return torch.relu(self.norm2(self.conv2(hidden)) + self.shortcut(x))
+
+
+class AttributeClassifier(nn.Module, PyTorchModelHubMixin):
+    """Predicts several attributes of an image at once.
+
+    Args:
+        attributes: attribute name -> its labels, in the order of that head's outputs.
+        channels: width of each stage; every stage after the first halves the side.
+        resolution: side in pixels of the images it was trained on.
+
+    `save_pretrained` and `from_pretrained` (safetensors and config.json) come from huggingface_hub.
+    """
+
+    def __init__(
+        self, attributes: Mapping[str, Sequence[str]], channels: Sequence[int] = (32, 64, 128), resolution: int = 32
+    ):
+        super().__init__()
+        self.attributes = {name: list(labels) for name, labels in attributes.items()}
+        self.resolution = resolution
+        layers: list[nn.Module] = [
+            nn.Conv2d(3, channels[0], 3, 1, 1, bias=False),
+            nn.BatchNorm2d(channels[0]),
+            nn.ReLU(),
+        ]
+        for index, width in enumerate(channels):
+            layers.append(ResidualBlock(channels[max(index - 1, 0)], width, 1 if index == 0 else 2))
+        self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.heads = nn.ModuleDict({name: nn.Linear(channels[-1], len(v)) for name, v in self.attributes.items()})
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Images (N, 3, H, W) in [-1, 1] -> logits (N, J) per attribute."""
+        features = self.features(pixels)
+        return {name: head(features) for name, head in self.heads.items()}
+
+    @torch.no_grad()
+    def predict(self, batches: Iterable[Tensor]) -> dict[str, list[str]]:
+        """Batches of images (N, 3, H, W) in [-1, 1] -> the most likely label of each image per attribute."""
+        self.eval()
+        device = next(self.parameters()).device
+        labels: dict[str, list[str]] = {name: [] for name in self.attributes}
+        for pixels in batches:
+            for name, logits in self(pixels.to(device).float()).items():
+                labels[name] += [self.attributes[name][index] for index in logits.argmax(1).tolist()]
+        return labels

@@ -1,0 +1,114 @@
+"""Ask the pipeline, before and after, for the forgotten concept and for all else, with the same prompts and seeds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from barrier_diffusers.concepts import ConceptConfig, cycle
+from barrier_diffusers.data import cached_tensors, fingerprint, load_image_text
+from barrier_diffusers.evaluation.accuracy import erasure_metrics, recognise
+from barrier_diffusers.evaluation.classifier import AttributeClassifier
+from barrier_diffusers.generation import SamplingConfig, generate
+
+
+@dataclass
+class EvaluationConfig:
+    """How a run is judged."""
+
+    classifier: str | None = None  # folder of an AttributeClassifier; None: pictures only, no accuracy
+    split: str = "test"  # of the data; its captions are the prompts
+    images_per_label: int = 50
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        if self.classifier is not None and not (Path(self.classifier) / "config.json").is_file():
+            raise ValueError(
+                f"evaluation.classifier {self.classifier!r} is not a folder with a saved AttributeClassifier"
+            )
+        if self.images_per_label < 1:
+            raise ValueError(f"evaluation.images_per_label is {self.images_per_label}, but must be at least 1")
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Evaluation prompts, grouped by the label each belongs to."""
+
+    prompts: list[str]
+    labels: list[str]  # label of each prompt: a value of the concept column
+    forgotten: list[str]
+
+
+def make_questions(evaluation: EvaluationConfig, config: ConceptConfig) -> Questions:
+    """`images_per_label` prompts for every label, cycling through that label's distinct captions.
+
+    Raises:
+        ValueError: the evaluation split lacks a concept.
+    """
+    if config.source is None:
+        groups = {config.concepts[0]: config.forget_prompts, "everything else": config.retain_prompts}
+        forgotten = [config.concepts[0]]
+    else:
+        rows = load_image_text(config.source, evaluation.split, config.image_column, config.caption_column)
+        groups = {label: [] for label in sorted(set(rows[config.concept_column]))}
+        for label, caption in zip(rows[config.concept_column], rows[config.caption_column], strict=True):
+            groups[label].append(caption)
+        groups = {label: sorted(set(captions)) for label, captions in groups.items()}
+        forgotten = config.concepts
+    missing = [label for label in forgotten if label not in groups]
+    if missing:
+        raise ValueError(
+            f"split {evaluation.split!r} has no row for {', '.join(missing)}, so nothing could be evaluated"
+        )
+    chosen = {label: cycle(captions, evaluation.images_per_label) for label, captions in groups.items()}
+    prompts = [text for texts in chosen.values() for text in texts]
+    return Questions(prompts, [label for label, texts in chosen.items() for _ in texts], forgotten)
+
+
+def labels_in_prompts(prompts: Sequence[str], labels: Sequence[str]) -> list[str | None]:
+    """The label each prompt names as whole words (the longest, if several match), None where it names none."""
+    ordered = sorted(labels, key=len, reverse=True)
+    pattern = re.compile(rf"(?<![\w-])({'|'.join(map(re.escape, ordered))})(?![\w-])")
+    return [match.group(1) if (match := pattern.search(text)) else None for text in prompts]
+
+
+def forgotten_attribute(attributes: Mapping[str, Sequence[str]], forgotten: Sequence[str]) -> str:
+    """The classifier's attribute whose labels include all forgotten concepts."""
+    for name, labels in attributes.items():
+        if set(forgotten) <= set(labels):
+            return name
+    known = "; ".join(f"{name}: {', '.join(labels)}" for name, labels in attributes.items())
+    raise ValueError(f"the evaluation classifier cannot recognise {', '.join(forgotten)}; it knows {known}")
+
+
+def generate_cached(
+    pipeline: Any, prompts: list[str], sampling: SamplingConfig, cache: Path, model_hash: str
+) -> np.ndarray:
+    """Images (N, H, W, 3) of the untouched pipeline, made once per model, prompts and sampler settings."""
+    key = fingerprint(model_hash, prompts, asdict(sampling), pipeline.scheduler.config)
+    images = cached_tensors(
+        cache / f"images-{key}.safetensors",
+        lambda: {"images": torch.from_numpy(generate(pipeline, prompts, sampling, desc="images before"))},
+    )
+    return images["images"].numpy()
+
+
+def evaluate_erasure(
+    evaluation: EvaluationConfig, questions: Questions, before_NHWC: np.ndarray, after_NHWC: np.ndarray
+) -> tuple[str, dict[str, Any]]:
+    """(attribute, metrics of `erasure_metrics` with the sampler's settings and counts)."""
+    assert evaluation.classifier is not None
+    classifier = AttributeClassifier.from_pretrained(evaluation.classifier)
+    attribute = forgotten_attribute(classifier.attributes, questions.forgotten)
+    wanted = {name: labels_in_prompts(questions.prompts, labels) for name, labels in classifier.attributes.items()}
+    before, after = recognise(classifier, before_NHWC), recognise(classifier, after_NHWC)
+    metrics = erasure_metrics(before, after, wanted, attribute, questions.forgotten)
+    seeds = {"first": evaluation.sampling.seed, "last": evaluation.sampling.seed + len(questions.prompts) - 1}
+    facts = {"num_images": len(questions.prompts), "seeds": seeds, "sampling": asdict(evaluation.sampling)}
+    return attribute, {**metrics, **facts, "classifier": evaluation.classifier}

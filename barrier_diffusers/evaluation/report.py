@@ -1,0 +1,112 @@
+"""Pictures and tables of a run: before / after grid, loss curves, the table that the script prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+
+def _draw_row(axis: Any, images_NHWC: np.ndarray) -> None:
+    axis.imshow(np.concatenate(list(images_NHWC), axis=1), interpolation="nearest")
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
+def before_after_grid(
+    before_NHWC: np.ndarray,
+    after_NHWC: np.ndarray,
+    labels: Sequence[str],
+    forgotten: Sequence[str],
+    path: Path,
+    columns: int = 6,
+) -> None:
+    """One row per label: `columns` images before, the same seeds after; forgotten labels come first, in red."""
+    order = sorted(dict.fromkeys(labels), key=lambda label: label not in forgotten)
+    figure, axes = plt.subplots(len(order), 2, figsize=(1.7 * columns, 0.92 * len(order) + 0.6), squeeze=False)
+    for row, label in enumerate(order):
+        chosen = [index for index, value in enumerate(labels) if value == label][:columns]
+        for axis, images in zip(axes[row], (before_NHWC, after_NHWC), strict=True):
+            _draw_row(axis, images[chosen])
+        colour = "tab:red" if label in forgotten else "black"
+        axes[row, 0].set_ylabel(label, rotation=0, ha="right", va="center", color=colour)
+    axes[0, 0].set_title("before")
+    axes[0, 1].set_title("after (same prompts and seeds)")
+    figure.tight_layout(pad=0.4)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def image_rows(images_NHWC: np.ndarray, labels: Sequence[str], path: Path, columns: int = 12) -> None:
+    """One row per label with its first `columns` images."""
+    order = list(dict.fromkeys(labels))
+    figure, axes = plt.subplots(len(order), 1, figsize=(0.9 * columns + 1, 0.92 * len(order)), squeeze=False)
+    for axis, label in zip(axes[:, 0], order, strict=True):
+        _draw_row(axis, images_NHWC[[index for index, value in enumerate(labels) if value == label][:columns]])
+        axis.set_ylabel(label, rotation=0, ha="right", va="center")
+    figure.tight_layout(pad=0.4)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def strip(images_NHWC: np.ndarray, titles: Sequence[str], path: Path) -> None:
+    """The images in one row, each under its title."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure, axes = plt.subplots(1, len(images_NHWC), figsize=(2 * len(images_NHWC), 2.4), squeeze=False)
+    for axis, image, title in zip(axes[0], images_NHWC, titles, strict=True):
+        axis.imshow(image, interpolation="nearest")
+        axis.set_title(title, fontsize=7)
+        axis.axis("off")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def loss_curves(history: Mapping[str, Sequence[float]], path: Path) -> None:
+    """One panel per recorded loss over the optimisation steps."""
+    figure, axes = plt.subplots(1, len(history), figsize=(4.2 * len(history), 3), squeeze=False)
+    for axis, (name, values) in zip(axes[0], history.items(), strict=True):
+        axis.plot(range(1, len(values) + 1), values, linewidth=1)
+        axis.set_title(name)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def print_metrics(metrics: Mapping[str, Any], attribute: str, forgotten: Sequence[str]) -> None:
+    """The table of what was forgotten and what was kept."""
+    table = Table(title=f"{attribute}: forgotten {', '.join(forgotten)}")
+    for heading in ("", "before", "after", "95 % interval after"):
+        table.add_column(heading, justify="left" if heading == "" else "right")
+
+    def add(name: str, before: Mapping[str, Any], after: Mapping[str, Any], style: str | None = None) -> None:
+        low, high = after["interval_95"]
+        table.add_row(name, f"{before['value']:.1f}", f"{after['value']:.1f}", f"{low:.1f} - {high:.1f}", style=style)
+
+    details = metrics["details"]
+    before, after = details[f"per_{attribute}_before"], details[f"per_{attribute}_after"]
+    for label in sorted(after, key=lambda label: label not in forgotten):
+        add(label, before[label], after[label], "red" if label in forgotten else None)
+    table.add_section()
+    add("all retained labels", details["retain_accuracy_before"], details["retain_accuracy_after"], "bold")
+    for key in details:
+        if key.endswith("_accuracy_after") and key not in ("retain_accuracy_after", "forget_accuracy_after"):
+            add(key.removesuffix("_accuracy_after"), details[key.replace("_after", "_before")], details[key])
+    console = Console(width=88)
+    console.print(table)
+    console.print(
+        f"unlearning accuracy {metrics['unlearning_accuracy']:.1f} % "
+        f"({details['unlearning_accuracy']['num_images']} images), retain accuracy drop "
+        f"{metrics['retain_accuracy_drop']:.1f} points ({details['retain_accuracy_after']['num_images']} images)"
+    )

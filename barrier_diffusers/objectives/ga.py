@@ -1,0 +1,11 @@
+"""Gradient ascent (METHOD: ga): raise the ordinary loss on the forget batch. It has no floor; stop early."""
+
+from torch import Tensor
+
+from barrier_diffusers.objectives.base import DiffusionStep, register
+
+
+@register("ga")
+def gradient_ascent(step: DiffusionStep) -> Tensor:
+    """- MSE(eps(x_t, c), noise)."""
+    return -step.ordinary_loss()

@@ -1,0 +1,231 @@
+"""What the accelerate scripts share: command line, output folder, data order, checkpoints, manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+from argparse import ArgumentError
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, skip_first_batches
+from diffusers import DDPMScheduler
+from jsonargparse import auto_cli
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from barrier_diffusers.barrier import Barrier
+from barrier_diffusers.data import sample_latents
+from barrier_diffusers.objectives.base import DiffusionStep
+
+MANIFEST_NAME = "manifest.json"
+METRICS_NAME = "metrics.json"
+PACKAGES = ("barrier-diffusers", "torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "numpy")
+
+
+def run_script(main: Callable[[Any], None], config_class: type) -> None:
+    """Read `config_class` from `--config FILE.yaml` and dotted flags, then run `main`.
+
+    A mistake of the user (ValueError, OSError, FloatingPointError) ends in one line on stderr and exit status 1; a bad
+    flag in exit status 2. Set BARRIER_TRACEBACK=1 to see where an error came from.
+    """
+    try:
+        config = auto_cli(config_class, as_positional=False, exit_on_error=False)
+    except (ArgumentError, ValueError, TypeError, OSError) as error:
+        raise SystemExit(_fail(error, 2)) from error
+    try:
+        main(config)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("BARRIER_TRACEBACK"):
+            raise
+        raise SystemExit(_fail(error, 1)) from error
+
+
+def _fail(error: BaseException, status: int) -> int:
+    message = error.message if isinstance(error, ArgumentError) and error.message else str(error)
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return status
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def claim_output_dir(output_dir: str, overwrite: bool, resume: bool) -> Path:
+    """Create the output folder, or make sure that an existing one may be used.
+
+    Raises:
+        ValueError: it is a file, not writable, or holds another run or other files and `overwrite` is off.
+    """
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir {output_dir!r} is a file; name a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"output_dir {output_dir!r} is not writable: {error.strerror}") from error
+    entries = {entry.name for entry in folder.iterdir()}
+    if entries and not resume:
+        if not overwrite:
+            what = "another run" if MANIFEST_NAME in entries else "other files"
+            raise ValueError(
+                f"output_dir {output_dir!r} holds {what}; name another folder or set --overwrite_output_dir"
+            )
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        (folder / METRICS_NAME).unlink(missing_ok=True)
+    return folder
+
+
+def move_into(source: Path, target: Path, last: str) -> None:
+    """Move every entry of `source` over its namesake in `target`, the entry `last` at the end, and drop `source`."""
+    for entry in sorted(source.iterdir(), key=lambda entry: entry.name == last):
+        destination = target / entry.name
+        if destination.is_dir():
+            shutil.rmtree(destination)
+        os.replace(entry, destination)
+    source.rmdir()
+
+
+def module_hash(module: nn.Module) -> str:
+    """SHA-256 over names and values of a module's weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def manifest(config: Any, hashes: dict[str, str], **facts: Any) -> dict[str, Any]:
+    """Everything needed to run the same thing again: settings, hashes of weights and data, versions, machine."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    machine = {"python": platform.python_version(), "system": platform.platform(), "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        machine["device"] = torch.cuda.get_device_name()
+    return {"settings": asdict(config), "hashes": hashes, "versions": versions, "machine": machine, **facts}
+
+
+def freeze_normalisation(module: nn.Module) -> None:
+    """Train mode for everything but normalisation layers, whose running statistics must not follow the forget data."""
+    module.train()
+    kinds = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+    for layer in module.modules():
+        if isinstance(layer, kinds):
+            layer.eval()
+
+
+def endless(loader: DataLoader, batches_done: int = 0) -> Iterator[dict[str, Tensor]]:
+    """Batches for ever, reshuffled every epoch; continues after `batches_done` exactly where a killed run stopped."""
+    epoch, skip = divmod(batches_done, len(loader))
+    while True:
+        if hasattr(loader, "set_epoch"):
+            loader.set_epoch(epoch)
+        yield from skip_first_batches(loader, skip) if skip else loader
+        epoch, skip = epoch + 1, 0
+
+
+def predict(unet: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """One forward pass on a recorded batch: the forward function of the protection."""
+    return unet(batch["noisy"], batch["timesteps"], batch["condition"]).sample
+
+
+class StepMaker:
+    """Draws noise and timesteps for a batch of cached latents and puts it in the form the objectives take."""
+
+    def __init__(self, unet: nn.Module, scheduler: DDPMScheduler, scaling_factor: float):
+        self.unet, self.scheduler, self.scaling_factor = unet, scheduler, scaling_factor
+
+    def __call__(self, batch: dict[str, Tensor]) -> DiffusionStep:
+        latents = sample_latents(batch["moments"], self.scaling_factor)
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(self.scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
+        velocity = self.scheduler.config.prediction_type == "v_prediction"
+        target = self.scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+
+        def run(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+            return self.unet(x, t, condition).sample
+
+        return DiffusionStep(run, noisy, timesteps, target, batch["condition"], batch["anchor"])
+
+
+class History:
+    """Losses per optimisation step; travels with the checkpoints."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[float]] = {}
+
+    def append(self, **losses: float) -> None:
+        for name, value in losses.items():
+            self.values.setdefault(name, []).append(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"values": self.values}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.values = state["values"]
+
+
+def checkpoint_folders(output: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [path for path in (output / "checkpoints").glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def find_checkpoint(output: Path, name: str | None) -> Path | None:
+    """The checkpoint to resume from: a folder, or the newest one for "latest" (None if there is none yet).
+
+    Raises:
+        ValueError: a named checkpoint that does not exist.
+    """
+    if name is None:
+        return None
+    if name == "latest":
+        folders = checkpoint_folders(output)
+        return folders[-1] if folders else None
+    for candidate in (Path(name), output / "checkpoints" / name):
+        if candidate.is_dir():
+            return candidate
+    raise ValueError(
+        f"no checkpoint {name!r}; {output / 'checkpoints'} has {[p.name for p in checkpoint_folders(output)]}"
+    )
+
+
+def save_checkpoint(
+    accelerator: Accelerator, output: Path, step: int, limit: int | None, barrier: Barrier | None
+) -> None:
+    """Save training state and regions as checkpoints/step-N, whole or not at all; drop the oldest beyond `limit`."""
+    folder = output / "checkpoints" / f"step-{step}"
+    temporary = folder.with_name(f".step-{step}")
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(temporary), safe_serialization=True)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        if barrier is not None:
+            barrier.save_pretrained(temporary / "barrier")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+        for old in checkpoint_folders(output)[: -limit if limit else 0]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()

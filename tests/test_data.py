@@ -1,0 +1,165 @@
+"""Data: reading, splitting, caching, noised batches."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from diffusers import DDPMScheduler
+from PIL import Image
+
+from barrier_diffusers.concepts import ConceptConfig, cycle, write_image_folder
+from barrier_diffusers.data import (
+    EncodedImages,
+    NoisedBatches,
+    anchor_captions,
+    cached_tensors,
+    load_image_text,
+    sample_latents,
+    split_concepts,
+    swap_concept,
+    take_evenly,
+    to_pixels,
+)
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = ["cat"] * 4 + ["dog"] * 6
+    columns = {"text": [f"a photo of a {label}" for label in labels], "class": labels}
+    write_image_folder(tmp_path / "data" / "train", rng.integers(0, 255, (10, 8, 8, 3), dtype=np.uint8), columns)
+    return tmp_path / "data"
+
+
+def test_image_folder_is_read_back_exactly(image_folder):
+    dataset = load_image_text(str(image_folder), "train")
+    images = np.random.default_rng(0).integers(0, 255, (10, 8, 8, 3), dtype=np.uint8)
+    assert all(np.array_equal(np.asarray(row["image"]), image) for row, image in zip(dataset, images, strict=True))
+    assert dataset[9]["text"] == "a photo of a dog"
+
+
+def test_save_to_disk_folder_is_read(tmp_path):
+    Dataset.from_dict({"image": [1], "text": ["x"]}).save_to_disk(tmp_path / "d")
+    assert load_image_text(str(tmp_path / "d"), "train")["text"][0] == "x"
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"source": "/no/such/folder"}, "does not exist"),
+        ({"split": "validation"}, "cannot read split 'validation'"),
+        ({"caption_column": "caption"}, "has no column 'caption'; it has image, text, class"),
+    ],
+)
+def test_unreadable_sources_are_named(image_folder, kwargs, message):
+    arguments = {"source": str(image_folder), "split": "train", **kwargs}
+    with pytest.raises(ValueError, match=message):
+        load_image_text(**arguments)
+
+
+def test_split_keeps_every_row_once(image_folder):
+    dataset = load_image_text(str(image_folder), "train")
+    forget, retain = split_concepts(dataset, "class", ["cat"])
+    assert set(forget["class"]) == {"cat"} and set(retain["class"]) == {"dog"}
+    assert len(forget) + len(retain) == len(dataset)
+
+
+def test_unknown_concept_and_column_are_errors(image_folder):
+    dataset = load_image_text(str(image_folder), "train")
+    with pytest.raises(ValueError, match="zero forget images: no row has class = 'cow'; known are cat, dog"):
+        split_concepts(dataset, "class", ["cow"])
+    with pytest.raises(ValueError, match="no column 'kind'"):
+        split_concepts(dataset, "kind", ["cat"])
+
+
+def test_take_evenly_draws_without_replacement_and_reproducibly():
+    dataset = Dataset.from_dict({"n": list(range(100))})
+    first, second = take_evenly(dataset, 30, 1)["n"], take_evenly(dataset, 30, 1)["n"]
+    assert list(first) == list(second) and len(set(first)) == 30
+    assert list(take_evenly(dataset, 30, 2)["n"]) != list(first)
+    assert len(take_evenly(dataset, None, 0)) == 100
+
+
+def test_swap_concept_respects_word_borders():
+    assert swap_concept("a photo of a red Sneaker", "sneaker", "boot") == "a photo of a red boot"
+    with pytest.raises(ValueError, match="does not name the concept 'shirt'"):
+        swap_concept("shirts", "shirt", "coat")
+
+
+def test_anchor_captions():
+    captions, concepts = ["a cat", "a big cat"] * 20, ["cat"] * 40
+    assert anchor_captions(captions, concepts, None, "an animal", [], 0) == ["an animal"] * 40
+    assert anchor_captions(captions, concepts, "dog", None, [], 0)[:2] == ["a dog", "a big dog"]
+    drawn = anchor_captions(captions, concepts, None, None, ["dog", "cow"], 0)
+    assert set(drawn) == {"a dog", "a cow", "a big dog", "a big cow"}
+    assert drawn == anchor_captions(captions, concepts, None, None, ["dog", "cow"], 0)
+
+
+def test_to_pixels_range_and_centre_crop():
+    image = Image.new("RGB", (40, 20), (255, 0, 0))
+    image.paste((0, 0, 255), (10, 0, 30, 20))  # the central square is blue
+    pixels = to_pixels([image], 20)
+    assert pixels.shape == (1, 3, 20, 20)
+    assert pixels[0, 2, :, 1:-1].min() > 0.9 and pixels[0, 0, :, 1:-1].max() < -0.9
+
+
+def test_cached_tensors_compute_once(tmp_path):
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return {"a": torch.arange(3)}
+
+    path = tmp_path / "sub" / "a.safetensors"
+    first, second = cached_tensors(path, compute), cached_tensors(path, compute)
+    assert len(calls) == 1 and torch.equal(first["a"], second["a"])
+    assert [entry.name for entry in path.parent.iterdir()] == ["a.safetensors"]
+
+
+def test_cached_tensors_leave_nothing_when_computing_fails(tmp_path):
+    with pytest.raises(RuntimeError):
+        cached_tensors(tmp_path / "a.safetensors", lambda: (_ for _ in ()).throw(RuntimeError("no")))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sample_latents_has_the_posterior_moments():
+    moments = torch.cat([torch.full((20000, 1, 1, 1), 3.0), torch.full((20000, 1, 1, 1), float(np.log(4.0)))], 1)
+    latents = sample_latents(moments, 0.5, torch.Generator().manual_seed(0))
+    assert latents.mean().item() == pytest.approx(1.5, abs=0.03)
+    assert latents.std().item() == pytest.approx(1.0, abs=0.03)
+
+
+def encoded(n=7):
+    moments = torch.cat([torch.randn(n, 2, 4, 4), torch.full((n, 2, 4, 4), -20.0)], 1)
+    return EncodedImages(moments, torch.arange(n) % 3, torch.zeros(n, dtype=torch.long), torch.randn(3, 5, 6))
+
+
+def test_noised_batches_repeat_and_processes_share_them():
+    images, scheduler = encoded(), DDPMScheduler()
+    whole = NoisedBatches(images, scheduler, 1.0, batch_size=3, seed=4)
+    first, second = list(whole), list(whole)
+    assert len(first) == len(whole) == 3
+    assert all(torch.equal(a[key], b[key]) for a, b in zip(first, second, strict=True) for key in a)
+    parts = [list(NoisedBatches(images, scheduler, 1.0, 3, 4, "cpu", rank, 2)) for rank in range(2)]
+    together = torch.cat([batch["noisy"] for part in parts for batch in part])
+    assert sorted(together.flatten().tolist()) == sorted(torch.cat([b["noisy"] for b in first]).flatten().tolist())
+
+
+def test_encoded_images_look_up_embeddings():
+    images = encoded()
+    row = images[4]
+    assert torch.equal(row["condition"], images.embeddings[1]) and torch.equal(row["anchor"], images.embeddings[0])
+
+
+def test_concept_config_contradictions(tmp_path):
+    with pytest.raises(ValueError, match="exactly one of"):
+        ConceptConfig(concept="cat")
+    with pytest.raises(ValueError, match="does not exist"):
+        ConceptConfig(concept="cat", train_data_dir="/no/such")
+    with pytest.raises(ValueError, match="max_forget_images is 0"):
+        ConceptConfig(concept="cat", train_data_dir=str(tmp_path), max_forget_images=0)
+    assert ConceptConfig(concept="cat", forget_prompts=["a cat"]).concepts == ["cat"]
+
+
+def test_cycle():
+    assert cycle(["a", "b"], 5) == ["a", "b", "a", "b", "a"] and cycle([], 3) == []

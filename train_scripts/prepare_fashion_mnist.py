@@ -1,0 +1,151 @@
+"""Turn Fashion-MNIST's photos into the captioned image set that the embedded Stable Diffusion learns from.
+
+The photos are real; the colours and the pencil sketches are synthetic. Every photo is tinted in one of six colours on
+white, and drawn once more, in another colour, as a pencil sketch (an edge filter). Both choices depend only on the
+photo's index and the seed, so the set is the same on every machine.
+
+Shapes: N images, H height, W width, C colour channels.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, Features, Image, Value
+from jsonargparse import auto_cli
+from PIL import Image as PILImage
+from scipy import ndimage
+
+from barrier_diffusers.concepts import write_image_folder
+
+CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+COLOURS = {
+    "red": (0.85, 0.05, 0.10),
+    "yellow": (0.95, 0.75, 0.00),
+    "green": (0.05, 0.60, 0.15),
+    "blue": (0.10, 0.25, 0.90),
+    "purple": (0.55, 0.10, 0.70),
+    "black": (0.05, 0.05, 0.05),
+}
+STYLES = ("photo", "pencil sketch")
+SPLITS = {"train": "train", "test": "t10k"}
+
+
+@dataclass
+class PrepareConfig:
+    """Where the photos are and where the captioned set goes."""
+
+    source_dir: str = "/usr/share/datasets/fashion-mnist"  # IDX files of the Debian package dataset-fashion-mnist
+    output_dir: str = "runs/fashion_mnist"  # gets train.parquet and test.parquet
+    images_dir: str = "assets/fashion_images"  # gets a small image folder, equally many of every caption
+    images_per_caption: dict[str, int] = field(default_factory=lambda: {"train": 12, "test": 5})
+    seed: int = 0  # decides which colour each picture has
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """One gzipped IDX file of unsigned bytes as an array."""
+    with gzip.open(path, "rb") as file:
+        data = file.read()
+    num_dims = data[3]
+    shape = np.frombuffer(data, ">u4", num_dims, 4)
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * num_dims).reshape(shape.astype(int))
+
+
+def pad_to_32(photos_NHW: np.ndarray) -> np.ndarray:
+    """(N, 28, 28) bytes, bright garment on black -> (N, 32, 32) ink in [0, 1], 0 = paper."""
+    return np.pad(photos_NHW, ((0, 0), (2, 2), (2, 2))).astype(np.float32) / 255
+
+
+def sketch(ink_NHW: np.ndarray) -> np.ndarray:
+    """Pencil lines: the morphological gradient of the ink (3x3 maximum minus the ink), darkened."""
+    edges = ndimage.maximum_filter(ink_NHW, size=(1, 3, 3)) - ink_NHW
+    return np.clip(1.5 * edges - 0.1, 0, 1)
+
+
+def tint(ink_NHW: np.ndarray, colours_NC: np.ndarray) -> np.ndarray:
+    """Ink in [0, 1] on white paper -> RGB bytes (N, H, W, 3): no ink is white, full ink is the colour."""
+    rgb_NHWC = 1 - ink_NHW[..., None] * (1 - colours_NC[:, None, None, :])
+    return (rgb_NHWC * 255).round().astype(np.uint8)
+
+
+def caption(style: str, colour: str, name: str) -> str:
+    """The caption a picture is trained with, e.g. "a pencil sketch of a blue dress"."""
+    return f"a {style} of a {colour} {name}"
+
+
+def encode_png(image_HWC: np.ndarray) -> bytes:
+    """PNG bytes of one RGB image."""
+    buffer = io.BytesIO()
+    PILImage.fromarray(image_HWC).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def build_split(config: PrepareConfig, split: str) -> Dataset:
+    """All pictures of a split: row 2 i is photo i, row 2 i + 1 the sketch of it in another colour."""
+    source = Path(config.source_dir)
+    prefix = SPLITS[split]
+    photos = read_idx(source / f"{prefix}-images-idx3-ubyte.gz")
+    labels = read_idx(source / f"{prefix}-labels-idx1-ubyte.gz")
+    ink = pad_to_32(photos)
+    names, values = list(COLOURS), np.array(list(COLOURS.values()), np.float32)
+    rng = np.random.default_rng([config.seed, len(photos)])
+    first = rng.integers(len(names), size=len(photos))
+    colour_of = {"photo": first, "pencil sketch": (first + rng.integers(1, len(names), size=len(photos))) % len(names)}
+    pictures = {
+        "photo": tint(ink, values[first]),
+        "pencil sketch": tint(sketch(ink), values[colour_of["pencil sketch"]]),
+    }
+    rows: dict[str, list] = {key: [] for key in ("image", "text", "class", "colour", "style", "source_index")}
+    for index, label in enumerate(labels):
+        for style in STYLES:
+            colour = names[colour_of[style][index]]
+            rows["image"].append({"bytes": encode_png(pictures[style][index]), "path": None})
+            rows["text"].append(caption(style, colour, CLASSES[label]))
+            rows["class"].append(CLASSES[label])
+            rows["colour"].append(colour)
+            rows["style"].append(style)
+            rows["source_index"].append(index)
+    text = Value("string")
+    columns = {"image": Image(), "text": text, "class": text, "colour": text, "style": text}
+    return Dataset.from_dict(rows, features=Features({**columns, "source_index": Value("int32")}))
+
+
+def export_images(dataset: Dataset, folder: Path, per_caption: int) -> int:
+    """The first `per_caption` pictures of every caption as an image folder; returns how many that is."""
+    seen: dict[str, int] = {}
+    chosen = []
+    for index, text in enumerate(dataset["text"]):
+        seen[text] = seen.get(text, 0) + 1
+        if seen[text] <= per_caption:
+            chosen.append(index)
+    rows = dataset.select(chosen)
+    images = np.stack([np.asarray(image) for image in rows["image"]])
+    shutil.rmtree(folder, ignore_errors=True)
+    write_image_folder(folder, images, {name: list(rows[name]) for name in ("text", "class", "colour", "style")})
+    return len(rows)
+
+
+def main(config: PrepareConfig) -> None:
+    """Write train.parquet, test.parquet and the small image folder."""
+    if not Path(config.source_dir).is_dir():
+        raise SystemExit(
+            f"error: no Fashion-MNIST in {config.source_dir}: install the Debian package dataset-fashion-mnist "
+            "or set --source_dir to the folder with its four IDX files"
+        )
+    output = Path(config.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    for split in SPLITS:
+        dataset = build_split(config, split)
+        dataset.to_parquet(output / f"{split}.parquet")
+        folder = Path(config.images_dir) / split
+        count = export_images(dataset, folder, config.images_per_caption[split])
+        print(f"{output / split}.parquet: {len(dataset)} pictures; {folder}: {count}")
+
+
+if __name__ == "__main__":
+    main(auto_cli(PrepareConfig, as_positional=False))

@@ -1,0 +1,66 @@
+"""Score a text-to-image pipeline: does the classifier recognise, in generated images, what the prompt asked for?"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from jsonargparse import auto_cli
+
+from barrier_diffusers.concepts import cycle
+from barrier_diffusers.data import load_image_text
+from barrier_diffusers.evaluation.accuracy import recognise, share
+from barrier_diffusers.evaluation.classifier import AttributeClassifier
+from barrier_diffusers.evaluation.erasure import labels_in_prompts
+from barrier_diffusers.evaluation.report import image_rows
+from barrier_diffusers.generation import SamplingConfig, generate
+
+
+@dataclass
+class ScoreConfig:
+    """What is scored, on which prompts."""
+
+    pipeline: str = "assets/fashion_sd"
+    classifier: str = "assets/fashion_classifier"
+    data_dir: str = "assets/fashion_images"  # its captions are the prompts
+    split: str = "test"
+    label_column: str = "class"
+    images_per_label: int = 60
+    output: str = "assets/fashion_sd_scores.json"
+    picture: str = "assets/fashion_sd.png"
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+
+def main(config: ScoreConfig) -> None:
+    """Generate, recognise, write the scores and a picture."""
+    rows = load_image_text(config.data_dir, config.split)
+    captions: dict[str, set[str]] = {}
+    for label, text in zip(rows[config.label_column], rows["text"], strict=True):
+        captions.setdefault(label, set()).add(text)
+    prompts = [text for label in sorted(captions) for text in cycle(sorted(captions[label]), config.images_per_label)]
+    pipeline = StableDiffusionPipeline.from_pretrained(config.pipeline, dtype=torch.float32)
+    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    images = generate(pipeline, prompts, config.sampling)
+    classifier = AttributeClassifier.from_pretrained(config.classifier)
+    predicted = recognise(classifier, images)
+    wanted = {name: labels_in_prompts(prompts, labels) for name, labels in classifier.attributes.items()}
+    scores = {
+        name: share([p == w for p, w in zip(predicted[name], wanted[name], strict=True) if w is not None])
+        for name in wanted
+    }
+    name = config.label_column
+    pairs = list(zip(predicted[name], wanted[name], strict=True))
+    per_label = {label: share([p == w for p, w in pairs if w == label]) for label in sorted(captions)}
+    report = {"scores": scores, f"per_{name}": per_label, "settings": asdict(config)}
+    Path(config.output).write_text(json.dumps(report, indent=2) + "\n")
+    labels = [label for label in sorted(captions) for _ in range(config.images_per_label)]
+    image_rows(images, labels, Path(config.picture), columns=12)
+    print("; ".join(f"{key} {entry['value']:.1f} %" for key, entry in scores.items()), f"of {len(images)} images")
+    print("; ".join(f"{label} {entry['value']:.0f}" for label, entry in per_label.items()))
+
+
+if __name__ == "__main__":
+    main(auto_cli(ScoreConfig, as_positional=False))

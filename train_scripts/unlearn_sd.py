@@ -1,0 +1,359 @@
+"""Make a Stable Diffusion pipeline forget a concept while BARRIER protects the rest.
+
+    accelerate launch train_scripts/unlearn_sd.py --config train_scripts/configs/fashion_class.yaml
+
+Any field of `UnlearnConfig` is a dotted flag (`--barrier.lambda_interval 1`). output_dir becomes the unlearned
+pipeline (or the LoRA adapter), with metrics.json, manifest.json, the pictures and a model card beside it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, set_seed
+from barrier_diffusers.targets import resolve_targets
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from barrier_diffusers import Barrier, BarrierConfig
+from barrier_diffusers.concepts import ConceptConfig, EncodedConcepts, encode_concepts, load_concepts
+from barrier_diffusers.data import EncodedImages, NoisedBatches
+from barrier_diffusers.evaluation.erasure import (
+    EvaluationConfig,
+    Questions,
+    evaluate_erasure,
+    generate_cached,
+    make_questions,
+)
+from barrier_diffusers.evaluation.report import before_after_grid, loss_curves, print_metrics, strip
+from barrier_diffusers.generation import generate
+from barrier_diffusers.hub import save_adapter, save_model_card, save_pipeline
+from barrier_diffusers.objectives import get_objective
+from barrier_diffusers.training import (
+    MANIFEST_NAME,
+    METRICS_NAME,
+    History,
+    StepMaker,
+    claim_output_dir,
+    endless,
+    find_checkpoint,
+    freeze_normalisation,
+    manifest,
+    module_hash,
+    predict,
+    run_script,
+    save_checkpoint,
+    write_json,
+)
+
+
+@dataclass
+class ObjectiveConfig:
+    """The base objective that does the erasing."""
+
+    name: str = "rl"  # see barrier_diffusers/objectives
+    alpha: float = 0.0  # weight of the ordinary loss on a retain batch; 0: no retain batch is loaded or run
+    anchor: str | None = None  # words that replace the concept's in each caption; None: another label at random
+    anchor_prompt: str | None = None  # or one whole prompt for every forget image
+
+
+@dataclass(kw_only=True)
+class UnlearnConfig(ConceptConfig):
+    """Everything a run depends on."""
+
+    pretrained_model_name_or_path: str  # folder or hub id of a Stable Diffusion 1.x / 2.x pipeline
+    output_dir: str  # gets the unlearned pipeline, metrics and pictures
+    revision: str | None = None  # of the hub repository
+    variant: str | None = None  # file variant, e.g. fp16
+    cache_dir: str | None = None  # latents, text embeddings, "before" images; default output_dir/cache
+    overwrite_output_dir: bool = False
+    seed: int = 0
+    resolution: int = 512
+    train_batch_size: int = 8  # forget images per process and step; as many retain images when alpha > 0
+    num_train_epochs: int = 3  # over the forget images
+    max_train_steps: int | None = None  # overrides num_train_epochs
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    learning_rate: float = 1e-5
+    lr_scheduler: str = "constant"
+    lr_warmup_steps: int = 0
+    adam_weight_decay: float = 0.0  # decay would drift the weights away from the snapshot
+    max_grad_norm: float = 1.0
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    enable_xformers_memory_efficient_attention: bool = False
+    rank: int = 0  # of a LoRA adapter on the targets; 0 trains the full weights
+    merge_adapter: bool = (
+        False  # with rank > 0: save the pipeline with the adapter merged as well, in output_dir/merged
+    )
+    report_to: Literal["tensorboard", "wandb", "all", "none"] = "tensorboard"
+    validation_prompt: list[str] = field(default_factory=list)  # sampled every validation_steps
+    validation_steps: int = 100
+    checkpointing_steps: int | None = None  # None: no checkpoint
+    checkpoints_total_limit: int | None = 2
+    resume_from_checkpoint: str | None = None  # a checkpoint's name, or latest
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    barrier: BarrierConfig = field(default_factory=BarrierConfig)  # lambda_interval 0 switches the protection off
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive = (
+            "resolution",
+            "train_batch_size",
+            "num_train_epochs",
+            "gradient_accumulation_steps",
+            "validation_steps",
+        )
+        optional = ("max_train_steps", "checkpointing_steps", "checkpoints_total_limit")
+        for name in (*positive, *optional):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, but must be at least 1")
+        if self.rank < 0 or (self.merge_adapter and self.rank == 0):
+            raise ValueError("rank must be >= 0, and merge_adapter needs rank > 0")
+        if self.objective.anchor is not None and self.objective.anchor_prompt is not None:
+            raise ValueError("set objective.anchor (words) or objective.anchor_prompt (a whole prompt), not both")
+        if self.objective.alpha < 0:
+            raise ValueError(f"objective.alpha is {self.objective.alpha}, but must be >= 0")
+
+
+def load_pipeline(config: UnlearnConfig, device: torch.device, frozen_dtype: torch.dtype) -> StableDiffusionPipeline:
+    """The base pipeline; only its UNet is kept in float32 when it trains in full."""
+    name = config.pretrained_model_name_or_path
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise ValueError(f"pipeline folder {name!r} does not exist")
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        name, revision=config.revision, variant=config.variant, dtype=torch.float32, use_safetensors=True
+    )
+    if config.enable_xformers_memory_efficient_attention:
+        if device.type != "cuda":
+            raise ValueError(
+                "enable_xformers_memory_efficient_attention needs a CUDA GPU: xformers has no CPU kernels"
+            )
+        pipeline.unet.enable_xformers_memory_efficient_attention()
+    for module in (pipeline.vae, pipeline.text_encoder):
+        module.to(device, frozen_dtype).requires_grad_(False).eval()
+    pipeline.unet.to(device, frozen_dtype if config.rank else torch.float32)
+    if config.gradient_checkpointing:
+        pipeline.unet.enable_gradient_checkpointing()
+    return pipeline
+
+
+def add_adapter(unet: torch.nn.Module, config: UnlearnConfig) -> None:
+    """A LoRA adapter on exactly the protected maps, its factors in float32."""
+    names = [protected.name for protected in resolve_targets(unet, config.barrier.targets)]
+    unet.add_adapter(
+        LoraConfig(r=config.rank, lora_alpha=config.rank, init_lora_weights="gaussian", target_modules=names)
+    )
+    cast_training_params(unet, dtype=torch.float32)
+
+
+def batches(images: EncodedImages, config: UnlearnConfig, seed: int) -> DataLoader:
+    """Shuffled batches of cached images, in an order that depends on the seed alone."""
+    size = min(config.train_batch_size, len(images))
+    generator = torch.Generator().manual_seed(seed)
+    return DataLoader(images, batch_size=size, shuffle=True, drop_last=True, generator=generator)
+
+
+def bounds_need_retain(config: BarrierConfig) -> bool:
+    """Whether fitting the regions takes a pass over retain images."""
+    return config.lambda_interval > 0 and (config.use_actual_bounds or config.residual_source != "forget")
+
+
+def set_up_protection(
+    barrier: Barrier,
+    accelerator: Accelerator,
+    config: UnlearnConfig,
+    scheduler: Any,
+    scale: float,
+    data: EncodedConcepts,
+) -> None:
+    """Record the forget inputs (and the retain inputs, where the options ask for them)."""
+
+    def loader(images: EncodedImages, seed: int) -> NoisedBatches:
+        share = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
+        size = config.train_batch_size * accelerator.num_processes
+        return NoisedBatches(images, scheduler, scale, size, seed, accelerator.device, **share)
+
+    retain = data.retain if bounds_need_retain(config.barrier) else None
+    with accelerator.autocast():
+        barrier.setup_protection(
+            loader(data.forget, config.seed), predict, loader(retain, config.seed + 1) if retain is not None else None
+        )
+
+
+def validate(pipeline: StableDiffusionPipeline, config: UnlearnConfig, output: Path, step: int) -> Any:
+    """Sample the validation prompts as the pipeline is now; returns the pictures (N, H, W, 3) and writes them."""
+    images = generate(pipeline, config.validation_prompt, config.evaluation.sampling, desc="validation")
+    strip(images, config.validation_prompt, output / "validation" / f"step-{step:06d}.png")
+    return images
+
+
+def finish(
+    pipeline: StableDiffusionPipeline,
+    barrier: Barrier,
+    config: UnlearnConfig,
+    output: Path,
+    questions: Questions,
+    before: np.ndarray,
+    results: dict[str, Any],
+    base_hash: str,
+) -> None:
+    """Save the weights first, then look at what they do: images after, metrics, pictures, model card, manifest."""
+    unet = pipeline.unet
+    unet.eval()
+    (barrier if config.barrier.lambda_interval > 0 else config.barrier).save_pretrained(output)
+    barrier.remove()
+    if config.rank:
+        save_adapter(pipeline, unet, output)
+    else:
+        save_pipeline(pipeline, output)
+    after = generate(pipeline, questions.prompts, config.evaluation.sampling, desc="images after")
+    if config.merge_adapter:
+        unet.fuse_lora()
+        unet.unload_lora()
+        save_pipeline(pipeline, output / "merged")
+    before_after_grid(before, after, questions.labels, questions.forgotten, output / "before_after.png")
+    loss_curves(results["history"], output / "loss_curves.png")
+    facts = {key: value for key, value in results.items() if key != "history"}
+    metrics: dict[str, Any] = {"num_images": len(after), **facts}
+    if config.evaluation.classifier:
+        attribute, scores = evaluate_erasure(config.evaluation, questions, before, after)
+        metrics = {**scores, **facts}
+        print_metrics(metrics, attribute, questions.forgotten)
+    write_json(output / METRICS_NAME, metrics)
+    objective, weight = config.objective.name, config.barrier.lambda_interval
+    base, adapter = config.pretrained_model_name_or_path, config.rank > 0
+    save_model_card(output, base, questions.forgotten, objective, weight, adapter, metrics)
+    hashes = {"base_unet": base_hash, "unet": module_hash(unet), "vae": module_hash(pipeline.vae)}
+    hashes["text_encoder"] = module_hash(pipeline.text_encoder)
+    write_json(output / MANIFEST_NAME, manifest(config, hashes, **results))
+    print(f"{'adapter' if adapter else 'pipeline'}: {output}\npicture:  {output / 'before_after.png'}")
+
+
+def main(config: UnlearnConfig) -> None:
+    """Load -> encode -> before -> protect -> train -> save -> after."""
+    objective = get_objective(config.objective.name)
+    resume = config.resume_from_checkpoint is not None
+    output = claim_output_dir(config.output_dir, config.overwrite_output_dir, resume)
+    checkpoint = find_checkpoint(output, config.resume_from_checkpoint)
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_dir=str(output),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+    )
+    set_seed(config.seed)
+    frozen_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
+    pipeline = load_pipeline(config, accelerator.device, frozen_dtype)
+    unet = pipeline.unet
+    base_hash = module_hash(unet)
+    cache = Path(config.cache_dir or output / "cache")
+    if config.rank:
+        add_adapter(unet, config)
+    barrier = Barrier(unet, config.barrier)
+
+    questions = make_questions(config.evaluation, config)
+    concepts = load_concepts(config, pipeline, cache, base_hash, config.seed)
+    steer = config.objective
+    anchors = concepts.anchors(steer.anchor, steer.anchor_prompt, config.seed) if objective.needs_anchor else None
+    needs_retain = steer.alpha > 0 or bounds_need_retain(config.barrier)
+    data = encode_concepts(concepts, anchors, pipeline, cache, config.resolution, needs_retain)
+    before = np.empty(0)
+    if accelerator.is_main_process:
+        before = generate_cached(pipeline, questions.prompts, config.evaluation.sampling, cache, base_hash)
+    accelerator.wait_for_everyone()
+
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    scale = pipeline.vae.config.scaling_factor
+    protected = config.barrier.lambda_interval > 0
+    if protected and checkpoint:
+        barrier = Barrier.from_pretrained(checkpoint / "barrier", unet)
+    elif protected:
+        set_up_protection(barrier, accelerator, config, scheduler, scale, data)
+
+    parameters = barrier.trainable_parameters()
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.adam_weight_decay)
+    forget_loader = batches(data.forget, config, config.seed)
+    retain_loader = (
+        batches(data.retain, config, config.seed + 1) if config.objective.alpha > 0 and data.retain else None
+    )
+    model, optimizer, forget_loader, retain_loader = accelerator.prepare(unet, optimizer, forget_loader, retain_loader)
+    steps_per_epoch = -(-len(forget_loader) // config.gradient_accumulation_steps)
+    max_steps = config.max_train_steps or config.num_train_epochs * steps_per_epoch
+    schedule = get_scheduler(
+        config.lr_scheduler,
+        optimizer,
+        num_warmup_steps=config.lr_warmup_steps * accelerator.num_processes,
+        num_training_steps=max_steps * accelerator.num_processes,
+    )
+    schedule = accelerator.prepare(schedule)
+    history = History()
+    accelerator.register_for_checkpointing(history)
+    accelerator.init_trackers("logs")
+    first = 0
+    if checkpoint:
+        accelerator.load_state(str(checkpoint))
+        first = int(checkpoint.name.removeprefix("step-"))
+
+    make_step = StepMaker(model, scheduler, scale)
+    freeze_normalisation(model)
+    micro_steps = config.gradient_accumulation_steps
+    forget_batches = endless(forget_loader, first * micro_steps)
+    retain_batches = endless(retain_loader, first * micro_steps) if retain_loader else None
+    progress = tqdm(range(first, max_steps), desc="unlearning", disable=not accelerator.is_local_main_process)
+    start = time.perf_counter()
+    for step in progress:
+        losses = {"objective": 0.0, "retain": 0.0, "protection": 0.0}
+        for _ in range(micro_steps):
+            with accelerator.accumulate(model):
+                objective_loss = objective.loss(make_step(next(forget_batches)))
+                terms = {"objective": objective_loss}
+                if retain_batches:
+                    terms["retain"] = config.objective.alpha * make_step(next(retain_batches)).ordinary_loss()
+                if protected:
+                    terms["protection"] = barrier.compute_protection_loss()
+                accelerator.backward(torch.stack(list(terms.values())).sum())
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            for name, value in terms.items():
+                losses[name] += value.item() / micro_steps
+        if not np.isfinite(list(losses.values())).all():
+            raise FloatingPointError(f"the loss is not finite at step {step + 1} ({losses}): lower learning_rate")
+        history.append(**losses)
+        accelerator.log({f"loss/{name}": value for name, value in losses.items()}, step=step + 1)
+        progress.set_postfix({name: f"{value:.4g}" for name, value in losses.items()})
+        if config.checkpointing_steps and (step + 1) % config.checkpointing_steps == 0 and step + 1 < max_steps:
+            save_checkpoint(
+                accelerator, output, step + 1, config.checkpoints_total_limit, barrier if protected else None
+            )
+        if config.validation_prompt and (step + 1) % config.validation_steps == 0 and accelerator.is_main_process:
+            unet.eval()
+            validate(pipeline, config, output, step + 1)
+            freeze_normalisation(model)
+
+    seconds = time.perf_counter() - start
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        results = {"history": history.values, "num_steps": max_steps, "seconds_training": round(seconds, 2)}
+        finish(pipeline, barrier, config, output, questions, before, results, base_hash)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_script(main, UnlearnConfig)
