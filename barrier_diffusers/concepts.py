@@ -86,12 +86,12 @@ class ConceptData:
         """The anchor prompt of every forget row."""
         captions = list(self.forget[self.config.caption_column])
         if self.config.source is None:
-            words, labels = self.config.concepts[0], []
+            words = self.config.concepts[0]
             if anchor is None and anchor_prompt is None:
                 raise ValueError(
                     "images generated from prompts have no other label: set objective.anchor or anchor_prompt"
                 )
-            return anchor_captions(captions, [words] * len(captions), anchor, anchor_prompt, labels, seed)
+            return anchor_captions(captions, [words] * len(captions), anchor, anchor_prompt, [], seed)
         column = self.config.concept_column
         labels = sorted(set(self.retain[column]))
         return anchor_captions(captions, list(self.forget[column]), anchor, anchor_prompt, labels, seed)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from diffusers.image_processor import VaeImageProcessor
@@ -54,8 +55,10 @@ def load_image_text(source: str, split: str, image_column: str = "image", captio
 
 def to_pixels(images: Sequence[Any], resolution: int) -> Tensor:
     """PIL images -> (N, 3, resolution, resolution) in [-1, 1]; other sizes are scaled and centre-cropped."""
-    processor = VaeImageProcessor(vae_scale_factor=1, resample="bilinear")
     rgb = [image.convert("RGB") for image in images]
+    if all(image.size == (resolution, resolution) for image in rgb):
+        return torch.from_numpy(np.stack([np.asarray(image) for image in rgb])).permute(0, 3, 1, 2) / 127.5 - 1
+    processor = VaeImageProcessor(vae_scale_factor=1, resample="bilinear")
     return processor.preprocess(rgb, height=resolution, width=resolution, resize_mode="crop")
 
 

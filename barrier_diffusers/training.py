@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, skip_first_batches
-from diffusers import DDPMScheduler
-from jsonargparse import auto_cli
+from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -38,7 +37,7 @@ def run_script(main: Callable[[Any], None], config_class: type) -> None:
     flag in exit status 2. Set BARRIER_TRACEBACK=1 to see where an error came from.
     """
     try:
-        config = auto_cli(config_class, as_positional=False, exit_on_error=False)
+        config = parse_config(config_class, sys.argv[1:])
     except (ArgumentError, ValueError, TypeError, OSError) as error:
         raise SystemExit(_fail(error, 2)) from error
     try:
@@ -47,6 +46,16 @@ def run_script(main: Callable[[Any], None], config_class: type) -> None:
         if os.environ.get("BARRIER_TRACEBACK"):
             raise
         raise SystemExit(_fail(error, 1)) from error
+
+
+def parse_config(config_class: type, arguments: list[str]) -> Any:
+    """An instance of a settings dataclass from `--config FILE.yaml` and dotted flags."""
+    parser = ArgumentParser(exit_on_error=False, description=config_class.__doc__)
+    parser.add_argument("--config", action="config", help="YAML file with any of the fields below")
+    parser.add_class_arguments(config_class)
+    values = vars(parser.instantiate_classes(parser.parse_args(arguments)))
+    values.pop("config")
+    return config_class(**values)
 
 
 def _fail(error: BaseException, status: int) -> int:
@@ -78,7 +87,7 @@ def claim_output_dir(output_dir: str, overwrite: bool, resume: bool) -> Path:
         probe.unlink()
     except OSError as error:
         raise ValueError(f"output_dir {output_dir!r} is not writable: {error.strerror}") from error
-    entries = {entry.name for entry in folder.iterdir()}
+    entries = {entry.name for entry in folder.iterdir()} - {"cache", "logs"}  # left by a run that stopped early
     if entries and not resume:
         if not overwrite:
             what = "another run" if MANIFEST_NAME in entries else "other files"
@@ -150,7 +159,7 @@ def predict(unet: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 class StepMaker:
     """Draws noise and timesteps for a batch of cached latents and puts it in the form the objectives take."""
 
-    def __init__(self, unet: nn.Module, scheduler: DDPMScheduler, scaling_factor: float):
+    def __init__(self, unet: nn.Module, scheduler: Any, scaling_factor: float):
         self.unet, self.scheduler, self.scaling_factor = unet, scheduler, scaling_factor
 
     def __call__(self, batch: dict[str, Tensor]) -> DiffusionStep:

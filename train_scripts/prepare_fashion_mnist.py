@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, Features, Image, Value
-from jsonargparse import auto_cli
 from PIL import Image as PILImage
 from scipy import ndimage
 
 from barrier_diffusers.concepts import write_image_folder
+from barrier_diffusers.training import run_script
 
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 COLOURS = {
@@ -148,4 +148,4 @@ def main(config: PrepareConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(auto_cli(PrepareConfig, as_positional=False))
+    run_script(main, PrepareConfig)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
-from jsonargparse import auto_cli
 
 from barrier_diffusers.concepts import cycle
 from barrier_diffusers.data import load_image_text
@@ -17,6 +16,7 @@ from barrier_diffusers.evaluation.classifier import AttributeClassifier
 from barrier_diffusers.evaluation.erasure import labels_in_prompts
 from barrier_diffusers.evaluation.report import image_rows
 from barrier_diffusers.generation import SamplingConfig, generate
+from barrier_diffusers.training import run_script
 
 
 @dataclass
@@ -63,4 +63,4 @@ def main(config: ScoreConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(auto_cli(ScoreConfig, as_positional=False))
+    run_script(main, ScoreConfig)

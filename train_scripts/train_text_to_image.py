@@ -19,7 +19,6 @@ from accelerate.utils import set_seed
 from datasets import Dataset
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
-from jsonargparse import auto_cli
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
@@ -34,6 +33,7 @@ from barrier_diffusers.data import (
     sample_latents,
     tokenize,
 )
+from barrier_diffusers.training import run_script
 
 
 @dataclass
@@ -336,4 +336,4 @@ def main(config: TrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(auto_cli(TrainConfig, as_positional=False))
+    run_script(main, TrainConfig)

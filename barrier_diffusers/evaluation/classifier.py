@@ -36,22 +36,24 @@ class ResidualBlock(nn.Module):
 class AttributeClassifier(nn.Module, PyTorchModelHubMixin):
     """Predicts several attributes of an image at once.
 
+    The image's darkest channel (the amount of ink, whatever its colour) is shown to the network as a fourth one.
+
     Args:
         attributes: attribute name -> its labels, in the order of that head's outputs.
-        channels: width of each stage; every stage after the first halves the side.
+        channels: width of each stage; the stem and every stage after the first halve the side.
         resolution: side in pixels of the images it was trained on.
 
     `save_pretrained` and `from_pretrained` (safetensors and config.json) come from huggingface_hub.
     """
 
     def __init__(
-        self, attributes: Mapping[str, Sequence[str]], channels: Sequence[int] = (32, 64, 128), resolution: int = 32
+        self, attributes: Mapping[str, Sequence[str]], channels: Sequence[int] = (48, 96, 192), resolution: int = 32
     ):
         super().__init__()
         self.attributes = {name: list(labels) for name, labels in attributes.items()}
         self.resolution = resolution
         layers: list[nn.Module] = [
-            nn.Conv2d(3, channels[0], 3, 1, 1, bias=False),
+            nn.Conv2d(4, channels[0], 4, 2, 1, bias=False),
             nn.BatchNorm2d(channels[0]),
             nn.ReLU(),
         ]
@@ -62,7 +64,7 @@ class AttributeClassifier(nn.Module, PyTorchModelHubMixin):
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
         """Images (N, 3, H, W) in [-1, 1] -> logits (N, J) per attribute."""
-        features = self.features(pixels)
+        features = self.features(torch.cat([pixels, pixels.amin(1, keepdim=True)], dim=1))
         return {name: head(features) for name, head in self.heads.items()}
 
     @torch.no_grad()

@@ -1,0 +1,226 @@
+"""What can be guaranteed about a map's drift on inputs it was not fitted on (METHOD section 6).
+
+Shapes: B images, L rows of an image, D input features, K kept directions, O outputs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import binom
+from torch import Tensor
+
+from barrier_diffusers.drift import Drift
+from barrier_diffusers.loss import interval_ends
+from barrier_diffusers.region import ForgetRegion
+
+ROUNDING = 1e-4  # relative slack for float32 sums when an observation is held against a bound
+
+
+def sound_bound(drift: Drift, region: ForgetRegion, radius: float | Tensor) -> Tensor:
+    """Largest |dW x + db| of each output, (O,), over all x whose z lies in the outer envelope and whose part outside
+    the basis has norm at most `radius`: interval ends + |dW mean + db| + radius * ||dW (I - B B^T)||."""
+    fixed_O, slope_O = sound_bound_parts(drift, region)
+    return fixed_O + radius * slope_O
+
+
+def sound_bound_parts(drift: Drift, region: ForgetRegion) -> tuple[Tensor, Tensor]:
+    """The bound at radius 0, and what it grows by per unit of radius; both (O,)."""
+    drift_OK = drift.project(region.basis)
+    low_O, high_O = interval_ends(drift_OK, region.outer_lower, region.outer_upper)
+    shift_O = drift.apply(region.mean)
+    if drift.delta_bias_O is not None:
+        shift_O = shift_O + drift.delta_bias_O
+    outside_OD = drift.dense() - drift_OK @ region.basis.T
+    return torch.maximum(low_O.abs(), high_O.abs()) + shift_O.abs(), outside_OD.norm(dim=1)
+
+
+def moment_bound(drift: Drift, region: ForgetRegion, probability: float) -> Tensor:
+    """A bound on |dW x + db| of each output, (O,), that holds with at least `probability` for a random x whose z lies
+    in the envelope and whose part outside the basis has mean 0 and covariance C_res (Chebyshev, each output apart)."""
+    fixed_O, _ = sound_bound_parts(drift, region)
+    if region.residual is None:
+        return fixed_O
+    variance_O = drift.energy(region.residual).clamp_min(0)
+    return fixed_O + (variance_O / (1 - probability)).sqrt()
+
+
+def order_statistic(num_samples: int, quantile: float, confidence: float) -> int | None:
+    """The smallest r such that the r-th smallest of `num_samples` independent values is at least their distribution's
+    `quantile` with probability `confidence` (exact binomial); None if there are too few samples.
+
+    Raises:
+        ValueError: quantile or confidence outside (0, 1).
+    """
+    for name, value in (("quantile", quantile), ("confidence", confidence)):
+        if not 0 < value < 1:
+            raise ValueError(f"{name} must lie strictly between 0 and 1, not {value}")
+    rank = int(binom.ppf(confidence, num_samples, quantile)) + 1
+    return rank if rank <= num_samples else None
+
+
+def samples_needed(quantile: float, confidence: float) -> int:
+    """The fewest samples for which `order_statistic` finds a rank: quantile^n <= 1 - confidence."""
+    return math.ceil(math.log(1 - confidence) / math.log(quantile))
+
+
+@dataclass(frozen=True)
+class RelativeDrift:
+    """With `confidence`, a new image's drift stays below `certified` with probability at least the quantile."""
+
+    certified: float | None  # None: too few images
+    largest: float  # observed
+    mean: float
+    num_images: int
+
+
+def distribution_free(values: Tensor, quantile: float, confidence: float) -> RelativeDrift:
+    """Certify the order statistic of per-image drifts (images are independent, the rows of one image are not)."""
+    rank = order_statistic(len(values), quantile, confidence)
+    certified = None if rank is None else float(values.sort().values[rank - 1])
+    return RelativeDrift(certified, float(values.max()), float(values.mean()), len(values))
+
+
+@dataclass(frozen=True)
+class MapCertificate:
+    """The three bounds of one map, and what was observed."""
+
+    name: str
+    sound: float  # largest output of sound_bound at the largest residual norm seen
+    largest_output_drift: float  # largest |dW x + db| of one output over the rows inside the envelope
+    sound_holds: bool  # every row inside the envelope kept its own bound
+    rows: int
+    rows_outside_envelope: int  # the sound bound says nothing about these
+    radius: float  # largest residual norm seen
+    moment: float  # largest output of moment_bound at the quantile
+    moment_violations: float  # share of rows inside the envelope above it in some output
+    relative: RelativeDrift
+
+
+class MapObserver:
+    """Watches one map's drift on held-out rows; keeps one number per image.
+
+    Args:
+        weight, bias: of the layer now; the snapshot's output is this minus the drift, or the layer's own output where
+            an adapter holds the drift (`base_is_current`).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        drift: Drift,
+        region: ForgetRegion,
+        weight: Tensor,
+        bias: Tensor | None,
+        base_is_current: bool,
+        quantile: float = 0.99,
+    ):
+        self.name, self.region = name, region
+        with torch.no_grad():
+            self.delta_OD = drift.dense().detach()
+            self.delta_bias_O = None if drift.delta_bias_O is None else drift.delta_bias_O.detach()
+            self.weight_OD = weight.detach().float().flatten(1) - (0 if base_is_current else self.delta_OD)
+            self.bias_O = None if bias is None else bias.detach().float()
+            if self.bias_O is not None and self.delta_bias_O is not None and not base_is_current:
+                self.bias_O = self.bias_O - self.delta_bias_O
+            self.fixed_O, self.slope_O = (part.detach() for part in sound_bound_parts(drift, region))
+            self.moment_O = moment_bound(drift, region, quantile).detach()
+        self.largest_per_image: list[Tensor] = []
+        zero = torch.zeros((), device=self.delta_OD.device)
+        self.rows = 0
+        self.outside, self.broken, self.above = zero.clone(), zero.clone(), zero.clone()
+        self.radius, self.largest = zero.clone(), zero.clone()
+
+    @torch.no_grad()
+    def update(self, x_BLD: Tensor) -> None:
+        """Add the rows of B images."""
+        rows = x_BLD.float()
+        change_BLO = rows @ self.delta_OD.T
+        if self.delta_bias_O is not None:
+            change_BLO = change_BLO + self.delta_bias_O
+        base_BLO = rows @ self.weight_OD.T
+        if self.bias_O is not None:
+            base_BLO = base_BLO + self.bias_O
+        tiny = torch.finfo(torch.float32).tiny
+        relative_BL = change_BLO.norm(dim=-1) / base_BLO.norm(dim=-1).clamp_min(tiny)
+        self.largest_per_image.append(relative_BL.amax(1).cpu())
+        centred_BLD = rows - self.region.mean
+        z_BLK = centred_BLD @ self.region.basis
+        slack_K = ROUNDING * (self.region.outer_upper - self.region.outer_lower)
+        inside_BL = ((z_BLK >= self.region.outer_lower - slack_K) & (z_BLK <= self.region.outer_upper + slack_K)).all(
+            -1
+        )
+        radius_BL = (centred_BLD - z_BLK @ self.region.basis.T).norm(dim=-1)
+        bound_BLO = (self.fixed_O + radius_BL[..., None] * self.slope_O) * (1 + ROUNDING) + tiny
+        size_BLO = change_BLO.abs()
+        self.rows += inside_BL.numel()
+        self.outside += (~inside_BL).sum()
+        self.broken += ((size_BLO > bound_BLO).any(-1) & inside_BL).sum()
+        self.above += ((size_BLO > self.moment_O).any(-1) & inside_BL).sum()
+        self.radius = torch.maximum(self.radius, radius_BL.max())
+        self.largest = torch.maximum(self.largest, (size_BLO.amax(-1) * inside_BL).max())
+
+    def result(self, quantile: float, confidence: float) -> MapCertificate:
+        """The certificate of this map."""
+        inside = max(self.rows - int(self.outside), 1)
+        return MapCertificate(
+            name=self.name,
+            sound=float((self.fixed_O + self.radius * self.slope_O).max()),
+            largest_output_drift=float(self.largest),
+            sound_holds=int(self.broken) == 0,
+            rows=self.rows,
+            rows_outside_envelope=int(self.outside),
+            radius=float(self.radius),
+            moment=float(self.moment_O.max()),
+            moment_violations=int(self.above) / inside,
+            relative=distribution_free(torch.cat(self.largest_per_image), quantile, confidence),
+        )
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Bounds per map and for the whole network, on held-out retain inputs."""
+
+    maps: list[MapCertificate]
+    network: RelativeDrift | None  # relative change of the prediction; None if forward_fn returns no tensor
+    quantile: float
+    confidence: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether every observation kept the sound bound in every map."""
+        return all(entry.sound_holds for entry in self.maps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python values."""
+        return {**asdict(self), "holds": self.holds, "delta": 1 - self.confidence}
+
+    def save_json(self, path: str | os.PathLike) -> None:
+        """Write the certificate whole or not at all."""
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+
+    def __str__(self) -> str:
+        worst = max(self.maps, key=lambda entry: entry.relative.largest)
+        images = worst.relative.num_images
+        lines = [f"{len(self.maps)} maps, {images} held-out images; sound bound {'holds' if self.holds else 'BROKEN'}"]
+        for title, entry in ((f"worst map {worst.name}", worst.relative), ("network", self.network)):
+            if entry is not None and entry.certified is not None:
+                lines.append(
+                    f"{title}: relative drift <= {entry.certified:.4g} for {self.quantile:.1%} of images "
+                    f"with confidence {self.confidence:.0%}; largest observed {entry.largest:.4g}"
+                )
+            elif entry is not None:
+                needed = samples_needed(self.quantile, self.confidence)
+                lines.append(
+                    f"{title}: largest observed {entry.largest:.4g}; a bound needs {needed} images, not {images}"
+                )
+        return "\n".join(lines)

@@ -1,0 +1,127 @@
+"""BarrierConfig: every option of the protection, as a dataclass that saves to and loads from barrier_config.json."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+CONFIG_NAME = "barrier_config.json"
+
+
+@dataclass
+class BarrierConfig:
+    """Options of BARRIER (arXiv 2605.15737); contradictory ones are an error, not a precedence rule.
+
+    Raises:
+        ValueError: a value out of range, an unknown choice, or two options that contradict each other.
+    """
+
+    # protected and trained: dotted suffixes or full names of Linear / Conv2d modules, or Linear, Conv2d, Conv2d1x1
+    targets: list[str] = field(default_factory=lambda: ["attn2.to_q", "attn2.to_k", "attn2.to_v"])
+    lambda_interval: float = 10.0  # >= 0; weight of the protection loss in the total
+    lower_percentile: float = 0.05  # [0, 1]; lower end of the safe interval of each direction
+    upper_percentile: float = 0.95  # [0, 1]; upper end
+    reduced_dim: int = 32  # >= 1; K, the directions that get an interval of their own
+    infinity_scale: float = 20.0  # >= 0, in units of z; distance of the outer envelope from the safe interval
+    use_actual_bounds: bool = False  # outer envelope from the real min / max of forget and retain data
+    normalize_protection: bool = True  # mean over maps, so that lambda does not depend on how many there are
+    # two_corner: the paper's two boxes; envelope: worst case over the complement; slabs: the exact complement
+    region: Literal["two_corner", "envelope", "slabs"] = "two_corner"
+    # svd, pca: leading directions of the centred inputs (equal up to rounding); none: one interval per feature
+    decomposition: Literal["svd", "pca", "none"] = "svd"
+    interval: bool = True  # False: mean and residual terms only
+    remove_top_directions: bool = False  # the K directions are dropped: mean and residual terms only
+    include_bias_drift: bool = False  # the bias drift also enters both ends of each interval
+    # per_sample: mean over rows; singular_values: the paper's code, grows with the number of rows
+    residual_weighting: Literal["per_sample", "singular_values"] = "per_sample"
+    residual_source: Literal["forget", "retain", "both"] = "forget"  # whose covariance fills the residual term
+
+    def __post_init__(self) -> None:
+        self._check_ranges()
+        self._check_choices()
+        self._check_contradictions()
+
+    def _check_ranges(self) -> None:
+        if isinstance(self.targets, str) or not self.targets or not all(self.targets):
+            raise ValueError(f"targets is {self.targets!r}, but must be a non-empty list of module names")
+        if not 0 <= self.lower_percentile < self.upper_percentile <= 1:
+            raise ValueError(
+                "percentiles must satisfy 0 <= lower_percentile < upper_percentile <= 1, but are "
+                f"{self.lower_percentile} and {self.upper_percentile}"
+            )
+        if self.reduced_dim < 1:
+            raise ValueError(f"reduced_dim is {self.reduced_dim}, but must be at least 1")
+        for name in ("infinity_scale", "lambda_interval"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be >= 0")
+
+    def _check_choices(self) -> None:
+        hints = get_type_hints(type(self))
+        for name in ("region", "decomposition", "residual_weighting", "residual_source"):
+            choices = get_args(hints[name])
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, but must be one of {', '.join(choices)}")
+
+    def _check_contradictions(self) -> None:
+        none = self.decomposition == "none"
+        mean_and_residual_only = not self.interval or self.remove_top_directions
+        contradictions = {
+            "decomposition='none' has no leading directions, so remove_top_directions has nothing to remove": none
+            and self.remove_top_directions,
+            "decomposition='none' has no residual: residual_source and residual_weighting must keep their defaults": (
+                none and (self.residual_source != "forget" or self.residual_weighting != "per_sample")
+            ),
+            "interval=False and remove_top_directions=True both drop the interval term: choose one": not self.interval
+            and self.remove_top_directions,
+            "without the interval term, region, include_bias_drift and use_actual_bounds must keep their defaults": (
+                mean_and_residual_only
+                and (self.region != "two_corner" or self.include_bias_drift or self.use_actual_bounds)
+            ),
+        }
+        for message, holds in contradictions.items():
+            if holds:
+                raise ValueError(message)
+
+    @property
+    def has_interval_term(self) -> bool:
+        """Whether L_interval is part of the loss."""
+        return self.interval and not self.remove_top_directions
+
+    @property
+    def needs_retain_data(self) -> bool:
+        """Whether fitting the regions takes a pass over retain data."""
+        return self.use_actual_bounds or self.residual_source != "forget"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain Python values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> BarrierConfig:
+        """The inverse of `to_dict`; an unknown key is a ValueError."""
+        known = [entry.name for entry in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(
+                f"unknown option {', '.join(unknown)} in the BARRIER config; known are {', '.join(known)}"
+            )
+        return cls(**values)
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write barrier_config.json into `folder`, whole or not at all."""
+        path = Path(folder) / CONFIG_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{CONFIG_NAME}.{os.getpid()}")
+        temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike) -> BarrierConfig:
+        """Read barrier_config.json from `folder`."""
+        path = Path(folder) / CONFIG_NAME
+        if not path.is_file():
+            raise ValueError(f"{str(folder)!r} holds no {CONFIG_NAME}")
+        return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))

@@ -1,0 +1,231 @@
+"""The linear maps a model has, which of them are protected, and the patches a convolution multiplies.
+
+Shapes: B batch, C channels, H and W image side, O output features, D input features, L positions, R LoRA rank.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+PEFT_PREFIX = "base_model.model."  # of the module paths inside a PeftModel
+TYPES = ("Linear", "Conv2d", "Conv2d1x1")
+
+
+@dataclass(frozen=True)
+class LoraFactors:
+    """The active adapter of a map: dW = scaling * B A."""
+
+    lora_A_RD: Tensor
+    lora_B_OR: Tensor
+    scaling: float
+    parameters: tuple[nn.Parameter, ...]
+
+
+class ProtectedMap:
+    """One y = W x + b inside a model; its module is looked up at every use, so an adapter may be added later."""
+
+    def __init__(self, model: nn.Module, path: str, name: str):
+        self.model, self.path, self.name = model, path, name
+
+    def __repr__(self) -> str:
+        return f"ProtectedMap({self.name!r})"
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that is called: the layer itself, or the peft layer around it."""
+        return self.model.get_submodule(self.path)
+
+    @property
+    def layer(self) -> nn.Linear | nn.Conv2d:
+        """The Linear or Conv2d that holds the base weight."""
+        module = self.module
+        return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module  # type: ignore[return-value]
+
+    @property
+    def num_outputs(self) -> int:
+        """O."""
+        return self.layer.weight.shape[0]
+
+    @property
+    def num_features(self) -> int:
+        """D: input features, or C_in / groups * kh * kw."""
+        return self.layer.weight[0].numel()
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether a peft layer wraps the map."""
+        return isinstance(self.module, BaseTunerLayer)
+
+    def lora(self) -> LoraFactors:
+        """The factors of the one active LoRA adapter; convolution factors are flattened.
+
+        Raises:
+            ValueError: another kind of adapter, DoRA, a LoRA bias, a merged adapter, or not exactly one active.
+        """
+        module = self.module
+        if not isinstance(module, LoraLayer):
+            raise ValueError(
+                f"{self.name} carries a {type(module).__name__}; of the peft adapters only LoRA is supported"
+            )
+        active = [name for name in module.active_adapters if name in module.lora_A]
+        if len(active) != 1:
+            raise ValueError(
+                f"{self.name} has {len(active)} active LoRA adapters, but exactly one is supported: {active}"
+            )
+        if module.merged:
+            raise ValueError(f"the LoRA adapter of {self.name} is merged into the weight: unmerge it first")
+        (name,) = active
+        down, up = module.lora_A[name], module.lora_B[name]
+        if (
+            getattr(module, "use_dora", {}).get(name)
+            or up.bias is not None
+            or not isinstance(down, nn.Linear | nn.Conv2d)
+        ):
+            raise ValueError(f"{self.name} uses a LoRA variant (DoRA, lora_bias, ...); only plain LoRA is supported")
+        factors = (down.weight.flatten(1), up.weight.flatten(1))
+        return LoraFactors(*factors, float(module.scaling[name]), (down.weight, up.weight))
+
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters that train: the adapter's if there is one, else weight and bias."""
+        if self.has_adapter:
+            return list(self.lora().parameters)
+        layer = self.layer
+        return [parameter for parameter in (layer.weight, layer.bias) if isinstance(parameter, nn.Parameter)]
+
+
+def _is_map(module: nn.Module) -> bool:
+    layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return isinstance(layer, nn.Linear | nn.Conv2d)
+
+
+def linear_maps(model: nn.Module) -> list[ProtectedMap]:
+    """Every Linear and Conv2d of the model (adapter factors excluded), in module order."""
+    maps: list[ProtectedMap] = []
+    inside_adapter: tuple[str, ...] = ()
+    prefix = PEFT_PREFIX if isinstance(model, PeftModel) else ""
+    for path, module in model.named_modules():
+        if inside_adapter and path.startswith(inside_adapter):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside_adapter = (*inside_adapter, path + ".")
+        if _is_map(module):
+            maps.append(ProtectedMap(model, path, path.removeprefix(prefix)))
+    return maps
+
+
+def _matches(entry: ProtectedMap, target: str) -> bool:
+    if target in TYPES:
+        layer = entry.layer
+        if target == "Conv2d1x1":
+            return isinstance(layer, nn.Conv2d) and tuple(layer.kernel_size) == (1, 1)
+        return type(layer).__name__ == target
+    return entry.name == target or entry.name.endswith("." + target)
+
+
+def resolve_targets(model: nn.Module, targets: Sequence[str]) -> list[ProtectedMap]:
+    """The maps that `targets` name, in module order.
+
+    A target is a whole dotted suffix ("attn2.to_q", "fc"), a full name, or a type: "Linear", "Conv2d", "Conv2d1x1".
+
+    Raises:
+        ValueError: a target that matches nothing or only a container; a quantised or tied weight; fused q/k/v.
+    """
+    maps = linear_maps(model)
+    found = {target: [entry for entry in maps if _matches(entry, target)] for target in targets}
+    for target, matched in found.items():
+        if not matched:
+            raise ValueError(_no_match(model, maps, target))
+    wanted = {entry.path for matched in found.values() for entry in matched}
+    resolved = [entry for entry in maps if entry.path in wanted]
+    _refuse_unsupported(model, resolved)
+    return resolved
+
+
+def _no_match(model: nn.Module, maps: list[ProtectedMap], target: str) -> str:
+    kind = type(model).__name__
+    inside = [entry.name for entry in maps if f".{target}." in f".{entry.name}"]
+    if inside:
+        last = list(dict.fromkeys(target + name.split(target, 1)[1] for name in inside))
+        return f"{target!r} is a container, not a linear map; name its layers, e.g. {', '.join(last[:8])}"
+    suffixes = list(dict.fromkeys(".".join(entry.name.split(".")[-2:]) for entry in maps))
+    near = difflib.get_close_matches(target, suffixes, n=6, cutoff=0.0)
+    others = [suffix for suffix in suffixes if suffix not in near]
+    return f"no module ends with {target!r}; the {kind} has {', '.join((near + others)[:12])}, ..."
+
+
+def _refuse_unsupported(model: nn.Module, maps: list[ProtectedMap]) -> None:
+    seen: dict[int, str] = {}
+    fused = {path for path, module in model.named_modules() if getattr(module, "fused_projections", False)}
+    for entry in maps:
+        weight = entry.layer.weight
+        if not weight.is_floating_point():
+            raise ValueError(f"{entry.name} has a quantised weight ({weight.dtype}): load the model unquantised")
+        if id(weight) in seen:
+            raise ValueError(
+                f"{entry.name} and {seen[id(weight)]} share one weight: tied maps cannot be protected apart"
+            )
+        seen[id(weight)] = entry.name
+        parent = entry.path.rpartition(".")[0]
+        if parent in fused and entry.path.rpartition(".")[2].startswith(("to_", "add_")):
+            raise ValueError(
+                f"{entry.name} never runs because the attention's projections are fused: "
+                "call unfuse_qkv_projections() before setting up the protection"
+            )
+
+
+def patches(x_BCHW: Tensor, layer: nn.Conv2d) -> Tensor:
+    """The inputs of a convolution seen as a linear map, (B, L * groups, D) with D = C_in / groups * kh * kw.
+
+    The layer's own stride, padding (mode and "same" included) and dilation; border patches included; the patches of
+    all groups are pooled, as they go through kernels of the same shape.
+    """
+    if layer.padding_mode == "zeros":
+        padded = F.pad(x_BCHW, layer._reversed_padding_repeated_twice)
+    else:
+        padded = F.pad(x_BCHW, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+    columns = F.unfold(padded, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)  # type: ignore[arg-type]
+    batch, _, positions = columns.shape
+    features = layer.weight[0].numel()
+    grouped = columns.view(batch, layer.groups, features, positions)
+    return grouped.permute(0, 3, 1, 2).reshape(batch, positions * layer.groups, features)
+
+
+def input_rows(value: Tensor, layer: nn.Module) -> Tensor:
+    """What reached a map, as rows (B, L, D) with the batch first."""
+    if isinstance(layer, nn.Conv2d):
+        return patches(value, layer)
+    if value.dim() == 1:
+        value = value[None]
+    return value.reshape(len(value), -1, value.shape[-1]) if value.dim() > 2 else value[:, None]
+
+
+def input_geometry(layer: nn.Module) -> tuple[Any, ...]:
+    """Two maps on the same tensor read the same rows if their geometry is equal."""
+    if isinstance(layer, nn.Conv2d):
+        padding = (tuple(layer._reversed_padding_repeated_twice), layer.padding_mode)
+        return ("conv", layer.kernel_size, layer.stride, layer.dilation, layer.groups, *padding)
+    return ("linear",)
+
+
+@torch.no_grad()
+def snapshot_of(layer: nn.Linear | nn.Conv2d) -> tuple[Tensor, Tensor | None]:
+    """Copies of the weight and bias as they are now."""
+    return layer.weight.detach().clone(), None if layer.bias is None else layer.bias.detach().clone()
+
+
+@torch.no_grad()
+def restore(layer: nn.Linear | nn.Conv2d, values: tuple[Tensor, Tensor | None]) -> None:
+    """Write copies taken by `snapshot_of` back into the layer."""
+    layer.weight.copy_(values[0])
+    if layer.bias is not None and values[1] is not None:
+        layer.bias.copy_(values[1])
