@@ -121,14 +121,17 @@ class Barrier:
             device = maps[0].layer.weight.device
             self.groups.append(MapGroup(maps, region.to(device), torch.cat(rows).to(device)))
 
+    def _require_setup(self) -> None:
+        if not self.groups:
+            raise RuntimeError("there are no regions yet: call setup_protection, or load a saved barrier")
+
     def drift(self, entry: ProtectedMap) -> Drift:
         """How far a map has drifted from its snapshot, with gradient.
 
         Raises:
             RuntimeError: setup_protection was not called.
         """
-        if not self.groups:
-            raise RuntimeError("call setup_protection (or load a saved barrier) first")
+        self._require_setup()
         if self.uses_adapter:
             factors = entry.lora()
             return LoraDrift(factors.lora_A_RD, factors.lora_B_OR, factors.scaling)
@@ -142,8 +145,7 @@ class Barrier:
         Raises:
             RuntimeError: setup_protection was not called.
         """
-        if not self.groups:
-            raise RuntimeError("call setup_protection (or load a saved barrier) before compute_protection_loss")
+        self._require_setup()
         device = self.groups[0].maps[0].layer.weight.device
         if self.groups[0].region.mean.device != device:
             self._move(device)
@@ -170,6 +172,7 @@ class Barrier:
     @torch.no_grad()
     def drift_norms(self) -> dict[str, float]:
         """Frobenius norm of each map's drift relative to its snapshot's, for logs."""
+        self._require_setup()
         norms = {}
         for entry in self.maps:
             base = self._snapshots[entry.name][0] if not self.uses_adapter else entry.layer.weight
@@ -186,6 +189,7 @@ class Barrier:
             RuntimeError: setup_protection was not called.
             ValueError: quantile or confidence outside (0, 1), or unusable data.
         """
+        self._require_setup()
         order_statistic(1, quantile, confidence)
         observers = {
             entry.name: MapObserver(
@@ -200,8 +204,6 @@ class Barrier:
             for group in self.groups
             for entry in group.maps
         }
-        if not observers:
-            raise RuntimeError("call setup_protection (or load a saved barrier) before certify")
         members = {entry.name: group.maps for group in self.groups for entry in group.maps}
 
         def observe(leader: str, rows_BLD: Tensor) -> None:
@@ -258,8 +260,7 @@ class Barrier:
         Raises:
             RuntimeError: there is nothing fitted to save.
         """
-        if not self.groups:
-            raise RuntimeError("call setup_protection before save_pretrained")
+        self._require_setup()
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"{i}.{k}": v for i, group in enumerate(self.groups) for k, v in group.region.to_tensors().items()}

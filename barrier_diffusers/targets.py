@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 PEFT_PREFIX = "base_model.model."  # of the module paths inside a PeftModel
+PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")  # what fusing replaces
 TYPES = ("Linear", "Conv2d", "Conv2d1x1")
 
 
@@ -82,6 +84,8 @@ class ProtectedMap:
             raise ValueError(
                 f"{self.name} has {len(active)} active LoRA adapters, but exactly one is supported: {active}"
             )
+        if getattr(self.layer, "groups", 1) > 1:
+            raise ValueError(f"{self.name} is a grouped convolution; LoRA on these is not supported: train it in full")
         if module.merged:
             raise ValueError(f"the LoRA adapter of {self.name} is merged into the weight: unmerge it first")
         (name,) = active
@@ -163,9 +167,19 @@ def _no_match(model: nn.Module, maps: list[ProtectedMap], target: str) -> str:
     return f"no module ends with {target!r}; the {kind} has {', '.join((near + others)[:12])}, ..."
 
 
+def _is_fused(module: nn.Module) -> bool:
+    """Whether an attention runs to_qkv / to_kv instead of its projections.
+
+    `unfuse_qkv_projections` of an Attention gives the processor back but leaves its flag set, so the processor decides.
+    """
+    if not getattr(module, "fused_projections", False):
+        return False
+    return not isinstance(module, Attention) or type(module.processor).__name__.startswith("Fused")
+
+
 def _refuse_unsupported(model: nn.Module, maps: list[ProtectedMap]) -> None:
     seen: dict[int, str] = {}
-    fused = {path for path, module in model.named_modules() if getattr(module, "fused_projections", False)}
+    fused = {path for path, module in model.named_modules() if _is_fused(module)}
     for entry in maps:
         weight = entry.layer.weight
         if not weight.is_floating_point():
@@ -176,7 +190,7 @@ def _refuse_unsupported(model: nn.Module, maps: list[ProtectedMap]) -> None:
             )
         seen[id(weight)] = entry.name
         parent = entry.path.rpartition(".")[0]
-        if parent in fused and entry.path.rpartition(".")[2].startswith(("to_", "add_")):
+        if parent in fused and entry.path.rpartition(".")[2] in PROJECTIONS:
             raise ValueError(
                 f"{entry.name} never runs because the attention's projections are fused: "
                 "call unfuse_qkv_projections() before setting up the protection"

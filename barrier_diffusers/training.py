@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from barrier_diffusers.barrier import Barrier
+from barrier_diffusers.config import CONFIG_NAME
 from barrier_diffusers.data import sample_latents
 from barrier_diffusers.objectives.base import DiffusionStep
 
@@ -94,8 +95,10 @@ def claim_output_dir(output_dir: str, overwrite: bool, resume: bool) -> Path:
             raise ValueError(
                 f"output_dir {output_dir!r} holds {what}; name another folder or set --overwrite_output_dir"
             )
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        (folder / METRICS_NAME).unlink(missing_ok=True)
+        if MANIFEST_NAME in entries or CONFIG_NAME in entries:  # an earlier run of ours: nothing of it may be left over
+            for name in entries:
+                path = folder / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
     return folder
 
 

@@ -1,0 +1,111 @@
+"""Bounds of METHOD section 6: soundness by sampling, coverage by simulation."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from barrier_diffusers.certificate import (
+    Certificate,
+    MapObserver,
+    distribution_free,
+    moment_bound,
+    order_statistic,
+    samples_needed,
+    sound_bound,
+)
+from barrier_diffusers.drift import FullDrift
+from barrier_diffusers.region import ForgetRegion
+
+D, O, K = 6, 4, 2  # noqa: E741
+
+
+def make_region(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(D, K, generator=generator))[0]
+    outside = torch.eye(D) - basis @ basis.T
+    root = torch.randn(D, D, generator=generator) @ outside
+    ends = {"z_lower": -torch.ones(K), "z_upper": torch.ones(K)}
+    ends |= {"outer_lower": -3 * torch.ones(K), "outer_upper": 4 * torch.ones(K)}
+    return ForgetRegion(mean=torch.randn(D, generator=generator), basis=basis, residual=root.T @ root, count=9, **ends)
+
+
+def test_sound_bound_holds_for_every_admissible_input_and_is_reached():
+    region, generator = make_region(), torch.Generator().manual_seed(1)
+    drift = FullDrift(torch.randn(O, D, generator=generator), torch.randn(O, generator=generator))
+    z = -3 + 7 * torch.rand(20000, K, generator=generator)
+    residual = torch.randn(20000, D, generator=generator)
+    residual -= residual @ region.basis @ region.basis.T
+    residual *= 2.5 * torch.rand(20000, 1, generator=generator) / residual.norm(dim=1, keepdim=True)
+    x = region.mean + z @ region.basis.T + residual
+    reached = (x @ drift.delta_OD.T + drift.delta_bias_O).abs().amax(0)
+    bound = sound_bound(drift, region, 2.5)
+    assert (reached <= bound * (1 + 1e-5)).all()
+    assert (reached > 0.3 * bound).all()
+
+
+def test_moment_bound_holds_with_its_probability():
+    region, generator = make_region(), torch.Generator().manual_seed(2)
+    drift = FullDrift(torch.randn(O, D, generator=generator))
+    values, vectors = torch.linalg.eigh(region.residual)
+    root = vectors * values.clamp_min(0).sqrt()
+    heavy = torch.from_numpy(np.random.default_rng(0).standard_t(3, (50000, D)) / np.sqrt(3)).float()
+    z = -3 + 7 * torch.rand(50000, K, generator=generator)
+    x = region.mean + z @ region.basis.T + heavy @ root.T
+    kept = (x @ drift.delta_OD.T).abs() <= moment_bound(drift, region, 0.9)
+    assert (kept.double().mean(0) >= 0.9).all()
+
+
+@pytest.mark.parametrize(("quantile", "confidence", "n"), [(0.9, 0.95, 60), (0.95, 0.9, 200), (0.99, 0.95, 500)])
+def test_order_statistic_covers_with_the_stated_confidence(quantile, confidence, n):
+    rank = order_statistic(n, quantile, confidence)
+    rng = np.random.default_rng(0)
+    samples = np.sort(rng.uniform(size=(8000, n)), axis=1)  # the p-quantile of a uniform variable is p
+    coverage = (samples[:, rank - 1] >= quantile).mean()
+    assert coverage >= confidence - 0.01
+    assert (samples[:, rank - 2] >= quantile).mean() < confidence + 0.01  # and no smaller rank does
+
+
+def test_too_few_samples_are_said_to_be_too_few():
+    assert samples_needed(0.99, 0.95) == 299
+    assert order_statistic(298, 0.99, 0.95) is None and order_statistic(299, 0.99, 0.95) == 299
+    assert distribution_free(torch.rand(10), 0.99, 0.95).certified is None
+    with pytest.raises(ValueError, match="quantile must lie strictly between 0 and 1"):
+        order_statistic(100, 1.0, 0.95)
+
+
+@pytest.mark.parametrize("base_is_current", [False, True])
+def test_observer_by_hand(base_is_current, tmp_path):
+    region, generator = make_region(), torch.Generator().manual_seed(3)
+    delta, delta_bias = torch.randn(O, D, generator=generator), torch.randn(O, generator=generator)
+    weight0, bias0 = torch.randn(O, D, generator=generator), torch.randn(O, generator=generator)
+    drift = FullDrift(delta, None if base_is_current else delta_bias)
+    now = (weight0, bias0) if base_is_current else (weight0 + delta, bias0 + delta_bias)
+    observer = MapObserver("m", drift, region, *now, base_is_current, quantile=0.5)
+    images = [torch.randn(3, 5, D, generator=generator), torch.randn(2, 5, D, generator=generator)]
+    for x in images:
+        observer.update(x)
+    result = observer.result(0.5, 0.9)
+    x = torch.cat(images)
+    change = x @ delta.T + (0 if base_is_current else delta_bias)
+    relative = (change.norm(dim=-1) / (x @ weight0.T + bias0).norm(dim=-1)).amax(1)
+    assert result.relative.largest == pytest.approx(relative.max().item(), rel=1e-4)
+    assert result.relative.num_images == 5 and result.rows == 25 and result.sound_holds
+    z = (x - region.mean) @ region.basis
+    assert result.rows_outside_envelope == int(((z < -3) | (z > 4)).any(-1).sum())
+    assert result.largest_output_drift <= result.sound
+    certificate = Certificate([result], result.relative, 0.5, 0.9)
+    certificate.save_json(tmp_path / "certificate.json")
+    saved = json.loads((tmp_path / "certificate.json").read_text())
+    assert saved["holds"] is True and saved["maps"][0]["name"] == "m"
+    assert "relative drift <=" in str(certificate) and "sound bound holds" in str(certificate)
+
+
+def test_a_broken_bound_is_reported():
+    region = make_region()
+    observer = MapObserver("m", FullDrift(torch.ones(O, D)), region, torch.ones(O, D), None, False)
+    observer.fixed_O, observer.slope_O = torch.zeros(O), torch.zeros(O)  # a bound that is certainly wrong
+    observer.update(region.mean.expand(2, 1, D) + 0.1)
+    result = observer.result(0.5, 0.5)
+    assert not result.sound_holds and not Certificate([result], None, 0.5, 0.5).holds

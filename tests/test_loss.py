@@ -1,0 +1,232 @@
+"""Regions and loss against the float64 oracle, for every variant."""
+
+import pytest
+import torch
+from oracle import Oracle, corners
+
+from barrier_diffusers.config import BarrierConfig
+from barrier_diffusers.drift import FullDrift, LoraDrift, full_drift, stack_drifts
+from barrier_diffusers.loss import box_term, interval_ends, protection_terms, residual_term
+from barrier_diffusers.region import ForgetRegion, fit_directions, fit_region
+from barrier_diffusers.statistics import Moments, ProjectionSketch
+
+D, O, K = 7, 5, 3  # noqa: E741
+GENERATOR = torch.Generator().manual_seed(0)
+MIX = torch.randn(D, D, generator=GENERATOR)
+FORGET = torch.randn(800, D, generator=GENERATOR) @ MIX + 1.5
+RETAIN = torch.randn(500, D, generator=GENERATOR) * 2 - 0.5
+DELTA = torch.randn(O, D, generator=GENERATOR) * 0.1
+DELTA_BIAS = torch.randn(O, generator=GENERATOR) * 0.1
+VARIANTS = [
+    {},
+    {"region": "envelope"},
+    {"region": "slabs"},
+    {"use_actual_bounds": True},
+    {"use_actual_bounds": True, "region": "envelope"},
+    {"use_actual_bounds": True, "region": "slabs"},
+    {"decomposition": "pca"},
+    {"decomposition": "none"},
+    {"decomposition": "none", "region": "slabs", "use_actual_bounds": True},
+    {"interval": False},
+    {"remove_top_directions": True},
+    {"include_bias_drift": True},
+    {"include_bias_drift": True, "region": "slabs"},
+    {"include_bias_drift": True, "region": "envelope"},
+    {"residual_weighting": "singular_values"},
+    {"residual_source": "retain"},
+    {"residual_source": "both", "residual_weighting": "singular_values"},
+    {"lower_percentile": 0.2, "upper_percentile": 0.7, "infinity_scale": 3.0},
+    {"reduced_dim": D},
+]
+
+
+def fit(options, forget=FORGET, retain=RETAIN):
+    config = BarrierConfig(**{"reduced_dim": K, "targets": ["fc"], **options})
+    moments, retain_moments = Moments(forget.shape[1]), Moments(forget.shape[1])
+    for chunk in forget.split(97):
+        moments.update(chunk)
+    directions = fit_directions(moments, config, "fc")
+    sketches = []
+    for rows in (forget, retain):
+        sketch = ProjectionSketch(directions.eigenvalues_K.sqrt())
+        sketch.update((rows - directions.mean_D.float()) @ directions.basis_DK.float())
+        sketches.append(sketch)
+    retain_moments.update(retain)
+    extra = (retain_moments, sketches[1]) if config.needs_retain_data else (None, None)
+    return config, fit_region(moments, directions, sketches[0], config, *extra)
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize("bias", [None, DELTA_BIAS], ids=["no bias", "bias"])
+def test_loss_equals_the_oracle(options, bias):
+    config, region = fit(options)
+    oracle = Oracle(FORGET, RETAIN, **{"reduced_dim": K, **options}).use_bounds_of(region)
+    loss = protection_terms(FullDrift(DELTA, bias), region, config).mean()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), oracle.loss(DELTA, bias), rtol=2e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_region_equals_the_oracle(options):
+    _, region = fit(options)
+    oracle = Oracle(FORGET, RETAIN, **{"reduced_dim": K, **options})
+    torch.testing.assert_close(region.mean.double(), oracle.mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(region.basis.double(), oracle.basis, rtol=1e-3, atol=1e-4)
+    spread = (oracle.z_upper - oracle.z_lower).max().item()
+    for name in ("z_lower", "z_upper", "outer_lower", "outer_upper"):
+        torch.testing.assert_close(getattr(region, name).double(), getattr(oracle, name), rtol=0, atol=0.05 * spread)
+    if region.residual is not None:
+        torch.testing.assert_close(region.residual.double(), oracle.residual, rtol=1e-3, atol=1e-4)
+        assert torch.linalg.eigvalsh(region.residual.double()).min() > -1e-5
+        assert (region.basis.T @ region.residual).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_lora_equals_the_same_delta_as_full_weights(options):
+    config, region = fit(options)
+    lora_A, lora_B = torch.randn(2, D, generator=GENERATOR) * 0.3, torch.randn(O, 2, generator=GENERATOR) * 0.3
+    lora = LoraDrift(lora_A, lora_B, 0.7)
+    dense = protection_terms(FullDrift(0.7 * lora_B @ lora_A), region, config)
+    torch.testing.assert_close(protection_terms(lora, region, config), dense, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(lora.dense(), 0.7 * lora_B @ lora_A)
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_loss_and_gradient_are_zero_at_the_snapshot(options):
+    config, region = fit(options)
+    weight, bias = DELTA.clone().requires_grad_(), DELTA_BIAS.clone().requires_grad_()
+    drift = full_drift(weight, DELTA, bias, DELTA_BIAS)
+    loss = protection_terms(drift, region, config).mean()
+    assert loss.item() == 0.0
+    for gradient in torch.autograd.grad(loss, (weight, bias)):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_gradient_equals_the_oracles(options):
+    config, region = fit(options)
+    oracle = Oracle(FORGET, RETAIN, **{"reduced_dim": K, **options}).use_bounds_of(region)
+    delta = DELTA.clone().requires_grad_()
+    loss = protection_terms(FullDrift(delta), region, config).mean()
+    exact = DELTA.double().requires_grad_()
+    (expected,) = torch.autograd.grad(oracle.loss(exact), exact)
+    (gradient,) = torch.autograd.grad(loss, delta)
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+def test_identity_of_the_two_ends():
+    _, region = fit({})
+    lower, upper = region.z_lower, region.outer_upper
+    d = DELTA @ region.basis
+    centre, width = (lower + upper) / 2, upper - lower
+    expected = ((d.abs() @ width) ** 2 / 2 + 2 * (d @ centre) ** 2).mean()
+    torch.testing.assert_close(box_term(d, lower, upper).mean(), expected)
+
+
+@pytest.mark.parametrize("region_kind", ["two_corner", "envelope", "slabs"])
+def test_no_z_inside_a_box_drifts_beyond_its_ends(region_kind):
+    options = {"use_actual_bounds": True, "region": region_kind}
+    _, region = fit(options)
+    oracle = Oracle(FORGET, RETAIN, reduced_dim=K, **options).use_bounds_of(region)
+    d = DELTA @ region.basis
+    for lower, upper in oracle.boxes()[0]:
+        low, high = interval_ends(d, lower.float(), upper.float())
+        z = lower + (upper - lower) * torch.rand(5000, K, generator=GENERATOR, dtype=torch.float64)
+        reached = torch.cat([z, corners(lower, upper)]).float() @ d.T
+        slack = 1e-5 * (high - low)
+        assert (reached >= low - slack).all() and (reached <= high + slack).all()
+        at_corners = corners(lower, upper).float() @ d.T  # the ends are attained, so the bound is not loose
+        torch.testing.assert_close(at_corners.amin(0), low, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(at_corners.amax(0), high, rtol=1e-4, atol=1e-5)
+
+
+def test_the_slabs_are_the_complement_and_two_corners_are_not():
+    _, region = fit({"use_actual_bounds": True})
+    boxes = {
+        kind: Oracle(FORGET, RETAIN, reduced_dim=K, use_actual_bounds=True, region=kind).use_bounds_of(region).boxes()[0]
+        for kind in ("two_corner", "slabs")
+    }
+    low, high = region.outer_lower.double(), region.outer_upper.double()
+    z = low + (high - low) * torch.rand(5000, K, generator=GENERATOR, dtype=torch.float64)
+    outside_safe = ((z < region.z_lower) | (z > region.z_upper)).any(1)
+    covered = {
+        kind: torch.stack([((z >= lower) & (z <= upper)).all(1) for lower, upper in parts]).any(0)
+        for kind, parts in boxes.items()
+    }
+    assert torch.equal(covered["slabs"], outside_safe)
+    assert (outside_safe & ~covered["two_corner"]).any()
+
+
+def test_residual_term_is_the_mean_squared_drift_of_residual_parts():
+    _, region = fit({})
+    centred = (FORGET - FORGET.mean(0)).double()
+    parts = centred - centred @ region.basis.double() @ region.basis.double().T
+    expected = ((parts @ DELTA.double().T) ** 2).mean(0)
+    torch.testing.assert_close(residual_term(FullDrift(DELTA), region.residual).double(), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_stacked_maps_equal_separate_maps():
+    config, region = fit({})
+    other = torch.randn(4, D, generator=GENERATOR)
+    stacked = stack_drifts([FullDrift(DELTA, DELTA_BIAS), FullDrift(other)])
+    separate = [protection_terms(drift, region, config) for drift in (FullDrift(DELTA, DELTA_BIAS), FullDrift(other))]
+    torch.testing.assert_close(protection_terms(stacked, region, config), torch.cat(separate))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_weights_give_a_float32_loss(dtype):
+    config, region = fit({})
+    weight0 = torch.randn(O, D, generator=GENERATOR).to(dtype)
+    weight = (weight0 + DELTA.to(dtype)).requires_grad_()
+    loss = protection_terms(full_drift(weight, weight0), region, config).mean()
+    exact = protection_terms(FullDrift(weight.detach().float() - weight0.float()), region, config).mean()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.detach(), exact)
+    loss.backward()
+    assert weight.grad.dtype == dtype and torch.isfinite(weight.grad).all()
+
+
+def test_lora_never_forms_a_dense_matrix():
+    wide, rank = 2048, 2
+    lora = LoraDrift(torch.randn(rank, wide, requires_grad=True), torch.randn(wide, rank, requires_grad=True), 1.0)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            fresh = isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() != given
+            if fresh:
+                largest = max(largest, out.numel())
+            return out
+
+    basis, covariance = torch.randn(wide, 4), torch.eye(wide)
+    given = covariance.untyped_storage().data_ptr()
+    with Watch():
+        (lora.energy(covariance).sum() + lora.project(basis).sum() + lora.apply(basis[:, 0]).sum()).backward()
+    assert largest <= wide * 8
+
+
+def test_reduced_dim_beyond_the_features_is_an_error():
+    moments = Moments(3)
+    moments.update(torch.randn(10, 3))
+    with pytest.raises(ValueError, match="reduced_dim is 4, but mid.fc has only 3 input features"):
+        fit_directions(moments, BarrierConfig(reduced_dim=4), "mid.fc")
+
+
+def test_retain_data_is_required_where_an_option_reads_it():
+    moments = Moments(D)
+    moments.update(FORGET)
+    config = BarrierConfig(reduced_dim=K, use_actual_bounds=True)
+    directions = fit_directions(moments, config)
+    with pytest.raises(ValueError, match="need a retain_loader"):
+        fit_region(moments, directions, ProjectionSketch(directions.eigenvalues_K), config)
+
+
+def test_region_round_trips_as_tensors():
+    _, region = fit({"residual_weighting": "singular_values"})
+    again = ForgetRegion.from_tensors(region.to_tensors())
+    assert again.count == region.count and again.residual_multiplier == region.residual_multiplier
+    for name in ("mean", "basis", "z_lower", "residual"):
+        assert torch.equal(getattr(again, name), getattr(region, name))
+    assert region.num_bytes >= 4 * D * D
