@@ -1,4 +1,4 @@
-"""Save an unlearned pipeline or adapter as a folder others can load, with a model card that says what was done."""
+"""Load pipelines, give them adapters, and save what was unlearned as a folder others can load, with a model card."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers
 from huggingface_hub import ModelCard, ModelCardData
+from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
+from barrier_diffusers.targets import resolve_targets
 from barrier_diffusers.training import METRICS_NAME, move_into
 
 CARD = """# {title}
@@ -45,6 +50,34 @@ LOAD_ADAPTER = """from diffusers import StableDiffusionPipeline
 
 pipeline = StableDiffusionPipeline.from_pretrained("{base}")
 pipeline.load_lora_weights("{folder}")"""
+
+
+def load_pipeline(name: str, revision: str | None = None, variant: str | None = None) -> StableDiffusionPipeline:
+    """A Stable Diffusion pipeline from a folder or the hub, in float32 and from safetensors only.
+
+    Raises:
+        ValueError: a folder that does not exist.
+        OSError: a hub id or a file that cannot be had.
+    """
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise ValueError(f"pipeline folder {name!r} does not exist")
+    return StableDiffusionPipeline.from_pretrained(
+        name, revision=revision, variant=variant, dtype=torch.float32, use_safetensors=True
+    )
+
+
+def enable_xformers(unet: Any, device: torch.device) -> None:
+    """Switch the UNet to xformers' attention; a ValueError anywhere but on a CUDA GPU."""
+    if device.type != "cuda":
+        raise ValueError("enable_xformers_memory_efficient_attention needs a CUDA GPU: xformers has no CPU kernels")
+    unet.enable_xformers_memory_efficient_attention()
+
+
+def add_adapter(unet: Any, targets: list[str], rank: int) -> None:
+    """A LoRA adapter on exactly the maps that `targets` name, its factors in float32."""
+    names = [entry.name for entry in resolve_targets(unet, targets)]
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=names))
+    cast_training_params(unet, dtype=torch.float32)
 
 
 def save_pipeline(pipeline: Any, output: Path) -> None:

@@ -170,7 +170,7 @@ def _no_match(model: nn.Module, maps: list[ProtectedMap], target: str) -> str:
 def _is_fused(module: nn.Module) -> bool:
     """Whether an attention runs to_qkv / to_kv instead of its projections.
 
-    `unfuse_qkv_projections` of an Attention gives the processor back but leaves its flag set, so the processor decides.
+    `unfuse_qkv_projections` gives an Attention its processor back but leaves the flag set: the processor decides.
     """
     if not getattr(module, "fused_projections", False):
         return False

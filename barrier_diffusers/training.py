@@ -95,7 +95,9 @@ def claim_output_dir(output_dir: str, overwrite: bool, resume: bool) -> Path:
             raise ValueError(
                 f"output_dir {output_dir!r} holds {what}; name another folder or set --overwrite_output_dir"
             )
-        if MANIFEST_NAME in entries or CONFIG_NAME in entries:  # an earlier run of ours: nothing of it may be left over
+        if (
+            MANIFEST_NAME in entries or CONFIG_NAME in entries
+        ):  # an earlier run of ours: nothing of it may be left over
             for name in entries:
                 path = folder / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -112,4 +112,6 @@ class Oracle:
 
 def corners(lower, upper):
     """All vertices of a box, for small K."""
-    return torch.tensor(list(itertools.product(*zip(lower.tolist(), upper.tolist(), strict=True))), dtype=torch.float64)
+    return torch.tensor(
+        list(itertools.product(*zip(lower.tolist(), upper.tolist(), strict=True))), dtype=torch.float64
+    )

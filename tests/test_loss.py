@@ -143,7 +143,9 @@ def test_no_z_inside_a_box_drifts_beyond_its_ends(region_kind):
 def test_the_slabs_are_the_complement_and_two_corners_are_not():
     _, region = fit({"use_actual_bounds": True})
     boxes = {
-        kind: Oracle(FORGET, RETAIN, reduced_dim=K, use_actual_bounds=True, region=kind).use_bounds_of(region).boxes()[0]
+        kind: Oracle(FORGET, RETAIN, reduced_dim=K, use_actual_bounds=True, region=kind)
+        .use_bounds_of(region)
+        .boxes()[0]
         for kind in ("two_corner", "slabs")
     }
     low, high = region.outer_lower.double(), region.outer_upper.double()
@@ -162,7 +164,9 @@ def test_residual_term_is_the_mean_squared_drift_of_residual_parts():
     centred = (FORGET - FORGET.mean(0)).double()
     parts = centred - centred @ region.basis.double() @ region.basis.double().T
     expected = ((parts @ DELTA.double().T) ** 2).mean(0)
-    torch.testing.assert_close(residual_term(FullDrift(DELTA), region.residual).double(), expected, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(
+        residual_term(FullDrift(DELTA), region.residual).double(), expected, rtol=1e-3, atol=1e-6
+    )
 
 
 def test_stacked_maps_equal_separate_maps():

@@ -107,7 +107,9 @@ def test_keyword_arguments_reach_the_wrapped_processor(unet):
         def __init__(self, inner):
             self.inner = inner
 
-        def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, flavour=None):
+        def __call__(
+            self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None, flavour=None
+        ):
             received.append(flavour)
             return self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
 
@@ -170,7 +172,9 @@ def test_maps_resolved_before_an_adapter_is_added_are_recorded(unet):
     maps = resolve_targets(unet, ["attn2.to_q"])
     unet.add_adapter(LoraConfig(r=2, target_modules=["attn2.to_q"]))
     rows = {}
-    leaders = record_inputs(unet, maps, unet_batches(), run_unet, lambda n, r: rows.setdefault(n, []).append(r.clone()))
+    leaders = record_inputs(
+        unet, maps, unet_batches(), run_unet, lambda n, r: rows.setdefault(n, []).append(r.clone())
+    )
     assert_same(leaders, rows, expected_rows(unet, ["attn2.to_q"], unet_batches(), run_unet))
 
 

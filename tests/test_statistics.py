@@ -127,7 +127,7 @@ def test_memory_does_not_grow_with_the_rows():
 def _worker(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    x = rows()[: 300] if rank == 0 else rows()[300:]
+    x = rows()[:300] if rank == 0 else rows()[300:]
     moments, sketch = Moments(6), ProjectionSketch(torch.full((6,), 5.0))
     moments.update(x)
     sketch.update(x)

@@ -23,10 +23,14 @@ def test_stable_diffusion_layout_has_96_qkv_maps():
 
 
 def test_whole_dotted_suffixes_match_and_substrings_do_not():
-    model = nn.ModuleDict({"fc": nn.Linear(2, 2), "fc2": nn.Linear(2, 2), "head": nn.ModuleDict({"fc": nn.Linear(2, 2)})})
+    model = nn.ModuleDict(
+        {"fc": nn.Linear(2, 2), "fc2": nn.Linear(2, 2), "head": nn.ModuleDict({"fc": nn.Linear(2, 2)})}
+    )
     assert names(model, "fc") == ["fc", "head.fc"]
     assert names(model, "head.fc") == ["head.fc"]
-    deep = nn.ModuleDict({"single_blocks": nn.ModuleList([nn.Linear(2, 2)]), "blocks": nn.ModuleList([nn.Linear(2, 2)])})
+    deep = nn.ModuleDict(
+        {"single_blocks": nn.ModuleList([nn.Linear(2, 2)]), "blocks": nn.ModuleList([nn.Linear(2, 2)])}
+    )
     assert names(deep, "blocks.0") == ["blocks.0"]
 
 

@@ -17,11 +17,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
-from barrier_diffusers.targets import resolve_targets
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import cast_training_params
-from peft import LoraConfig
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -37,7 +34,14 @@ from barrier_diffusers.evaluation.erasure import (
 )
 from barrier_diffusers.evaluation.report import before_after_grid, loss_curves, print_metrics, strip
 from barrier_diffusers.generation import generate
-from barrier_diffusers.hub import save_adapter, save_model_card, save_pipeline
+from barrier_diffusers.hub import (
+    add_adapter,
+    enable_xformers,
+    load_pipeline,
+    save_adapter,
+    save_model_card,
+    save_pipeline,
+)
 from barrier_diffusers.objectives import get_objective
 from barrier_diffusers.training import (
     MANIFEST_NAME,
@@ -125,37 +129,14 @@ class UnlearnConfig(ConceptConfig):
             raise ValueError("set objective.anchor (words) or objective.anchor_prompt (a whole prompt), not both")
         if self.objective.alpha < 0:
             raise ValueError(f"objective.alpha is {self.objective.alpha}, but must be >= 0")
+        if self.needs_retain and self.forget_prompts and not self.retain_prompts:
+            raise ValueError("alpha > 0, use_actual_bounds and residual_source need retain data: set retain_prompts")
 
-
-def load_pipeline(config: UnlearnConfig, device: torch.device, frozen_dtype: torch.dtype) -> StableDiffusionPipeline:
-    """The base pipeline; only its UNet is kept in float32 when it trains in full."""
-    name = config.pretrained_model_name_or_path
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise ValueError(f"pipeline folder {name!r} does not exist")
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        name, revision=config.revision, variant=config.variant, dtype=torch.float32, use_safetensors=True
-    )
-    if config.enable_xformers_memory_efficient_attention:
-        if device.type != "cuda":
-            raise ValueError(
-                "enable_xformers_memory_efficient_attention needs a CUDA GPU: xformers has no CPU kernels"
-            )
-        pipeline.unet.enable_xformers_memory_efficient_attention()
-    for module in (pipeline.vae, pipeline.text_encoder):
-        module.to(device, frozen_dtype).requires_grad_(False).eval()
-    pipeline.unet.to(device, frozen_dtype if config.rank else torch.float32)
-    if config.gradient_checkpointing:
-        pipeline.unet.enable_gradient_checkpointing()
-    return pipeline
-
-
-def add_adapter(unet: torch.nn.Module, config: UnlearnConfig) -> None:
-    """A LoRA adapter on exactly the protected maps, its factors in float32."""
-    names = [protected.name for protected in resolve_targets(unet, config.barrier.targets)]
-    unet.add_adapter(
-        LoraConfig(r=config.rank, lora_alpha=config.rank, init_lora_weights="gaussian", target_modules=names)
-    )
-    cast_training_params(unet, dtype=torch.float32)
+    @property
+    def needs_retain(self) -> bool:
+        """Whether any retain image is read: for the retain loss, or to fit the regions."""
+        protected = self.barrier.lambda_interval > 0
+        return self.objective.alpha > 0 or (protected and self.barrier.needs_retain_data)
 
 
 def batches(images: EncodedImages, config: UnlearnConfig, seed: int) -> DataLoader:
@@ -163,11 +144,6 @@ def batches(images: EncodedImages, config: UnlearnConfig, seed: int) -> DataLoad
     size = min(config.train_batch_size, len(images))
     generator = torch.Generator().manual_seed(seed)
     return DataLoader(images, batch_size=size, shuffle=True, drop_last=True, generator=generator)
-
-
-def bounds_need_retain(config: BarrierConfig) -> bool:
-    """Whether fitting the regions takes a pass over retain images."""
-    return config.lambda_interval > 0 and (config.use_actual_bounds or config.residual_source != "forget")
 
 
 def set_up_protection(
@@ -185,7 +161,7 @@ def set_up_protection(
         size = config.train_batch_size * accelerator.num_processes
         return NoisedBatches(images, scheduler, scale, size, seed, accelerator.device, **share)
 
-    retain = data.retain if bounds_need_retain(config.barrier) else None
+    retain = data.retain if config.barrier.needs_retain_data else None
     with accelerator.autocast():
         barrier.setup_protection(
             loader(data.forget, config.seed), predict, loader(retain, config.seed + 1) if retain is not None else None
@@ -256,20 +232,26 @@ def main(config: UnlearnConfig) -> None:
     )
     set_seed(config.seed)
     frozen_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
-    pipeline = load_pipeline(config, accelerator.device, frozen_dtype)
+    pipeline = load_pipeline(config.pretrained_model_name_or_path, config.revision, config.variant)
     unet = pipeline.unet
+    if config.enable_xformers_memory_efficient_attention:
+        enable_xformers(unet, accelerator.device)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    for module in (pipeline.vae, pipeline.text_encoder):
+        module.to(accelerator.device, frozen_dtype).requires_grad_(False).eval()
+    unet.to(accelerator.device, frozen_dtype if config.rank else torch.float32)
     base_hash = module_hash(unet)
     cache = Path(config.cache_dir or output / "cache")
     if config.rank:
-        add_adapter(unet, config)
+        add_adapter(unet, config.barrier.targets, config.rank)
     barrier = Barrier(unet, config.barrier)
 
     questions = make_questions(config.evaluation, config)
     concepts = load_concepts(config, pipeline, cache, base_hash, config.seed)
     steer = config.objective
     anchors = concepts.anchors(steer.anchor, steer.anchor_prompt, config.seed) if objective.needs_anchor else None
-    needs_retain = steer.alpha > 0 or bounds_need_retain(config.barrier)
-    data = encode_concepts(concepts, anchors, pipeline, cache, config.resolution, needs_retain)
+    data = encode_concepts(concepts, anchors, pipeline, cache, config.resolution, config.needs_retain)
     before = np.empty(0)
     if accelerator.is_main_process:
         before = generate_cached(pipeline, questions.prompts, config.evaluation.sampling, cache, base_hash)

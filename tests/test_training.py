@@ -1,0 +1,200 @@
+"""The scripts' shared parts: settings, output folder, data order, checkpoints, hashes."""
+
+import json
+import sys
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
+from diffusers import DDPMScheduler
+from torch import nn
+from torch.utils.data import DataLoader
+
+from barrier_diffusers import BarrierConfig
+from barrier_diffusers.training import (
+    History,
+    StepMaker,
+    checkpoint_folders,
+    claim_output_dir,
+    endless,
+    find_checkpoint,
+    freeze_normalisation,
+    manifest,
+    module_hash,
+    move_into,
+    parse_config,
+    run_script,
+    save_checkpoint,
+    write_json,
+)
+
+
+@dataclass
+class Settings:
+    """Settings of a pretend script."""
+
+    output_dir: str
+    learning_rate: float = 1.0
+    barrier: BarrierConfig = field(default_factory=BarrierConfig)
+
+
+def test_yaml_and_dotted_flags_meet(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("output_dir: a\nlearning_rate: 1e-5\nbarrier:\n  reduced_dim: 8\n  targets: [fc]\n")
+    config = parse_config(Settings, ["--config", str(file), "--barrier.lambda_interval", "2e-1"])
+    assert config == Settings("a", 1e-5, BarrierConfig(targets=["fc"], reduced_dim=8, lambda_interval=0.2))
+    assert isinstance(config.learning_rate, float)
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "message"),
+    [
+        (["--output_dir", "a", "--no_such_flag", "1"], 2, "no_such_flag"),
+        (["--output_dir", "a", "--learning_rate", "fast"], 2, "learning_rate"),
+        ([], 2, "output_dir"),
+        (["--output_dir", "a", "--barrier.region", "sphere"], 2, "barrier.region"),
+        (["--output_dir", "a", "--barrier.lower_percentile", "0.99"], 2, "lower_percentile < upper_percentile"),
+        (["--output_dir", "fails"], 1, "that folder is no good"),
+    ],
+)
+def test_errors_are_one_line_with_a_status(monkeypatch, capsys, flags, status, message):
+    def main(config):
+        raise ValueError("that folder\nis no good")
+
+    monkeypatch.setattr(sys, "argv", ["script", *flags])
+    with pytest.raises(SystemExit) as caught:
+        run_script(main, Settings)
+    error = capsys.readouterr().err
+    assert caught.value.code == status
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+def test_programming_errors_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["script", "--output_dir", "a"])
+    with pytest.raises(KeyError):
+        run_script(lambda config: {}["missing"], Settings)
+
+
+def test_output_dir_is_claimed_once(tmp_path):
+    folder = tmp_path / "run"
+    assert claim_output_dir(str(folder), False, False) == folder
+    (folder / "cache").mkdir()
+    claim_output_dir(str(folder), False, False)  # what a run that stopped early leaves is no other run
+    (folder / "manifest.json").write_text("{}")
+    (folder / "unet").mkdir()
+    with pytest.raises(ValueError, match="holds another run; name another folder or set --overwrite_output_dir"):
+        claim_output_dir(str(folder), False, False)
+    claim_output_dir(str(folder), False, True)
+    assert (folder / "unet").is_dir()
+    claim_output_dir(str(folder), True, False)
+    assert [path.name for path in folder.iterdir()] == ["cache"]
+
+
+def test_foreign_files_are_never_deleted(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match="holds other files"):
+        claim_output_dir(str(tmp_path), False, False)
+    claim_output_dir(str(tmp_path), True, False)
+    assert (tmp_path / "thesis.tex").read_text() == "x"
+    with pytest.raises(ValueError, match="is a file"):
+        claim_output_dir(str(tmp_path / "thesis.tex"), True, False)
+
+
+def test_unwritable_output_dir(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="is not writable"):
+        claim_output_dir(str(tmp_path / "file" / "below"), False, False)
+
+
+def test_json_and_moves_are_whole(tmp_path):
+    write_json(tmp_path / "a.json", {"x": [1, 2]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": [1, 2]}
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"x": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": [1, 2]}
+    source, target = tmp_path / "new", tmp_path / "old"
+    (source / "unet").mkdir(parents=True)
+    (source / "unet" / "w").write_text("new")
+    (source / "model_index.json").write_text("new")
+    (target / "unet").mkdir(parents=True)
+    (target / "unet" / "stale").write_text("old")
+    move_into(source, target, last="model_index.json")
+    assert not source.exists() and not (target / "unet" / "stale").exists()
+    assert (target / "unet" / "w").read_text() == (target / "model_index.json").read_text() == "new"
+
+
+def test_module_hash_sees_every_weight():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).half()
+    before = module_hash(model)
+    assert before == module_hash(model)
+    with torch.no_grad():
+        model[1].running_var[2] += 1
+    assert module_hash(model) != before
+
+
+def test_normalisation_stays_in_eval_mode():
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Dropout(), nn.LayerNorm(3), nn.GroupNorm(1, 3)).eval()
+    freeze_normalisation(model)
+    assert [layer.training for layer in model] == [True, False, True, False, False]
+
+
+def prepared_loader():
+    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True))
+    loader = DataLoader(torch.arange(10), batch_size=3, shuffle=True, generator=torch.Generator().manual_seed(0))
+    return accelerator.prepare(loader)
+
+
+def test_batches_reshuffle_and_continue_where_a_run_stopped():
+    torch.manual_seed(0)
+    stream = endless(prepared_loader())
+    whole = [next(stream).tolist() for _ in range(12)]
+    assert sorted(sum(whole[:4], [])) == sorted(sum(whole[4:8], [])) == list(range(10))
+    assert whole[:4] != whole[4:8]
+    torch.manual_seed(0)
+    stream = endless(prepared_loader(), batches_done=6)
+    assert [next(stream).tolist() for _ in range(6)] == whole[6:]
+
+
+def test_checkpoints_rotate_and_are_found(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(nn.Linear(2, 2))
+    history = History()
+    accelerator.register_for_checkpointing(history)
+    for step in (1, 2, 10):
+        history.append(objective=float(step))
+        save_checkpoint(accelerator, tmp_path, step, 2, None)
+    assert [path.name for path in checkpoint_folders(tmp_path)] == ["step-2", "step-10"]
+    latest = find_checkpoint(tmp_path, "latest")
+    assert latest == tmp_path / "checkpoints" / "step-10" == find_checkpoint(tmp_path, "step-10")
+    history.values = {}
+    weight = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight += 1
+    accelerator.load_state(str(latest))
+    assert history.values == {"objective": [1.0, 2.0, 10.0]} and torch.equal(model.weight, weight)
+    assert find_checkpoint(tmp_path / "new", "latest") is None and find_checkpoint(tmp_path, None) is None
+    with pytest.raises(ValueError, match="no checkpoint 'step-7'"):
+        find_checkpoint(tmp_path, "step-7")
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_step_maker_targets(prediction_type):
+    scheduler = DDPMScheduler(prediction_type=prediction_type)
+    moments = torch.cat([torch.randn(3, 2, 4, 4), torch.full((3, 2, 4, 4), -30.0)], 1)
+    batch = {"moments": moments, "condition": torch.zeros(3, 1, 1), "anchor": torch.ones(3, 1, 1)}
+    step = StepMaker(nn.Identity(), scheduler, 0.5)(batch)
+    alpha = scheduler.alphas_cumprod[step.timesteps].view(-1, 1, 1, 1)
+    latents = moments[:, :2] * 0.5
+    noise = (step.noisy - alpha.sqrt() * latents) / (1 - alpha).sqrt()
+    expected = noise if prediction_type == "epsilon" else alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+    torch.testing.assert_close(step.target, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_manifest_is_complete():
+    content = manifest(Settings("a"), {"unet": "abc"}, num_steps=3)
+    assert content["settings"]["barrier"]["reduced_dim"] == 32 and content["hashes"] == {"unet": "abc"}
+    assert content["versions"]["torch"] == torch.__version__ and content["num_steps"] == 3
+    json.dumps(content)
