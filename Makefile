@@ -3,8 +3,13 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 RUN    ?= runs/fashion_class
+CORES  := $(shell getconf _NPROCESSORS_ONLN)
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	--num_cpu_threads_per_process $(CORES)
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
+export TRANSFORMERS_VERBOSITY = error
+export DIFFUSERS_VERBOSITY = error
 
 .DEFAULT_GOAL := help
 .PHONY: help install unlearn test test-slow table embedded-model quality style clean
@@ -21,8 +26,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 unlearn: $(READY) ## the main job: erase a class from the embedded Stable Diffusion
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		train_scripts/unlearn_sd.py --config train_scripts/configs/fashion_class.yaml \
+	$(LAUNCH) train_scripts/unlearn_sd.py --config train_scripts/configs/fashion_class.yaml \
 		--output_dir $(RUN) --overwrite_output_dir true
 
 test: $(READY) ## lint, types and all fast tests, in parallel
@@ -40,8 +44,8 @@ table: $(READY) ## all rows of the README's table; finished rows are not run aga
 embedded-model: $(READY) ## train everything in assets/ again (Debian package dataset-fashion-mnist needed)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps open-clip-torch
 	$(BIN)/python train_scripts/prepare_fashion_mnist.py
-	$(BIN)/accelerate launch --num_processes 1 train_scripts/train_classifier.py
-	$(BIN)/accelerate launch --num_processes 1 train_scripts/train_text_to_image.py
+	$(LAUNCH) train_scripts/train_classifier.py
+	$(LAUNCH) train_scripts/train_text_to_image.py
 	$(BIN)/python train_scripts/score_text_to_image.py
 
 quality: $(READY) ## lint and types only

@@ -42,6 +42,8 @@ class Moments:
 
     def update(self, x_ND: Tensor) -> None:
         """Add the rows `x_ND` (any floating dtype)."""
+        if len(x_ND) == 0:
+            return
         rows = x_ND.float()
         mean_D = rows.mean(0)
         centred_ND = rows - mean_D
@@ -122,8 +124,8 @@ class ProjectionSketch:
             return
         z_KN = z_NK.double().T.contiguous()
         distance_KN = torch.log(z_KN.abs() / self.scale_K[:, None] / SMALLEST) / math.log(RATIO)
-        steps_KN = (distance_KN.floor() + 1).clamp(0, self.bins_per_side)
-        bins_KN = (steps_KN * z_KN.sign()).long() + self.bins_per_side
+        steps_KN = (distance_KN.floor() + 1).clamp(0, self.bins_per_side) * z_KN.sign()
+        bins_KN = steps_KN.nan_to_num().long() + self.bins_per_side  # the recorder reports NaN; here it must not crash
         self.counts_KS.scatter_add_(1, bins_KN, torch.ones_like(bins_KN))
         self.sums_KS.scatter_add_(1, bins_KN, z_KN)
         self.minimum_K = torch.minimum(self.minimum_K, z_KN.amin(1))

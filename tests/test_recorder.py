@@ -120,6 +120,27 @@ def test_keyword_arguments_reach_the_wrapped_processor(unet):
     assert set(received) == {"sour"}
 
 
+def test_a_processor_that_is_a_module_stays_in_the_state_dict(unet):
+    class Processor(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.scale = inner, torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
+            return self.scale * self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+
+    unet.set_attn_processor({name: Processor(inner) for name, inner in unet.attn_processors.items()})
+    keys = []
+
+    def forward(model, batch):
+        keys.append(list(model.state_dict()))
+        return run_unet(model, batch)
+
+    batches = unet_batches()
+    assert_same(*record(unet, QKV, batches, forward), expected_rows(unet, QKV, batches, run_unet))
+    assert keys[0] == list(unet.state_dict()) and any(key.endswith("processor.scale") for key in keys[0])
+
+
 def test_nothing_is_left_behind_not_even_after_an_exception(unet):
     batches = unet_batches()
     unet.train()

@@ -112,6 +112,12 @@ def test_sketch_does_not_depend_on_order_or_split():
     torch.testing.assert_close(parts[0].quantile(0.05), whole.quantile(0.05), rtol=1e-6, atol=0)
 
 
+def test_nan_does_not_crash_the_sketch():
+    sketch = ProjectionSketch(torch.ones(2))
+    sketch.update(torch.tensor([[float("nan"), 1.0], [float("inf"), -float("inf")]]))
+    assert sketch.count == 2 and sketch.maximum[0].isnan()
+
+
 def test_memory_does_not_grow_with_the_rows():
     moments, sketch = Moments(6), ProjectionSketch(torch.ones(6))
     sizes = []

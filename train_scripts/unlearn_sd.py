@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
@@ -71,6 +71,12 @@ class ObjectiveConfig:
     anchor_prompt: str | None = None  # or one whole prompt for every forget image
 
 
+POSITIVE = (
+    *("resolution", "train_batch_size", "num_train_epochs", "max_train_steps", "gradient_accumulation_steps"),
+    *("validation_steps", "checkpointing_steps", "checkpoints_total_limit"),
+)
+
+
 @dataclass(kw_only=True)
 class UnlearnConfig(ConceptConfig):
     """Everything a run depends on."""
@@ -96,9 +102,7 @@ class UnlearnConfig(ConceptConfig):
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     enable_xformers_memory_efficient_attention: bool = False
     rank: int = 0  # of a LoRA adapter on the targets; 0 trains the full weights
-    merge_adapter: bool = (
-        False  # with rank > 0: save the pipeline with the adapter merged as well, in output_dir/merged
-    )
+    merge_adapter: bool = False  # with rank > 0: also save the merged pipeline, in output_dir/merged
     report_to: Literal["tensorboard", "wandb", "all", "none"] = "tensorboard"
     validation_prompt: list[str] = field(default_factory=list)  # sampled every validation_steps
     validation_steps: int = 100
@@ -111,15 +115,7 @@ class UnlearnConfig(ConceptConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive = (
-            "resolution",
-            "train_batch_size",
-            "num_train_epochs",
-            "gradient_accumulation_steps",
-            "validation_steps",
-        )
-        optional = ("max_train_steps", "checkpointing_steps", "checkpoints_total_limit")
-        for name in (*positive, *optional):
+        for name in POSITIVE:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, but must be at least 1")
@@ -168,11 +164,16 @@ def set_up_protection(
         )
 
 
-def validate(pipeline: StableDiffusionPipeline, config: UnlearnConfig, output: Path, step: int) -> Any:
-    """Sample the validation prompts as the pipeline is now; returns the pictures (N, H, W, 3) and writes them."""
+def validate(
+    accelerator: Accelerator, pipeline: StableDiffusionPipeline, config: UnlearnConfig, output: Path, step: int
+) -> None:
+    """Sample the validation prompts as the pipeline is now, for the output folder and the trackers."""
     images = generate(pipeline, config.validation_prompt, config.evaluation.sampling, desc="validation")
     strip(images, config.validation_prompt, output / "validation" / f"step-{step:06d}.png")
-    return images
+    for tracker in accelerator.trackers:
+        if tracker.name in ("tensorboard", "wandb"):
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"validation": images}, step=step, **layout)
 
 
 def finish(
@@ -220,16 +221,19 @@ def finish(
 def main(config: UnlearnConfig) -> None:
     """Load -> encode -> before -> protect -> train -> save -> after."""
     objective = get_objective(config.objective.name)
-    resume = config.resume_from_checkpoint is not None
-    output = claim_output_dir(config.output_dir, config.overwrite_output_dir, resume)
-    checkpoint = find_checkpoint(output, config.resume_from_checkpoint)
+    micro_steps = config.gradient_accumulation_steps
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(micro_steps, sync_with_dataloader=False),
         log_with=None if config.report_to == "none" else config.report_to,
-        project_dir=str(output),
+        project_dir=config.output_dir,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
     )
+    output = Path(config.output_dir)
+    if accelerator.is_main_process:
+        claim_output_dir(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint is not None)
+    accelerator.wait_for_everyone()
+    checkpoint = find_checkpoint(output, config.resume_from_checkpoint)
     set_seed(config.seed)
     frozen_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
     pipeline = load_pipeline(config.pretrained_model_name_or_path, config.revision, config.variant)
@@ -247,11 +251,12 @@ def main(config: UnlearnConfig) -> None:
         add_adapter(unet, config.barrier.targets, config.rank)
     barrier = Barrier(unet, config.barrier)
 
-    questions = make_questions(config.evaluation, config)
-    concepts = load_concepts(config, pipeline, cache, base_hash, config.seed)
     steer = config.objective
-    anchors = concepts.anchors(steer.anchor, steer.anchor_prompt, config.seed) if objective.needs_anchor else None
-    data = encode_concepts(concepts, anchors, pipeline, cache, config.resolution, config.needs_retain)
+    with accelerator.main_process_first():  # the others find the cache filled
+        questions = make_questions(config.evaluation, config)
+        concepts = load_concepts(config, pipeline, cache, base_hash, config.seed)
+        anchors = concepts.anchors(steer.anchor, steer.anchor_prompt, config.seed) if objective.needs_anchor else None
+        data = encode_concepts(concepts, anchors, pipeline, cache, config.resolution, config.needs_retain)
     before = np.empty(0)
     if accelerator.is_main_process:
         before = generate_cached(pipeline, questions.prompts, config.evaluation.sampling, cache, base_hash)
@@ -261,6 +266,7 @@ def main(config: UnlearnConfig) -> None:
     scale = pipeline.vae.config.scaling_factor
     protected = config.barrier.lambda_interval > 0
     if protected and checkpoint:
+        barrier.remove()
         barrier = Barrier.from_pretrained(checkpoint / "barrier", unet)
     elif protected:
         set_up_protection(barrier, accelerator, config, scheduler, scale, data)
@@ -268,11 +274,9 @@ def main(config: UnlearnConfig) -> None:
     parameters = barrier.trainable_parameters()
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.adam_weight_decay)
     forget_loader = batches(data.forget, config, config.seed)
-    retain_loader = (
-        batches(data.retain, config, config.seed + 1) if config.objective.alpha > 0 and data.retain else None
-    )
+    retain_loader = batches(data.retain, config, config.seed + 1) if steer.alpha > 0 and data.retain else None
     model, optimizer, forget_loader, retain_loader = accelerator.prepare(unet, optimizer, forget_loader, retain_loader)
-    steps_per_epoch = -(-len(forget_loader) // config.gradient_accumulation_steps)
+    steps_per_epoch = -(-len(forget_loader) // micro_steps)
     max_steps = config.max_train_steps or config.num_train_epochs * steps_per_epoch
     schedule = get_scheduler(
         config.lr_scheduler,
@@ -291,7 +295,6 @@ def main(config: UnlearnConfig) -> None:
 
     make_step = StepMaker(model, scheduler, scale)
     freeze_normalisation(model)
-    micro_steps = config.gradient_accumulation_steps
     forget_batches = endless(forget_loader, first * micro_steps)
     retain_batches = endless(retain_loader, first * micro_steps) if retain_loader else None
     progress = tqdm(range(first, max_steps), desc="unlearning", disable=not accelerator.is_local_main_process)
@@ -300,22 +303,21 @@ def main(config: UnlearnConfig) -> None:
         losses = {"objective": 0.0, "retain": 0.0, "protection": 0.0}
         for _ in range(micro_steps):
             with accelerator.accumulate(model):
-                objective_loss = objective.loss(make_step(next(forget_batches)))
-                terms = {"objective": objective_loss}
+                terms = {"objective": objective.loss(make_step(next(forget_batches)))}
                 if retain_batches:
-                    terms["retain"] = config.objective.alpha * make_step(next(retain_batches)).ordinary_loss()
+                    terms["retain"] = steer.alpha * make_step(next(retain_batches)).ordinary_loss()
                 if protected:
                     terms["protection"] = barrier.compute_protection_loss()
+                for name, value in terms.items():
+                    losses[name] += value.item() / micro_steps
+                if not np.isfinite(list(losses.values())).all():
+                    raise FloatingPointError(f"non-finite loss at step {step + 1} ({losses}): lower learning_rate")
                 accelerator.backward(torch.stack(list(terms.values())).sum())
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
-            for name, value in terms.items():
-                losses[name] += value.item() / micro_steps
-        if not np.isfinite(list(losses.values())).all():
-            raise FloatingPointError(f"the loss is not finite at step {step + 1} ({losses}): lower learning_rate")
         history.append(**losses)
         accelerator.log({f"loss/{name}": value for name, value in losses.items()}, step=step + 1)
         progress.set_postfix({name: f"{value:.4g}" for name, value in losses.items()})
@@ -325,7 +327,7 @@ def main(config: UnlearnConfig) -> None:
             )
         if config.validation_prompt and (step + 1) % config.validation_steps == 0 and accelerator.is_main_process:
             unet.eval()
-            validate(pipeline, config, output, step + 1)
+            validate(accelerator, pipeline, config, output, step + 1)
             freeze_normalisation(model)
 
     seconds = time.perf_counter() - start
