@@ -14,17 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from barrier_diffusers.certificate import Certificate, MapObserver, RelativeDrift, distribution_free, order_statistic
 from barrier_diffusers.config import BarrierConfig
 from barrier_diffusers.drift import Drift, FullDrift, LoraDrift, full_drift, stack_drifts
-from barrier_diffusers.fitting import ForwardFn, fit_regions, random_state, set_random_state
+from barrier_diffusers.fitting import ForwardFn, first_tensor, fit_regions, kept_random_state
 from barrier_diffusers.loss import protection_terms
 from barrier_diffusers.recorder import evaluation_mode, record_inputs
-from barrier_diffusers.region import ForgetRegion, check_reduced_dim
+from barrier_diffusers.region import ForgetRegion, check_reduced_dim, load_tensors, save_tensors
 from barrier_diffusers.targets import ProtectedMap, resolve_targets, restore, snapshot_of
 
 REGIONS_NAME = "barrier_regions.safetensors"
@@ -59,22 +57,31 @@ class Barrier:
         self.maps = resolve_targets(model, config.targets)
         for entry in self.maps:
             check_reduced_dim(config, entry.num_features, entry.name)
+        self.groups: list[MapGroup] = []
+        self._snapshots: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self._requires_grad: dict[nn.Parameter, bool] = {}
+        self._freeze_the_rest()
+
+    def _freeze_the_rest(self) -> None:
+        """Only the maps train, or their adapters if they carry any; also called when one may have been added since."""
         adapted = [entry.has_adapter for entry in self.maps]
         if any(adapted) and not all(adapted):
             without = next(entry.name for entry in self.maps if not entry.has_adapter)
             raise ValueError(f"some targets carry an adapter, but {without} does not: adapt all targets, or none")
+        trainable = set(self.trainable_parameters())
         self.uses_adapter = all(adapted)
-        self.groups: list[MapGroup] = []
-        self._snapshots: dict[str, tuple[Tensor, Tensor | None]] = {}
-        trainable = [parameter for entry in self.maps for parameter in entry.trainable()]
-        self._requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
-        model.requires_grad_(False)
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        for parameter in self.model.parameters():
+            self._requires_grad.setdefault(parameter, parameter.requires_grad)
+            parameter.requires_grad_(parameter in trainable)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The parameters the optimizer may change."""
         return [parameter for entry in self.maps for parameter in entry.trainable()]
+
+    @property
+    def num_trainable(self) -> int:
+        """How many numbers train."""
+        return sum(parameter.numel() for parameter in self.trainable_parameters())
 
     @property
     def regions(self) -> dict[str, ForgetRegion]:
@@ -85,8 +92,8 @@ class Barrier:
     def setup_protection(self, forget_loader: Any, forward_fn: ForwardFn, retain_loader: Any = None) -> None:
         """Fit the regions and take the snapshot: two passes over the forget data, one over the retain data if needed.
 
-        Both passes start from the same random state, so that a forward function that draws noise draws the same. In a
-        distributed run each process passes its own share of the data.
+        All passes start from the random state of the caller, who gets it back unchanged, so that a forward function
+        that draws noise draws the same in each. In a distributed run each process passes its own share of the data.
 
         Args:
             forget_loader, retain_loader: re-iterable batches, e.g. DataLoaders.
@@ -98,6 +105,7 @@ class Barrier:
         """
         if self.config.needs_retain_data and retain_loader is None:
             raise ValueError("use_actual_bounds and residual_source='retain' / 'both' need a retain_loader")
+        self._freeze_the_rest()
         self._require_zero_drift()
         fitted = fit_regions(self.model, self.maps, self.config, forget_loader, forward_fn, retain_loader)
         self._install(fitted)
@@ -130,8 +138,12 @@ class Barrier:
 
         Raises:
             RuntimeError: setup_protection was not called.
+            ValueError: an adapter was added or removed since then.
         """
         self._require_setup()
+        if entry.has_adapter != self.uses_adapter:
+            change = "removed from" if self.uses_adapter else "added to"
+            raise ValueError(f"an adapter was {change} {entry.name} after setup_protection: call it again")
         if self.uses_adapter:
             factors = entry.lora()
             return LoraDrift(factors.lora_A_RD, factors.lora_B_OR, factors.scaling)
@@ -173,11 +185,11 @@ class Barrier:
     def drift_norms(self) -> dict[str, float]:
         """Frobenius norm of each map's drift relative to its snapshot's, for logs."""
         self._require_setup()
-        norms = {}
+        relative = []
         for entry in self.maps:
             base = self._snapshots[entry.name][0] if not self.uses_adapter else entry.layer.weight
-            norms[entry.name] = (self.drift(entry).dense().norm() / base.float().norm()).item()
-        return norms
+            relative.append(self.drift(entry).dense().norm() / base.float().norm().clamp_min(1e-30))
+        return dict(zip((entry.name for entry in self.maps), torch.stack(relative).tolist(), strict=True))
 
     def certify(
         self, held_out_loader: Any, forward_fn: ForwardFn, quantile: float = 0.99, confidence: float = 0.95
@@ -204,13 +216,17 @@ class Barrier:
             for group in self.groups
             for entry in group.maps
         }
-        members = {entry.name: group.maps for group in self.groups for entry in group.maps}
+        members = {group.maps[0].name: group.maps for group in self.groups}
+        leader_of = {entry.name: leader for leader, maps in members.items() for entry in maps}
 
         def observe(leader: str, rows_BLD: Tensor) -> None:
             for entry in members[leader]:
                 observers[entry.name].update(rows_BLD)
 
-        record_inputs(self.model, self.maps, held_out_loader, forward_fn, observe, what="held-out")
+        with kept_random_state(self.model, held_out_loader):
+            record_inputs(
+                self.model, self.maps, held_out_loader, forward_fn, observe, what="held-out", leader_of=leader_of
+            )
         network = self._network_drift(held_out_loader, forward_fn, quantile, confidence)
         return Certificate([o.result(quantile, confidence) for o in observers.values()], network, quantile, confidence)
 
@@ -222,13 +238,12 @@ class Barrier:
         changes = []
         with evaluation_mode(self.model):
             for batch in loader:
-                state = random_state()
-                now = _first_tensor(forward_fn(self.model, batch))
+                with kept_random_state(self.model):
+                    now = first_tensor(forward_fn(self.model, batch))
                 if now is None:
                     return None
-                set_random_state(state)
                 with self.snapshot_weights():
-                    before = _first_tensor(forward_fn(self.model, batch))
+                    before = first_tensor(forward_fn(self.model, batch))
                 assert before is not None
                 change, size = ((now - before).float().flatten(1), before.float().flatten(1))
                 changes.append((change.norm(dim=1) / size.norm(dim=1).clamp_min(1e-30)).cpu())
@@ -239,20 +254,21 @@ class Barrier:
         """The model as it was at the snapshot, for the duration of the block."""
         layers = {entry.name: entry.layer for entry in self.maps}
         trained = {name: snapshot_of(layer) for name, layer in layers.items()} if not self.uses_adapter else {}
-        loras = [(entry.module, entry.lora()) for entry in self.maps] if self.uses_adapter else []
+        adapted: list[Any] = [entry.module for entry in self.maps] if self.uses_adapter else []
+        flags = {parameter: parameter.requires_grad for module in adapted for parameter in module.parameters()}
         try:
             for name in trained:
                 restore(layers[name], self._snapshots[name])
-            for module, _ in loras:
-                module.enable_adapters(False)  # type: ignore[operator]
+            for module in adapted:
+                module.enable_adapters(False)
             yield
         finally:
             for name, values in trained.items():
                 restore(layers[name], values)
-            for module, factors in loras:
-                module.enable_adapters(True)  # type: ignore[operator]
-                for parameter in factors.parameters:
-                    parameter.requires_grad_(True)
+            for module in adapted:
+                module.enable_adapters(True)
+            for parameter, requires_grad in flags.items():  # enable_adapters changes them
+                parameter.requires_grad_(requires_grad)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write barrier_config.json, the regions (each once) and, for full weights, the snapshot; no pickle.
@@ -265,11 +281,11 @@ class Barrier:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"{i}.{k}": v for i, group in enumerate(self.groups) for k, v in group.region.to_tensors().items()}
         names = json.dumps([[entry.name for entry in group.maps] for group in self.groups])
-        _save_tensors(folder / REGIONS_NAME, tensors, {"maps": names})
+        save_tensors(folder / REGIONS_NAME, tensors, {"maps": names, "weights": self._weights})
         if self._snapshots:
             parts = {f"{name}.weight": weight for name, (weight, _) in self._snapshots.items()}
             biases = {f"{name}.bias": bias for name, (_, bias) in self._snapshots.items() if bias is not None}
-            _save_tensors(folder / SNAPSHOT_NAME, {**parts, **biases}, {})
+            save_tensors(folder / SNAPSHOT_NAME, {**parts, **biases}, {})
         self.config.save_pretrained(folder)
 
     @classmethod
@@ -279,10 +295,25 @@ class Barrier:
         Raises:
             ValueError: missing files, or regions and snapshot that do not fit the model.
         """
-        folder = Path(folder)
         barrier = cls(model, BarrierConfig.from_pretrained(folder))
-        tensors, metadata = _load_tensors(folder / REGIONS_NAME)
-        by_name = {entry.name: entry for entry in barrier.maps}
+        try:
+            barrier._load(Path(folder))
+        except BaseException:
+            barrier.remove()
+            raise
+        return barrier
+
+    @property
+    def _weights(self) -> str:
+        return "adapter" if self.uses_adapter else "full"
+
+    def _load(self, folder: Path) -> None:
+        tensors, metadata = load_tensors(folder / REGIONS_NAME)
+        if metadata["weights"] != self._weights:
+            raise ValueError(
+                f"{str(folder)!r} was saved for {metadata['weights']} weights; this model trains {self._weights} ones"
+            )
+        by_name = {entry.name: entry for entry in self.maps}
         groups = []
         names: list[list[str]] = json.loads(metadata["maps"])
         if sorted(name for group in names for name in group) != sorted(by_name):
@@ -298,40 +329,20 @@ class Barrier:
                         f"but the map has {by_name[name].num_features}"
                     )
             groups.append(([by_name[name] for name in group_names], region))
-        barrier._install(groups)
-        if not barrier.uses_adapter:
-            saved, _ = _load_tensors(folder / SNAPSHOT_NAME)
+        if not self.uses_adapter:
+            saved, _ = load_tensors(folder / SNAPSHOT_NAME)
             for name, entry in by_name.items():
-                if f"{name}.weight" not in saved or saved[f"{name}.weight"].shape != entry.layer.weight.shape:
+                weight0, bias0 = saved.get(f"{name}.weight"), saved.get(f"{name}.bias")
+                shapes = [None if value is None else value.shape for value in (weight0, bias0)]
+                expected = [None if value is None else value.shape for value in (entry.layer.weight, entry.layer.bias)]
+                if weight0 is None or shapes != expected:
                     raise ValueError(f"the snapshot in {str(folder)!r} does not fit {name}")
-                barrier._snapshots[name] = (saved[f"{name}.weight"], saved.get(f"{name}.bias"))
-            barrier._move(barrier.maps[0].layer.weight.device)
-        return barrier
+                self._snapshots[name] = (weight0, bias0)
+        self._install(groups)
+        self._move(self.maps[0].layer.weight.device)
 
     def remove(self) -> None:
         """Undo what was done to the model: every parameter's requires_grad is as it was. Trained weights stay."""
         for parameter, requires_grad in self._requires_grad.items():
             parameter.requires_grad_(requires_grad)
-        self.groups, self._snapshots = [], {}
-
-
-def _first_tensor(output: Any) -> Tensor | None:
-    """The tensor in what forward_fn returned: itself, .sample, .logits, or the first of a tuple."""
-    for name in ("sample", "logits"):
-        output = getattr(output, name, output)
-    if isinstance(output, tuple | list) and output:
-        output = output[0]
-    return output if isinstance(output, Tensor) else None
-
-
-def _save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary, metadata)
-    os.replace(temporary, path)
-
-
-def _load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if not path.is_file():
-        raise ValueError(f"{str(path.parent)!r} holds no {path.name}")
-    with safe_open(path, "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        self.groups, self._snapshots, self._requires_grad = [], {}, {}

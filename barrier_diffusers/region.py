@@ -5,10 +5,14 @@ Shapes: D input features, K kept directions.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from barrier_diffusers.config import BarrierConfig
@@ -176,3 +180,18 @@ def _singular_value_weight(count: int, num_features: int, reduced_dim: int) -> f
     """N / (min(N, D) - K): the paper's code divides the squared singular values by the number of residual rows."""
     rows = min(count, num_features) - reduced_dim
     return count / rows if rows > 0 else 0.0
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary, metadata)
+    os.replace(temporary, path)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file; ValueError if there is none."""
+    if not path.is_file():
+        raise ValueError(f"{str(path.parent)!r} holds no {path.name}")
+    with safe_open(path, "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118

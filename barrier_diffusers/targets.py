@@ -86,15 +86,13 @@ class ProtectedMap:
             )
         if getattr(self.layer, "groups", 1) > 1:
             raise ValueError(f"{self.name} is a grouped convolution; LoRA on these is not supported: train it in full")
+        if isinstance(self.layer, nn.Conv2d) and (self.layer.dilation != (1, 1) or self.layer.padding_mode != "zeros"):
+            raise ValueError(f"{self.name} has dilation or a padding mode, which peft's LoRA drops: train it in full")
         if module.merged:
             raise ValueError(f"the LoRA adapter of {self.name} is merged into the weight: unmerge it first")
         (name,) = active
         down, up = module.lora_A[name], module.lora_B[name]
-        if (
-            getattr(module, "use_dora", {}).get(name)
-            or up.bias is not None
-            or not isinstance(down, nn.Linear | nn.Conv2d)
-        ):
+        if name in module.lora_variant or up.bias is not None or not isinstance(down, nn.Linear | nn.Conv2d):
             raise ValueError(f"{self.name} uses a LoRA variant (DoRA, lora_bias, ...); only plain LoRA is supported")
         factors = (down.weight.flatten(1), up.weight.flatten(1))
         return LoraFactors(*factors, float(module.scaling[name]), (down.weight, up.weight))
@@ -156,15 +154,18 @@ def resolve_targets(model: nn.Module, targets: Sequence[str]) -> list[ProtectedM
 
 
 def _no_match(model: nn.Module, maps: list[ProtectedMap], target: str) -> str:
-    kind = type(model).__name__
-    inside = [entry.name for entry in maps if f".{target}." in f".{entry.name}"]
+    inside = [f".{entry.name}".partition(f".{target}.")[2] for entry in maps if f".{target}." in f".{entry.name}"]
     if inside:
-        last = list(dict.fromkeys(target + name.split(target, 1)[1] for name in inside))
-        return f"{target!r} is a container, not a linear map; name its layers, e.g. {', '.join(last[:8])}"
+        children = ", ".join(f"{target}.{child}" for child in list(dict.fromkeys(inside))[:8])
+        return f"{target!r} is a container, not a linear map; name its layers, e.g. {children}"
+    for path, module in model.named_modules():
+        if f".{path}".endswith(f".{target}"):
+            return f"{target!r} is a {type(module).__name__}; only Linear and Conv2d maps can be protected"
     suffixes = list(dict.fromkeys(".".join(entry.name.split(".")[-2:]) for entry in maps))
     near = difflib.get_close_matches(target, suffixes, n=6, cutoff=0.0)
     others = [suffix for suffix in suffixes if suffix not in near]
-    return f"no module ends with {target!r}; the {kind} has {', '.join((near + others)[:12])}, ..."
+    listed = ", ".join((near + others)[:12]) + (", ..." if len(suffixes) > 12 else "")
+    return f"no module ends with {target!r}; the {type(model).__name__} has {listed or 'no Linear or Conv2d'}"
 
 
 def _is_fused(module: nn.Module) -> bool:
@@ -182,7 +183,7 @@ def _refuse_unsupported(model: nn.Module, maps: list[ProtectedMap]) -> None:
     fused = {path for path, module in model.named_modules() if _is_fused(module)}
     for entry in maps:
         weight = entry.layer.weight
-        if not weight.is_floating_point():
+        if not weight.is_floating_point() or weight.element_size() < 2:  # float8 is storage, not arithmetic
             raise ValueError(f"{entry.name} has a quantised weight ({weight.dtype}): load the model unquantised")
         if id(weight) in seen:
             raise ValueError(
