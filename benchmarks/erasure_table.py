@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from barrier_diffusers.settings import UnlearnConfig
 from barrier_diffusers.training import parse_config, run_script
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "train_scripts"))
 
-from unlearn_sd import UnlearnConfig, main
+from unlearn_sd import main
 
 CONFIG = Path("train_scripts/configs/fashion_class.yaml")
 # The class whose pictures are nearest: what the erased class's prompt shows instead.

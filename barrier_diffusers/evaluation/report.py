@@ -30,11 +30,15 @@ def before_after_grid(
     path: Path,
     columns: int = 6,
 ) -> None:
-    """One row per label: `columns` images before, the same seeds after; forgotten labels come first, in red."""
+    """One row per label: `columns` images before, spread over the label's prompts, and the same seeds after.
+
+    Forgotten labels come first, in red.
+    """
     order = sorted(dict.fromkeys(labels), key=lambda label: label not in forgotten)
     figure, axes = plt.subplots(len(order), 2, figsize=(1.7 * columns, 0.92 * len(order) + 0.6), squeeze=False)
     for row, label in enumerate(order):
-        chosen = [index for index, value in enumerate(labels) if value == label][:columns]
+        mine = [index for index, value in enumerate(labels) if value == label]
+        chosen = sorted({mine[int(place)] for place in np.linspace(0, len(mine) - 1, columns)})
         for axis, images in zip(axes[row], (before_NHWC, after_NHWC), strict=True):
             _draw_row(axis, images[chosen])
         colour = "tab:red" if label in forgotten else "black"

@@ -1,0 +1,84 @@
+"""UnlearnConfig: every setting of an unlearning run, checked before any work starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from barrier_diffusers.concepts import ConceptConfig
+from barrier_diffusers.config import BarrierConfig
+from barrier_diffusers.evaluation.erasure import EvaluationConfig
+
+
+@dataclass
+class ObjectiveConfig:
+    """The base objective that does the erasing."""
+
+    name: str = "rl"  # see barrier_diffusers/objectives
+    alpha: float = 0.0  # weight of the ordinary loss on a retain batch; 0: no retain batch is loaded or run
+    anchor: str | None = None  # words that replace the concept's in each caption; None: another label at random
+    anchor_prompt: str | None = None  # or one whole prompt for every forget image
+
+
+POSITIVE = (
+    *("resolution", "train_batch_size", "num_train_epochs", "max_train_steps", "gradient_accumulation_steps"),
+    *("validation_steps", "checkpointing_steps", "checkpoints_total_limit"),
+)
+
+
+@dataclass(kw_only=True)
+class UnlearnConfig(ConceptConfig):
+    """Everything a run depends on."""
+
+    pretrained_model_name_or_path: str  # folder or hub id of a Stable Diffusion 1.x / 2.x pipeline
+    output_dir: str  # gets the unlearned pipeline, metrics and pictures
+    revision: str | None = None  # of the hub repository
+    variant: str | None = None  # file variant, e.g. fp16
+    cache_dir: str | None = None  # latents, text embeddings, "before" images; default output_dir/cache
+    overwrite_output_dir: bool = False
+    seed: int = 0
+    resolution: int = 512
+    train_batch_size: int = 8  # forget images per process and step; as many retain images when alpha > 0
+    num_train_epochs: int = 3  # over the forget images
+    max_train_steps: int | None = None  # overrides num_train_epochs
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    learning_rate: float = 1e-5
+    lr_scheduler: str = "constant"
+    lr_warmup_steps: int = 0
+    adam_weight_decay: float = 0.0  # decay would drift the weights away from the snapshot
+    max_grad_norm: float = 1.0
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    enable_xformers_memory_efficient_attention: bool = False
+    rank: int = 0  # of a LoRA adapter on the targets; 0 trains the full weights
+    merge_adapter: bool = False  # with rank > 0: also save the merged pipeline, in output_dir/merged
+    report_to: Literal["tensorboard", "wandb", "all", "none"] = "tensorboard"
+    validation_prompt: list[str] = field(default_factory=list)  # sampled every validation_steps
+    validation_steps: int = 100
+    checkpointing_steps: int | None = None  # None: no checkpoint
+    checkpoints_total_limit: int | None = 2
+    resume_from_checkpoint: str | None = None  # a checkpoint's name, or latest
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    barrier: BarrierConfig = field(default_factory=BarrierConfig)  # lambda_interval 0 switches the protection off
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in POSITIVE:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, but must be at least 1")
+        if self.rank < 0 or (self.merge_adapter and self.rank == 0):
+            raise ValueError("rank must be >= 0, and merge_adapter needs rank > 0")
+        if self.objective.anchor is not None and self.objective.anchor_prompt is not None:
+            raise ValueError("set objective.anchor (words) or objective.anchor_prompt (a whole prompt), not both")
+        if self.objective.alpha < 0:
+            raise ValueError(f"objective.alpha is {self.objective.alpha}, but must be >= 0")
+        if self.needs_retain and self.forget_prompts and not self.retain_prompts:
+            raise ValueError("alpha > 0, use_actual_bounds and residual_source need retain data: set retain_prompts")
+
+    @property
+    def needs_retain(self) -> bool:
+        """Whether any retain image is read: for the retain loss, or to fit the regions."""
+        protected = self.barrier.lambda_interval > 0
+        return self.objective.alpha > 0 or (protected and self.barrier.needs_retain_data)
