@@ -49,12 +49,14 @@ class Barrier:
         config: what is protected, and how.
 
     Raises:
-        ValueError: targets that match nothing, or that mix maps with and without adapter.
+        ValueError: no targets, or targets and blocks that match nothing, or that mix maps with and without adapter.
     """
 
     def __init__(self, model: nn.Module, config: BarrierConfig):
         self.model, self.config = model, config
-        self.maps = resolve_targets(model, config.targets)
+        if config.targets is None:
+            raise ValueError("the config names no targets: set targets=[...], e.g. ['attn2.to_q', 'attn2.to_k']")
+        self.maps = resolve_targets(model, config.targets, config.blocks)
         for entry in self.maps:
             check_reduced_dim(config, entry.num_features, entry.name)
         self.groups: list[MapGroup] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -20,7 +20,10 @@ class BarrierConfig:
     """
 
     # protected and trained: dotted suffixes or full names of Linear / Conv2d modules, or Linear, Conv2d, Conv2d1x1
-    targets: list[str] = field(default_factory=lambda: ["attn2.to_q", "attn2.to_k", "attn2.to_v"])
+    # None: those of the pipeline's row in architectures.py (a Barrier on a bare model must be given names)
+    targets: list[str] | None = None
+    # only inside these blocks: numbers of transformer blocks in forward order, or dotted names such as down_blocks.1
+    blocks: list[int | str] | None = None  # None: everywhere
     lambda_interval: float = 10.0  # >= 0; weight of the protection loss in the total
     lower_percentile: float = 0.05  # [0, 1]; lower end of the safe interval of each direction
     upper_percentile: float = 0.95  # [0, 1]; upper end
@@ -45,8 +48,10 @@ class BarrierConfig:
         self._check_contradictions()
 
     def _check_ranges(self) -> None:
-        if isinstance(self.targets, str) or not self.targets or not all(self.targets):
+        if self.targets is not None and (isinstance(self.targets, str) or not self.targets or not all(self.targets)):
             raise ValueError(f"targets is {self.targets!r}, but must be a non-empty list of module names")
+        if self.blocks is not None and (isinstance(self.blocks, str) or not self.blocks or "" in self.blocks):
+            raise ValueError(f"blocks is {self.blocks!r}, but must be a non-empty list of numbers or module names")
         if not 0 <= self.lower_percentile < self.upper_percentile <= 1:
             raise ValueError(
                 "percentiles must satisfy 0 <= lower_percentile < upper_percentile <= 1, but are "

@@ -18,6 +18,8 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from barrier_diffusers.blocks import is_inside, named_blocks
+
 PEFT_PREFIX = "base_model.model."  # of the module paths inside a PeftModel
 PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")  # what fusing replaces
 TYPES = ("Linear", "Conv2d", "Conv2d1x1")
@@ -134,13 +136,16 @@ def _matches(entry: ProtectedMap, target: str) -> bool:
     return entry.name == target or entry.name.endswith("." + target)
 
 
-def resolve_targets(model: nn.Module, targets: Sequence[str]) -> list[ProtectedMap]:
-    """The maps that `targets` name, in module order.
+def resolve_targets(
+    model: nn.Module, targets: Sequence[str], blocks: Sequence[int | str] | None = None
+) -> list[ProtectedMap]:
+    """The maps that `targets` name, in module order; with `blocks` only those inside one of these (see blocks.py).
 
     A target is a whole dotted suffix ("attn2.to_q", "fc"), a full name, or a type: "Linear", "Conv2d", "Conv2d1x1".
 
     Raises:
-        ValueError: a target that matches nothing or only a container; a quantised or tied weight; fused q/k/v.
+        ValueError: a target that matches nothing or only a container; a block that does not exist or holds none of
+            the targets; a quantised or tied weight; fused q/k/v.
     """
     maps = linear_maps(model)
     found = {target: [entry for entry in maps if _matches(entry, target)] for target in targets}
@@ -149,8 +154,33 @@ def resolve_targets(model: nn.Module, targets: Sequence[str]) -> list[ProtectedM
             raise ValueError(_no_match(model, maps, target))
     wanted = {entry.path for matched in found.values() for entry in matched}
     resolved = [entry for entry in maps if entry.path in wanted]
+    if blocks is not None:
+        resolved = maps_in_blocks(model, resolved, targets, blocks)
     _refuse_unsupported(model, resolved)
     return resolved
+
+
+def maps_in_blocks(
+    model: nn.Module, maps: list[ProtectedMap], targets: Sequence[str], blocks: Sequence[int | str]
+) -> list[ProtectedMap]:
+    """Those of the targets' maps that lie inside one of the blocks.
+
+    Raises:
+        ValueError: a block that does not exist or holds none of the targets; a target that none of the blocks holds.
+    """
+    names = named_blocks(model, blocks, PEFT_PREFIX if isinstance(model, PeftModel) else "")
+    for block in names:
+        if not any(is_inside(entry.name, block) for entry in maps):
+            inside = [
+                entry.name.rpartition(f"{block}.")[2] for entry in linear_maps(model) if is_inside(entry.name, block)
+            ]
+            listed = ", ".join(list(dict.fromkeys(inside))[:12]) or "no linear map"
+            raise ValueError(f"block {block!r} holds none of the targets {', '.join(targets)}; it has {listed}")
+    kept = [entry for entry in maps if any(is_inside(entry.name, block) for block in names)]
+    for target in targets:
+        if not any(_matches(entry, target) for entry in kept):
+            raise ValueError(f"target {target!r} lies in none of the blocks {', '.join(names)}")
+    return kept
 
 
 def _no_match(model: nn.Module, maps: list[ProtectedMap], target: str) -> str:
