@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
+from barrier_diffusers.architectures import components
 from barrier_diffusers.data import (
     EncodedImages,
     anchor_captions,
@@ -162,7 +163,7 @@ class EncodedConcepts:
 def encode_concepts(
     concepts: ConceptData, anchors: list[str] | None, pipeline: Any, cache: Path, resolution: int, needs_retain: bool
 ) -> EncodedConcepts:
-    """VAE posteriors of every image and one text embedding per distinct prompt, computed once and cached on disk."""
+    """VAE posteriors of every image and one condition per distinct prompt, computed once and cached on disk."""
     config = concepts.config
     if needs_retain and len(concepts.retain) == 0:
         raise ValueError("zero retain images: alpha > 0, use_actual_bounds and residual_source need some")
@@ -170,10 +171,9 @@ def encode_concepts(
     captions = {role: list(dataset[config.caption_column]) for role, dataset in rows.items()}
     prompts = sorted({text for texts in captions.values() for text in texts} | set(anchors or []))
     position = {text: index for index, text in enumerate(prompts)}
-    text_key = fingerprint(prompts, module_hash(pipeline.text_encoder))
-    embeddings = cached_tensors(
-        cache / f"text-{text_key}.safetensors", lambda: {"embeddings": encode_prompts(pipeline, prompts)}
-    )["embeddings"]
+    encoders = {name: module_hash(part) for name, part in components(pipeline, "text_encoder").items()}
+    text_key = fingerprint(prompts, encoders)
+    embeddings = cached_tensors(cache / f"text-{text_key}.safetensors", lambda: encode_prompts(pipeline, prompts))
     vae_hash = module_hash(pipeline.vae)
 
     def encode(role: str, targets: list[str]) -> EncodedImages:

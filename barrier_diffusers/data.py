@@ -9,7 +9,9 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,17 @@ import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import logging as diffusers_logging
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import default_collate
 from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
+
+from barrier_diffusers.architectures import Diffusion, count_cut, get_architecture
+from barrier_diffusers.objectives.base import Condition
 
 
 def load_image_text(source: str, split: str, image_column: str = "image", caption_column: str = "text") -> Dataset:
@@ -91,21 +98,17 @@ def cached_tensors(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict
 def encode_moments(vae: Any, dataset: Dataset, image_column: str, resolution: int, batch_size: int = 64) -> Tensor:
     """VAE posterior of every image: (N, 2 c, h, w), mean and log-variance, so that each epoch can draw anew."""
     rows = image_batches(dataset, image_column, resolution)
-    parameter = next(vae.parameters())
+    precision = vae.dtype
+    if precision == torch.float16 and vae.config.force_upcast:  # its activations overflow, as SDXL's do
+        vae.to(torch.float32)
     chunks = []
     for start in tqdm(range(0, len(rows), batch_size), desc="VAE latents", leave=False):
         stop = min(start + batch_size, len(rows))
         pixels = default_collate(rows.__getitems__(list(range(start, stop))))["pixels"]
-        posterior = vae.encode(pixels.to(parameter.device, parameter.dtype)).latent_dist
+        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
         chunks.append(posterior.parameters.float().cpu())
+    vae.to(precision)
     return torch.cat(chunks)
-
-
-def sample_latents(moments: Tensor, scaling_factor: float, generator: torch.Generator | None = None) -> Tensor:
-    """Draw scaled latents (N, c, h, w) from cached posteriors (N, 2 c, h, w)."""
-    mean, log_variance = moments.chunk(2, dim=1)
-    noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-    return (mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise) * scaling_factor
 
 
 def tokenize(tokenizer: Any, captions: Sequence[str]) -> Tensor:
@@ -183,15 +186,35 @@ def anchor_captions(
     return [swap_concept(*row) for row in zip(captions, concepts_of_rows, replacements, strict=True)]
 
 
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Without the warnings of diffusers and transformers, which would come once per batch of prompts."""
+    levels = [(library, library.get_verbosity()) for library in (diffusers_logging, transformers_logging)]
+    try:
+        for library, _ in levels:
+            library.set_verbosity_error()
+        yield
+    finally:
+        for library, level in levels:
+            library.set_verbosity(level)
+
+
 @torch.no_grad()
-def encode_prompts(pipeline: Any, prompts: Sequence[str], batch_size: int = 64) -> Tensor:
-    """Text embeddings (N, L, D) float32 of the prompts, as the pipeline itself computes them."""
-    chunks = []
-    for start in range(0, len(prompts), batch_size):
-        device = next(pipeline.text_encoder.parameters()).device
-        embeddings, _ = pipeline.encode_prompt(list(prompts[start : start + batch_size]), device, 1, False)
-        chunks.append(embeddings.float().cpu())
-    return torch.cat(chunks)
+def encode_prompts(pipeline: Any, prompts: Sequence[str], batch_size: int = 64) -> Condition:
+    """The condition of every prompt, float32 tensors (N, ...), as the pipeline itself computes them.
+
+    Prompts longer than a tokenizer's length are cut, as the pipeline cuts them, and one warning counts them.
+    """
+    architecture = get_architecture(type(pipeline).__name__)
+    chunks: list[Condition] = []
+    with quiet_libraries():
+        cut = [f"{name} keeps {kept} tokens and cuts {n}" for name, (n, kept) in count_cut(pipeline, prompts).items()]
+        for start in range(0, len(prompts), batch_size):
+            encoded = architecture.encode(pipeline, list(prompts[start : start + batch_size]))
+            chunks.append({key: value.float().cpu() for key, value in encoded.items()})
+    if cut:
+        warnings.warn(f"of {len(prompts)} prompts, some are too long: {', '.join(cut)}", stacklevel=2)
+    return {key: torch.cat([chunk[key] for chunk in chunks]) for key in chunks[0]}
 
 
 @dataclass
@@ -201,16 +224,20 @@ class EncodedImages(TorchDataset):
     moments: Tensor  # VAE posteriors (N, 2 c, h, w)
     caption_ids: Tensor  # row of `embeddings` for each image's caption (N,)
     anchor_ids: Tensor  # row of `embeddings` for each image's anchor prompt (N,); the caption's where there is none
-    embeddings: Tensor  # one row per distinct prompt (P, L, D)
+    embeddings: Condition  # one row per distinct prompt in every tensor (P, ...)
 
     def __len__(self) -> int:
         return len(self.moments)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def condition(self, row: Tensor) -> Condition:
+        """The condition of one distinct prompt."""
+        return {key: value[row] for key, value in self.embeddings.items()}
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
         return {
             "moments": self.moments[index],
-            "condition": self.embeddings[self.caption_ids[index]],
-            "anchor": self.embeddings[self.anchor_ids[index]],
+            "condition": self.condition(self.caption_ids[index]),
+            "anchor": self.condition(self.anchor_ids[index]),
         }
 
 
@@ -222,8 +249,7 @@ class NoisedBatches:
     """
 
     images: EncodedImages
-    scheduler: Any
-    scaling_factor: float
+    diffusion: Diffusion
     batch_size: int
     seed: int
     device: torch.device | str = "cpu"
@@ -233,19 +259,16 @@ class NoisedBatches:
     def __len__(self) -> int:
         return -(-len(self.images) // self.batch_size)
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         generator = torch.Generator().manual_seed(self.seed)
+        share = slice(self.process_index, None, self.num_processes)
         for start in range(0, len(self.images), self.batch_size):
             rows = range(start, min(start + self.batch_size, len(self.images)))
             batch = default_collate([self.images[index] for index in rows])
-            latents = sample_latents(batch["moments"], self.scaling_factor, generator)
-            noise = torch.randn(latents.shape, generator=generator)
-            steps = torch.randint(self.scheduler.config.num_train_timesteps, (len(rows),), generator=generator)
-            full = {
-                "noisy": self.scheduler.add_noise(latents, noise, steps),
-                "timesteps": steps,
-                "condition": batch["condition"],
-            }
-            share = {key: value[self.process_index :: self.num_processes] for key, value in full.items()}
-            if len(share["timesteps"]):
-                yield {key: value.to(self.device) for key, value in share.items()}
+            drawn = self.diffusion.noised(batch["moments"], generator)
+            if self.process_index < len(rows):
+                yield {
+                    "noisy": drawn.noisy[share].to(self.device),
+                    "timesteps": drawn.timesteps[share].to(self.device),
+                    "condition": {key: value[share].to(self.device) for key, value in batch["condition"].items()},
+                }

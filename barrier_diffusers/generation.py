@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
+
+from barrier_diffusers.architectures import get_architecture
 
 
 @dataclass
@@ -19,31 +23,58 @@ class SamplingConfig:
     guidance_scale: float = 3.0  # classifier-free guidance
     batch_size: int = 100  # images sampled at once
     seed: int = 1000  # image i of a prompt list starts from seed + i
+    resolution: int | None = None  # side in pixels; None: the pipeline's own
+
+
+@contextmanager
+def autocast_denoiser(pipeline: Any) -> Iterator[None]:
+    """The denoiser, and nothing else, under autocast to the VAE's precision if that is half: a pipeline may decode in
+    float32 on its own account (SDXL does), which an autocast around it would undo."""
+    precision, denoiser = pipeline.vae.dtype, getattr(pipeline, get_architecture(type(pipeline).__name__).denoiser)
+    if precision not in (torch.float16, torch.bfloat16):
+        yield
+        return
+    original = denoiser.forward
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(pipeline.device.type, precision):
+            return original(*args, **kwargs)
+
+    own = "forward" in vars(denoiser)  # accelerate puts its wrapper there
+    denoiser.forward = forward
+    try:
+        yield
+    finally:
+        if own:
+            denoiser.forward = original
+        else:
+            del denoiser.forward
 
 
 @torch.no_grad()
 def generate(pipeline: Any, prompts: Sequence[str], sampling: SamplingConfig, desc: str = "generating") -> np.ndarray:
     """Images of the prompts as bytes (N, H, W, 3); image i starts from noise of seed `sampling.seed + i`.
 
-    A pipeline whose text encoder is in half precision runs under autocast, as its UNet may be in float32 for training.
+    In a pipeline of half precision the denoiser runs under autocast, as it may be in float32 for training.
 
     Raises:
         FloatingPointError: non-finite pixels.
     """
     pipeline.set_progress_bar_config(disable=True)
-    precision = pipeline.text_encoder.dtype
-    half = precision in (torch.float16, torch.bfloat16)
+    size = {} if sampling.resolution is None else {"height": sampling.resolution, "width": sampling.resolution}
     images = []
     for start in tqdm(range(0, len(prompts), sampling.batch_size), desc=desc, leave=False):
         chunk = list(prompts[start : start + sampling.batch_size])
         generators = [torch.Generator().manual_seed(sampling.seed + start + index) for index in range(len(chunk))]
-        with torch.autocast(pipeline.device.type, precision if half else None, enabled=half):
+        with autocast_denoiser(pipeline):
             result = pipeline(
                 chunk,
                 generator=generators,
                 num_inference_steps=sampling.num_inference_steps,
                 guidance_scale=sampling.guidance_scale,
                 output_type="np",
+                **size,
             ).images
         if not np.isfinite(result).all():
             raise FloatingPointError(

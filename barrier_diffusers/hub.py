@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from diffusers.training_utils import cast_training_params
-from diffusers.utils import convert_state_dict_to_diffusers
 from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 
+from barrier_diffusers.architectures import components, get_architecture
+from barrier_diffusers.config import BarrierConfig
 from barrier_diffusers.targets import resolve_targets
 from barrier_diffusers.training import METRICS_NAME, move_into
 
+SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 CARD = """# {title}
 
 This is [{base}]({base}) after unlearning **{forgotten}** with [BARRIER](https://arxiv.org/abs/2605.15737)
@@ -43,41 +45,89 @@ hash in `manifest.json`.
 - The protection covers the maps in `barrier_config.json` and the data it was set up with.
 - The licence of the base model applies to these weights too.
 """
-LOAD_PIPELINE = """from diffusers import StableDiffusionPipeline
+LOAD_PIPELINE = """from diffusers import DiffusionPipeline
 
-pipeline = StableDiffusionPipeline.from_pretrained("{folder}")"""
-LOAD_ADAPTER = """from diffusers import StableDiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained("{folder}"{absent})"""
+LOAD_ADAPTER = """from diffusers import DiffusionPipeline
 
-pipeline = StableDiffusionPipeline.from_pretrained("{base}")
+pipeline = DiffusionPipeline.from_pretrained("{base}"{absent})
 pipeline.load_lora_weights("{folder}")"""
 
 
-def load_pipeline(name: str, revision: str | None = None, variant: str | None = None) -> StableDiffusionPipeline:
-    """A Stable Diffusion pipeline from a folder or the hub, in float32 and from safetensors only.
+def load_pipeline(
+    name: str,
+    revision: str | None = None,
+    variant: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    denoiser_dtype: torch.dtype = torch.float32,
+    pipeline_config: str | None = None,
+    original_config: str | None = None,
+) -> Any:
+    """A pipeline of a known class from a folder, a hub id or a single .safetensors file; never from a pickle.
+
+    Args:
+        name: its model_index.json says which class it is. Of a single file `pipeline_config` says that; without it the
+            file is taken for a Stable Diffusion, which diffusers fetches the configuration of from the hub.
+        dtype, denoiser_dtype: of all networks but the one that is trained, and of that one.
+        pipeline_config, original_config: of a single file, diffusers' `config` (folder or hub id of a pipeline whose
+            component configurations fit) and `original_config` (the YAML file it was trained with).
 
     Raises:
-        ValueError: a folder that does not exist.
+        ValueError: a path that does not exist, a file that is no .safetensors, a pipeline class without a row in
+            architectures.py, or configurations that do not belong to a single file.
         OSError: a hub id or a file that cannot be had.
     """
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+    path = Path(name).expanduser()
+    if path.suffix in SINGLE_FILES:
+        pipeline = load_single_file(path, denoiser_dtype, pipeline_config, original_config)
+        for part, network in components(pipeline).items():
+            if part != get_architecture(type(pipeline).__name__).denoiser:
+                network.to(dtype=dtype)
+        return pipeline
+    if pipeline_config is not None or original_config is not None:
+        raise ValueError(f"pipeline_config and original_config belong to a .safetensors file, but {name!r} is none")
+    if name.startswith((".", "/", "~")) and not path.is_dir():
         raise ValueError(f"pipeline folder {name!r} does not exist")
-    return StableDiffusionPipeline.from_pretrained(
-        name, revision=revision, variant=variant, dtype=torch.float32, use_safetensors=True
+    found = DiffusionPipeline.load_config(str(path) if path.is_dir() else name, revision=revision)
+    row = get_architecture(found["_class_name"])
+    absent = {part: None for part in row.optional if (found.get(part) or [None])[0] is None}
+    return row.pipeline_class.from_pretrained(
+        str(path) if path.is_dir() else name,
+        revision=revision,
+        variant=variant,
+        dtype={"default": dtype, row.denoiser: denoiser_dtype},
+        use_safetensors=True,
+        **absent,
     )
 
 
-def enable_xformers(unet: Any, device: torch.device) -> None:
-    """Switch the UNet to xformers' attention; a ValueError anywhere but on a CUDA GPU."""
+def load_single_file(path: Path, dtype: torch.dtype, pipeline_config: str | None, original_config: str | None) -> Any:
+    """A pipeline from one checkpoint file in the layout of its first release; see `load_pipeline`."""
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{str(path)!r} may hold a pickle, which can run any code: convert it to .safetensors")
+    if not path.is_file():
+        raise ValueError(f"checkpoint file {str(path)!r} does not exist")
+    name = "StableDiffusionPipeline"
+    if pipeline_config is not None:
+        name = DiffusionPipeline.load_config(pipeline_config)["_class_name"]
+    return get_architecture(name).pipeline_class.from_single_file(
+        str(path), config=pipeline_config, original_config=original_config, dtype=dtype
+    )
+
+
+def enable_xformers(denoiser: Any, device: torch.device) -> None:
+    """Switch the denoiser to xformers' attention; a ValueError anywhere but on a CUDA GPU."""
     if device.type != "cuda":
         raise ValueError("enable_xformers_memory_efficient_attention needs a CUDA GPU: xformers has no CPU kernels")
-    unet.enable_xformers_memory_efficient_attention()
+    denoiser.enable_xformers_memory_efficient_attention()
 
 
-def add_adapter(unet: Any, targets: list[str], rank: int) -> None:
-    """A LoRA adapter on exactly the maps that `targets` name, its factors in float32."""
-    names = [entry.name for entry in resolve_targets(unet, targets)]
-    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=names))
-    cast_training_params(unet, dtype=torch.float32)
+def add_adapter(denoiser: Any, config: BarrierConfig, rank: int) -> None:
+    """A LoRA adapter on exactly the maps that the config's targets and blocks name, its factors in float32."""
+    assert config.targets is not None
+    names = [entry.name for entry in resolve_targets(denoiser, config.targets, config.blocks)]
+    denoiser.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=names))
+    cast_training_params(denoiser, dtype=torch.float32)
 
 
 def save_pipeline(pipeline: Any, output: Path) -> None:
@@ -88,12 +138,13 @@ def save_pipeline(pipeline: Any, output: Path) -> None:
     move_into(temporary, output, last="model_index.json")
 
 
-def save_adapter(pipeline: Any, unet: Any, output: Path) -> None:
-    """Write the UNet's LoRA as pytorch_lora_weights.safetensors, the file `load_lora_weights` looks for."""
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+def save_adapter(pipeline: Any, output: Path) -> None:
+    """Write the denoiser's LoRA as pytorch_lora_weights.safetensors, the file `load_lora_weights` looks for."""
+    row = get_architecture(type(pipeline).__name__)
+    layers = {f"{row.denoiser}_lora_layers": row.adapter_layers(getattr(pipeline, row.denoiser))}
     temporary = output / f".adapter-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
-    pipeline.save_lora_weights(temporary, unet_lora_layers=layers, safe_serialization=True)
+    pipeline.save_lora_weights(temporary, safe_serialization=True, **layers)
     move_into(temporary, output, last="pytorch_lora_weights.safetensors")
 
 
@@ -114,14 +165,17 @@ def save_model_card(
     weight: float,
     adapter: bool,
     metrics: dict[str, Any],
+    absent: Sequence[str] = (),
 ) -> None:
-    """Write README.md with the metadata the hub reads and the numbers of this run."""
+    """Write README.md with the metadata the hub reads and the numbers of this run; `absent` parts load as None."""
     data = ModelCardData(
         base_model=base if not Path(base).exists() else None,
         library_name="diffusers",
         tags=["stable-diffusion", "text-to-image", "machine-unlearning", "barrier", *(["lora"] if adapter else [])],
     )
-    loading = (LOAD_ADAPTER if adapter else LOAD_PIPELINE).format(folder=output, base=base)
+    loading = (LOAD_ADAPTER if adapter else LOAD_PIPELINE).format(
+        folder=output, base=base, absent="".join(f", {part}=None" for part in absent)
+    )
     body = CARD.format(
         title=f"{Path(base).name} without {', '.join(forgotten)}",
         base=base,

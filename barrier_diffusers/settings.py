@@ -30,10 +30,12 @@ POSITIVE = (
 class UnlearnConfig(ConceptConfig):
     """Everything a run depends on."""
 
-    pretrained_model_name_or_path: str  # folder or hub id of a Stable Diffusion 1.x / 2.x pipeline
+    pretrained_model_name_or_path: str  # folder, hub id or .safetensors file of a pipeline (architectures.py)
     output_dir: str  # gets the unlearned pipeline, metrics and pictures
     revision: str | None = None  # of the hub repository
     variant: str | None = None  # file variant, e.g. fp16
+    pipeline_config: str | None = None  # of a single file: diffusers' `config`, a pipeline folder or hub id
+    original_config: str | None = None  # of a single file: the YAML file it was trained with
     cache_dir: str | None = None  # latents, text embeddings, "before" images; default output_dir/cache
     overwrite_output_dir: bool = False
     seed: int = 0
@@ -50,6 +52,7 @@ class UnlearnConfig(ConceptConfig):
     max_grad_norm: float = 1.0
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     enable_xformers_memory_efficient_attention: bool = False
+    guidance_scale: float = 3.5  # what a denoiser with a guidance embedding (Flux dev) is told while it trains
     rank: int = 0  # of a LoRA adapter on the targets; 0 trains the full weights
     merge_adapter: bool = False  # with rank > 0: also save the merged pipeline, in output_dir/merged
     report_to: Literal["tensorboard", "wandb", "all", "none"] = "tensorboard"

@@ -21,10 +21,10 @@ from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from barrier_diffusers.architectures import Diffusion
 from barrier_diffusers.barrier import Barrier
 from barrier_diffusers.config import CONFIG_NAME
-from barrier_diffusers.data import sample_latents
-from barrier_diffusers.objectives.base import DiffusionStep
+from barrier_diffusers.objectives.base import Condition, DiffusionStep
 
 MANIFEST_NAME = "manifest.json"
 METRICS_NAME = "metrics.json"
@@ -146,7 +146,7 @@ def freeze_normalisation(module: nn.Module) -> None:
             layer.eval()
 
 
-def endless(loader: DataLoader, batches_done: int = 0) -> Iterator[dict[str, Tensor]]:
+def endless(loader: DataLoader, batches_done: int = 0) -> Iterator[dict[str, Any]]:
     """Batches for ever, reshuffled every epoch; continues after `batches_done` exactly where a killed run stopped."""
     epoch, skip = divmod(batches_done, len(loader))
     while True:
@@ -156,29 +156,19 @@ def endless(loader: DataLoader, batches_done: int = 0) -> Iterator[dict[str, Ten
         epoch, skip = epoch + 1, 0
 
 
-def predict(unet: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """One forward pass on a recorded batch: the forward function of the protection."""
-    return unet(batch["noisy"], batch["timesteps"], batch["condition"]).sample
-
-
 class StepMaker:
     """Draws noise and timesteps for a batch of cached latents and puts it in the form the objectives take."""
 
-    def __init__(self, unet: nn.Module, scheduler: Any, scaling_factor: float):
-        self.unet, self.scheduler, self.scaling_factor = unet, scheduler, scaling_factor
+    def __init__(self, model: nn.Module, diffusion: Diffusion):
+        self.model, self.diffusion = model, diffusion
 
-    def __call__(self, batch: dict[str, Tensor]) -> DiffusionStep:
-        latents = sample_latents(batch["moments"], self.scaling_factor)
-        noise = torch.randn_like(latents)
-        timesteps = torch.randint(self.scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
-        velocity = self.scheduler.config.prediction_type == "v_prediction"
-        target = self.scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
-        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+    def __call__(self, batch: dict[str, Any]) -> DiffusionStep:
+        drawn = self.diffusion.noised(batch["moments"])
 
-        def run(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-            return self.unet(x, t, condition).sample
+        def run(noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+            return self.diffusion.predict(self.model, noisy, timesteps, condition)
 
-        return DiffusionStep(run, noisy, timesteps, target, batch["condition"], batch["anchor"])
+        return DiffusionStep(run, drawn.noisy, drawn.timesteps, drawn.target, batch["condition"], batch["anchor"])
 
 
 class History:

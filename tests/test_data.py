@@ -1,12 +1,14 @@
 """Data: reading, splitting, caching, noised batches."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from diffusers import DDPMScheduler
 from PIL import Image
 
+from barrier_diffusers.architectures import Diffusion
 from barrier_diffusers.concepts import ConceptConfig, cycle, write_image_folder
 from barrier_diffusers.data import (
     EncodedImages,
@@ -14,12 +16,15 @@ from barrier_diffusers.data import (
     anchor_captions,
     cached_tensors,
     load_image_text,
-    sample_latents,
     split_concepts,
     swap_concept,
     take_evenly,
     to_pixels,
 )
+from barrier_diffusers.hub import load_pipeline
+from barrier_diffusers.noising import sample_latents
+
+FASHION = Path(__file__).resolve().parent.parent / "assets" / "fashion_sd"
 
 
 @pytest.fixture
@@ -131,24 +136,33 @@ def test_sample_latents_has_the_posterior_moments():
 
 def encoded(n=7):
     moments = torch.cat([torch.randn(n, 2, 4, 4), torch.full((n, 2, 4, 4), -20.0)], 1)
-    return EncodedImages(moments, torch.arange(n) % 3, torch.zeros(n, dtype=torch.long), torch.randn(3, 5, 6))
+    conditions = {"encoder_hidden_states": torch.randn(3, 5, 6), "pooled_projections": torch.randn(3, 4)}
+    return EncodedImages(moments, torch.arange(n) % 3, torch.zeros(n, dtype=torch.long), conditions)
 
 
 def test_noised_batches_repeat_and_processes_share_them():
-    images, scheduler = encoded(), DDPMScheduler()
-    whole = NoisedBatches(images, scheduler, 1.0, batch_size=3, seed=4)
+    images, diffusion = encoded(), Diffusion(load_pipeline(str(FASHION)))
+    whole = NoisedBatches(images, diffusion, batch_size=3, seed=4)
     first, second = list(whole), list(whole)
     assert len(first) == len(whole) == 3
-    assert all(torch.equal(a[key], b[key]) for a, b in zip(first, second, strict=True) for key in a)
-    parts = [list(NoisedBatches(images, scheduler, 1.0, 3, 4, "cpu", rank, 2)) for rank in range(2)]
-    together = torch.cat([batch["noisy"] for part in parts for batch in part])
-    assert sorted(together.flatten().tolist()) == sorted(torch.cat([b["noisy"] for b in first]).flatten().tolist())
+    assert all(
+        torch.equal(a[key], b[key]) for a, b in zip(first, second, strict=True) for key in ("noisy", "timesteps")
+    )
+    parts = [list(NoisedBatches(images, diffusion, 3, 4, "cpu", rank, 2)) for rank in range(2)]
+
+    def values(batches, read):
+        return sorted(torch.cat([read(batch) for batch in batches]).flatten().tolist())
+
+    for read in (lambda b: b["noisy"], lambda b: b["condition"]["pooled_projections"]):
+        assert values([batch for part in parts for batch in part], read) == values(first, read)
+    assert [[len(batch["noisy"]) for batch in part] for part in parts] == [[2, 2, 1], [1, 1]]
 
 
 def test_encoded_images_look_up_embeddings():
     images = encoded()
     row = images[4]
-    assert torch.equal(row["condition"], images.embeddings[1]) and torch.equal(row["anchor"], images.embeddings[0])
+    for key, values in images.embeddings.items():
+        assert torch.equal(row["condition"][key], values[1]) and torch.equal(row["anchor"][key], values[0])
 
 
 def test_concept_config_contradictions(tmp_path):

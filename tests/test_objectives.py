@@ -14,10 +14,11 @@ def step():
 
     def predict(noisy, timesteps, condition):
         calls.append((noisy, timesteps, torch.is_grad_enabled()))
-        return noisy * linear(condition.mean(1))[:, :, None, None]
+        return noisy * linear(condition["encoder_hidden_states"].mean(1))[:, :, None, None]
 
-    tensors = [torch.randn(2, 4, 5, 5), torch.tensor([3, 9]), torch.randn(2, 4, 5, 5), *torch.randn(2, 2, 6, 3)]
-    return DiffusionStep(predict, *tensors), linear, calls
+    tensors = [torch.randn(2, 4, 5, 5), torch.tensor([3, 9]), torch.randn(2, 4, 5, 5)]
+    conditions = [{"encoder_hidden_states": value} for value in torch.randn(2, 2, 6, 3)]
+    return DiffusionStep(predict, *tensors, *conditions), linear, calls
 
 
 def test_ga_is_minus_the_ordinary_loss(step):

@@ -30,9 +30,9 @@ from barrier_diffusers.data import (
     fingerprint,
     image_batches,
     load_image_text,
-    sample_latents,
     tokenize,
 )
+from barrier_diffusers.noising import sample_latents
 from barrier_diffusers.training import run_script
 
 

@@ -1,4 +1,4 @@
-"""Make a Stable Diffusion pipeline forget a concept while BARRIER protects the rest.
+"""Make a diffusion pipeline forget a concept while BARRIER protects the rest.
 
     accelerate launch train_scripts/unlearn_sd.py --config train_scripts/configs/fashion_class.yaml
 
@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
-from diffusers import DDPMScheduler, StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from barrier_diffusers import Barrier
+from barrier_diffusers.architectures import Diffusion, components, get_architecture
 from barrier_diffusers.concepts import EncodedConcepts, encode_concepts, load_concepts
 from barrier_diffusers.data import EncodedImages, NoisedBatches
 from barrier_diffusers.evaluation.erasure import (
@@ -53,7 +53,6 @@ from barrier_diffusers.training import (
     freeze_normalisation,
     manifest,
     module_hash,
-    predict,
     run_script,
     save_checkpoint,
     write_json,
@@ -71,8 +70,7 @@ def set_up_protection(
     barrier: Barrier,
     accelerator: Accelerator,
     config: UnlearnConfig,
-    scheduler: Any,
-    scale: float,
+    diffusion: Diffusion,
     data: EncodedConcepts,
 ) -> None:
     """Record the forget inputs (and the retain inputs, where the options ask for them)."""
@@ -80,18 +78,18 @@ def set_up_protection(
     def loader(images: EncodedImages, seed: int) -> NoisedBatches:
         share = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
         size = config.train_batch_size * accelerator.num_processes
-        return NoisedBatches(images, scheduler, scale, size, seed, accelerator.device, **share)
+        return NoisedBatches(images, diffusion, size, seed, accelerator.device, **share)
 
     retain = data.retain if config.barrier.needs_retain_data else None
     with accelerator.autocast():
         barrier.setup_protection(
-            loader(data.forget, config.seed), predict, loader(retain, config.seed + 1) if retain is not None else None
+            loader(data.forget, config.seed),
+            diffusion.predict_batch,
+            loader(retain, config.seed + 1) if retain is not None else None,
         )
 
 
-def validate(
-    accelerator: Accelerator, pipeline: StableDiffusionPipeline, config: UnlearnConfig, output: Path, step: int
-) -> None:
+def validate(accelerator: Accelerator, pipeline: Any, config: UnlearnConfig, output: Path, step: int) -> None:
     """Sample the validation prompts as the pipeline is now, for the output folder and the trackers."""
     images = generate(pipeline, config.validation_prompt, config.evaluation.sampling, desc="validation")
     strip(images, config.validation_prompt, output / "validation" / f"step-{step:06d}.png")
@@ -102,7 +100,8 @@ def validate(
 
 
 def finish(
-    pipeline: StableDiffusionPipeline,
+    pipeline: Any,
+    denoiser: Any,
     barrier: Barrier,
     config: UnlearnConfig,
     output: Path,
@@ -112,18 +111,17 @@ def finish(
     base_hash: str,
 ) -> None:
     """Save the weights first, then look at what they do: images after, metrics, pictures, model card, manifest."""
-    unet = pipeline.unet
-    unet.eval()
+    denoiser.eval()
     (barrier if config.barrier.lambda_interval > 0 else config.barrier).save_pretrained(output)
     barrier.remove()
     if config.rank:
-        save_adapter(pipeline, unet, output)
+        save_adapter(pipeline, output)
     else:
         save_pipeline(pipeline, output)
     after = generate(pipeline, questions.prompts, config.evaluation.sampling, desc="images after")
     if config.merge_adapter:
-        unet.fuse_lora()
-        unet.unload_lora()
+        denoiser.fuse_lora()
+        denoiser.unload_lora()
         save_pipeline(pipeline, output / "merged")
     before_after_grid(before, after, questions.labels, questions.forgotten, output / "before_after.png")
     loss_curves(results["history"], output / "loss_curves.png")
@@ -136,9 +134,9 @@ def finish(
     write_json(output / METRICS_NAME, metrics)
     objective, weight = config.objective.name, config.barrier.lambda_interval
     base, adapter = config.pretrained_model_name_or_path, config.rank > 0
-    save_model_card(output, base, questions.forgotten, objective, weight, adapter, metrics)
-    hashes = {"base_unet": base_hash, "unet": module_hash(unet), "vae": module_hash(pipeline.vae)}
-    hashes["text_encoder"] = module_hash(pipeline.text_encoder)
+    absent = [part for part in get_architecture(type(pipeline).__name__).optional if getattr(pipeline, part) is None]
+    save_model_card(output, base, questions.forgotten, objective, weight, adapter, metrics, absent)
+    hashes = {"base_denoiser": base_hash, **{name: module_hash(part) for name, part in components(pipeline).items()}}
     write_json(output / MANIFEST_NAME, manifest(config, hashes, **results))
     print(f"{'adapter' if adapter else 'pipeline'}: {output}\npicture:  {output / 'before_after.png'}")
 
@@ -161,20 +159,31 @@ def main(config: UnlearnConfig) -> None:
     checkpoint = find_checkpoint(output, config.resume_from_checkpoint)
     set_seed(config.seed)
     frozen_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
-    pipeline = load_pipeline(config.pretrained_model_name_or_path, config.revision, config.variant)
-    unet = pipeline.unet
+    pipeline = load_pipeline(
+        config.pretrained_model_name_or_path,
+        config.revision,
+        config.variant,
+        frozen_dtype,
+        frozen_dtype if config.rank else torch.float32,
+        config.pipeline_config,
+        config.original_config,
+    )
+    diffusion = Diffusion(pipeline, config.guidance_scale)
+    diffusion.check_resolution(config.resolution)
+    config.barrier.targets = config.barrier.targets or list(diffusion.architecture.targets)
+    denoiser = diffusion.denoiser
     if config.enable_xformers_memory_efficient_attention:
-        enable_xformers(unet, accelerator.device)
+        enable_xformers(denoiser, accelerator.device)
     if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    for module in (pipeline.vae, pipeline.text_encoder):
-        module.to(accelerator.device, frozen_dtype).requires_grad_(False).eval()
-    unet.to(accelerator.device, frozen_dtype if config.rank else torch.float32)
-    base_hash = module_hash(unet)
+        denoiser.enable_gradient_checkpointing()
+    for module in components(pipeline).values():
+        module.to(accelerator.device)
+        module.requires_grad_(module is denoiser).eval()
+    base_hash = module_hash(denoiser)
     cache = Path(config.cache_dir or output / "cache")
     if config.rank:
-        add_adapter(unet, config.barrier.targets, config.rank)
-    barrier = Barrier(unet, config.barrier)
+        add_adapter(denoiser, config.barrier, config.rank)
+    barrier = Barrier(denoiser, config.barrier)
 
     steer = config.objective
     with accelerator.main_process_first():  # the others find the cache filled
@@ -187,20 +196,20 @@ def main(config: UnlearnConfig) -> None:
         before = generate_cached(pipeline, questions.prompts, config.evaluation.sampling, cache, base_hash)
     accelerator.wait_for_everyone()
 
-    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    scale = pipeline.vae.config.scaling_factor
     protected = config.barrier.lambda_interval > 0
     if protected and checkpoint:
         barrier.remove()
-        barrier = Barrier.from_pretrained(checkpoint / "barrier", unet)
+        barrier = Barrier.from_pretrained(checkpoint / "barrier", denoiser)
     elif protected:
-        set_up_protection(barrier, accelerator, config, scheduler, scale, data)
+        set_up_protection(barrier, accelerator, config, diffusion, data)
 
     parameters = barrier.trainable_parameters()
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.adam_weight_decay)
     forget_loader = batches(data.forget, config, config.seed)
     retain_loader = batches(data.retain, config, config.seed + 1) if steer.alpha > 0 and data.retain else None
-    model, optimizer, forget_loader, retain_loader = accelerator.prepare(unet, optimizer, forget_loader, retain_loader)
+    model, optimizer, forget_loader, retain_loader = accelerator.prepare(
+        denoiser, optimizer, forget_loader, retain_loader
+    )
     steps_per_epoch = -(-len(forget_loader) // micro_steps)
     max_steps = config.max_train_steps or config.num_train_epochs * steps_per_epoch
     schedule = get_scheduler(
@@ -218,7 +227,7 @@ def main(config: UnlearnConfig) -> None:
         accelerator.load_state(str(checkpoint))
         first = int(checkpoint.name.removeprefix("step-"))
 
-    make_step = StepMaker(model, scheduler, scale)
+    make_step = StepMaker(model, diffusion)
     freeze_normalisation(model)
     forget_batches = endless(forget_loader, first * micro_steps)
     retain_batches = endless(retain_loader, first * micro_steps) if retain_loader else None
@@ -251,16 +260,16 @@ def main(config: UnlearnConfig) -> None:
                 accelerator, output, step + 1, config.checkpoints_total_limit, barrier if protected else None
             )
         if config.validation_prompt and (step + 1) % config.validation_steps == 0 and accelerator.is_main_process:
-            unet.eval()
+            denoiser.eval()
             validate(accelerator, pipeline, config, output, step + 1)
             freeze_normalisation(model)
 
     seconds = time.perf_counter() - start
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # gives the UNet its own forward back
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # gives the denoiser its own forward back
         results = {"history": history.values, "num_steps": max_steps, "seconds_training": round(seconds, 2)}
-        finish(pipeline, barrier, config, output, questions, before, results, base_hash)
+        finish(pipeline, denoiser, barrier, config, output, questions, before, results, base_hash)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

@@ -1,6 +1,6 @@
 """What every base objective gets, and the registry that maps a name to it.
 
-Shapes: B batch, c latent channels, h and w latent side, L tokens, D embedding features.
+Shapes: B batch, c latent channels, h and w latent side.
 """
 
 from __future__ import annotations
@@ -11,17 +11,21 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+# What one prompt per sample tells the network: tensors with the batch first. Which ones, only the pipeline's row in
+# architectures.py knows, which encodes and reads them: everybody else passes a condition to `predict` as it is.
+Condition = dict[str, Tensor]
+
 
 @dataclass(frozen=True)
 class DiffusionStep:
     """One mini-batch at one draw of noise and timesteps; both sides of any comparison share them."""
 
-    predict: Callable[[Tensor, Tensor, Tensor], Tensor]  # (noisy, timesteps, condition) -> prediction (B, c, h, w)
+    predict: Callable[[Tensor, Tensor, Condition], Tensor]  # (noisy, timesteps, condition) -> prediction (B, c, h, w)
     noisy: Tensor  # x_t (B, c, h, w)
     timesteps: Tensor  # (B,)
-    target: Tensor  # what the network is trained to predict: the noise, or the velocity (B, c, h, w)
-    condition: Tensor  # embedding of the sample's own prompt (B, L, D)
-    anchor: Tensor | None = None  # embedding of the anchor prompt c' (B, L, D); None if the objective needs none
+    target: Tensor  # what the network is trained to predict: noise, velocity or flow (B, c, h, w)
+    condition: Condition  # the sample's own prompt
+    anchor: Condition | None = None  # the anchor prompt c'; None if the objective needs none
 
     def prediction(self) -> Tensor:
         """The network's prediction for the sample's own prompt, with gradient."""

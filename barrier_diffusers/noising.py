@@ -1,0 +1,125 @@
+"""From clean latents to what a denoiser is trained on: the noised input, its timestep, and the target.
+
+Shapes: B batch, c latent channels, h and w latent side, T training timesteps.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Noised:
+    """One draw of noise and timesteps for a batch."""
+
+    noisy: Tensor  # x_t (B, c, h, w)
+    timesteps: Tensor  # (B,), in the unit of the scheduler's timesteps
+    target: Tensor  # what the network is trained to predict (B, c, h, w)
+
+
+class Noising(Protocol):
+    """Draws the noise and then the timesteps for latents (B, c, h, w), from `generator` or the global random state."""
+
+    def __call__(self, latents: Tensor, generator: torch.Generator | None = None) -> Noised: ...
+
+
+class DiffusionNoising:
+    """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise (DDPM), with timesteps uniform over all T.
+
+    The target is what the scheduler's `prediction_type` says: the noise (epsilon) or the velocity
+    sqrt(a_t) noise - sqrt(1 - a_t) x_0 (v_prediction).
+
+    Raises:
+        ValueError: another prediction type.
+    """
+
+    def __init__(self, scheduler: Any, tokens_side: int):
+        self.scheduler = DDPMScheduler.from_config(scheduler.config)
+        self.prediction_type = self.scheduler.config.prediction_type
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction_type is {self.prediction_type!r}, but must be epsilon or v_prediction")
+
+    def __call__(self, latents: Tensor, generator: torch.Generator | None = None) -> Noised:
+        noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+        num_steps = self.scheduler.config.num_train_timesteps
+        timesteps = torch.randint(num_steps, (len(latents),), generator=generator, device=latents.device)
+        velocity = self.prediction_type == "v_prediction"
+        target = self.scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
+        return Noised(self.scheduler.add_noise(latents, noise, timesteps), timesteps, target)
+
+
+class FlowNoising:
+    """x_t = (1 - sigma) x_0 + sigma noise with target noise - x_0 (flow matching, SD3: arXiv 2403.03206).
+
+    The sigmas are the scheduler's own table of T steps, shifted as it shifts them when it samples: by its constant, or
+    (dynamic shifting, Flux) by the number of image tokens. The place in the table is logit-normal, T * sigmoid(n) with
+    n standard normal, counted from the noisy end.
+
+    Args:
+        scheduler: a FlowMatchEulerDiscreteScheduler.
+        tokens_side: side of the square of latent positions that makes one token of the transformer.
+    """
+
+    def __init__(self, scheduler: Any, tokens_side: int):
+        self.scheduler, self.tokens_side = copy.deepcopy(scheduler), tokens_side
+        self._tables: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def table(self, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """(sigmas, timesteps), both (T,), for images of `num_tokens` tokens."""
+        if num_tokens not in self._tables:
+            config = self.scheduler.config
+            shape = {
+                "base_seq_len": config.get("base_image_seq_len", 256),
+                "max_seq_len": config.get("max_image_seq_len", 4096),
+                "base_shift": config.get("base_shift", 0.5),
+                "max_shift": config.get("max_shift", 1.15),
+            }
+            mu = calculate_shift(num_tokens, **shape) if config.use_dynamic_shifting else None
+            total = config.num_train_timesteps
+            self.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / total, total).tolist(), mu=mu)
+            self._tables[num_tokens] = (self.scheduler.sigmas[:-1].clone(), self.scheduler.timesteps.clone())
+        return self._tables[num_tokens]
+
+    def __call__(self, latents: Tensor, generator: torch.Generator | None = None) -> Noised:
+        noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+        sigmas, timesteps = self.table(latents.shape[-2] * latents.shape[-1] // self.tokens_side**2)
+        normal = torch.randn(len(latents), generator=generator, device=latents.device)
+        places = (normal.sigmoid() * len(sigmas)).long().clamp(max=len(sigmas) - 1)
+        sigma = sigmas.to(latents)[places].view(-1, 1, 1, 1)
+        noisy = (1 - sigma) * latents + sigma * noise
+        return Noised(noisy, timesteps.to(latents)[places], noise - latents)
+
+
+MakeNoising = Callable[[Any, int], Noising]  # (scheduler, tokens_side)
+
+
+def latent_normalisation(vae: Any) -> tuple[Tensor, Tensor]:
+    """(shift, scale), each broadcastable to (B, c, h, w): the denoiser sees (latents - shift) * scale.
+
+    The scale is the VAE's scaling_factor, the shift its shift_factor (SD3, Flux); a VAE with latents_mean and
+    latents_std per channel (some SDXL ones) is normalised by these too.
+    """
+    config = vae.config
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is not None and std is not None:
+        shift, divisor = (torch.tensor(value).view(1, -1, 1, 1) for value in (mean, std))
+        return shift, config.scaling_factor / divisor
+    return torch.tensor(config.get("shift_factor") or 0.0), torch.tensor(config.scaling_factor)
+
+
+def sample_latents(
+    moments: Tensor, scale: float | Tensor, generator: torch.Generator | None = None, shift: float | Tensor = 0.0
+) -> Tensor:
+    """Draw normalised latents (B, c, h, w) from cached posteriors (B, 2 c, h, w)."""
+    mean, log_variance = moments.chunk(2, dim=1)
+    noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+    return (mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise - shift) * scale

@@ -1,0 +1,329 @@
+"""Every architecture: training calls the denoiser as its pipeline does; unlearn_sd.py goes from folder to folder."""
+
+import inspect
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusionImg2ImgPipeline
+from pipelines import BUILDERS, build
+from safetensors.torch import load_file
+
+from barrier_diffusers import Barrier, BarrierConfig
+from barrier_diffusers.architectures import Diffusion, get_architecture, image_ids, pack, unpack
+from barrier_diffusers.data import encode_prompts
+from barrier_diffusers.hub import load_pipeline
+from barrier_diffusers.settings import UnlearnConfig
+from barrier_diffusers.training import StepMaker, parse_config
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "train_scripts"))
+
+from unlearn_sd import main
+
+PROMPTS = ["a photo of a red boot", "a sneaker"]
+MAIN_FIVE = ["sd", "sd_velocity", "sdxl", "sd3", "flux"]
+
+
+def captured_call(denoiser, run):
+    """Arguments by name of the denoiser's first call in `run`, nothing that is None or empty, and its output."""
+    calls = []
+
+    def hook(module, args, kwargs, output):
+        bound = inspect.signature(type(denoiser).forward).bind(denoiser, *args, **kwargs).arguments
+        used = {k: v for k, v in bound.items() if v is not None and not (isinstance(v, dict) and not v)}
+        calls.append(({k: v for k, v in used.items() if k not in ("self", "return_dict")}, output[0]))
+
+    handle = denoiser.register_forward_hook(hook, with_kwargs=True)
+    try:
+        run()
+    finally:
+        handle.remove()
+    return calls[0]
+
+
+def flat(arguments):
+    """Nested dicts as one level."""
+    result = {}
+    for key, value in arguments.items():
+        result.update({f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value})
+    return result
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_training_calls_the_denoiser_as_the_pipeline_does(name):
+    pipeline = build(name)
+    pipeline.set_progress_bar_config(disable=True)
+    diffusion = Diffusion(pipeline, guidance_scale=2.5)
+    guidance = 2.5 if name == "flux" else 1.0  # 1: no classifier-free guidance, so no unconditional half
+    settings = {
+        "num_inference_steps": 2,
+        "height": 32,
+        "width": 48,
+        "guidance_scale": guidance,
+        "output_type": "latent",
+    }
+
+    def run_pipeline():
+        pipeline(PROMPTS, generator=torch.Generator().manual_seed(0), **settings)
+
+    wanted, output = captured_call(diffusion.denoiser, run_pipeline)
+    first = next(iter(wanted))
+    noisy, timestep = wanted[first], wanted["timestep"]
+    if isinstance(pipeline, FluxPipeline):
+        noisy, timestep = FluxPipeline._unpack_latents(noisy, 32, 48, 4), timestep * 1000
+    timesteps = timestep.expand(len(noisy))
+    predictions = []
+
+    @torch.no_grad()
+    def run_training():
+        condition = encode_prompts(pipeline, PROMPTS)
+        predictions.append(diffusion.predict(diffusion.denoiser, noisy, timesteps, condition))
+
+    got, _ = captured_call(diffusion.denoiser, run_training)
+    got, wanted = flat(got), flat(wanted)
+    assert set(got) == set(wanted)
+    for key, value in wanted.items():
+        value = value.expand(len(noisy)) if key == "timestep" else value
+        assert got[key].shape == value.shape, key
+        torch.testing.assert_close(got[key], value, rtol=1e-5, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+    if isinstance(pipeline, FluxPipeline):
+        output = FluxPipeline._unpack_latents(output, 32, 48, 4)
+    torch.testing.assert_close(predictions[0], output, rtol=1e-4, atol=1e-5)
+
+
+def test_packing_is_the_pipelines_own():
+    latents = torch.randn(3, 2, 8, 12)
+    packed = pack(latents)
+    assert torch.equal(packed, FluxPipeline._pack_latents(latents, 3, 2, 8, 12))
+    assert torch.equal(unpack(packed, 8, 12), latents)
+    assert torch.equal(FluxPipeline._unpack_latents(packed, 8, 12, 1), latents)
+    ids = FluxPipeline._prepare_latent_image_ids(3, 4, 6, "cpu", torch.float32)
+    assert torch.equal(image_ids(8, 12, packed), ids)
+
+
+def test_classes_without_a_row_are_named():
+    with pytest.raises(
+        ValueError, match="a StableDiffusionImg2ImgPipeline cannot be unlearned; known pipelines are Flux"
+    ):
+        Diffusion(StableDiffusionImg2ImgPipeline(**build("sd").components, requires_safety_checker=False))
+    with pytest.raises(ValueError, match="must be a multiple of 8 for this FluxPipeline"):
+        Diffusion(build("flux")).check_resolution(36)
+    Diffusion(build("flux")).check_resolution(40)
+
+
+def test_steps_share_one_draw_between_conditions():
+    """What an objective sees: any condition goes through `predict`, on one noised input."""
+    pipeline = build("flux")
+    diffusion = Diffusion(pipeline)
+    conditions = encode_prompts(pipeline, PROMPTS)
+    own, anchor = ({key: value[rows] for key, value in conditions.items()} for rows in ([0, 0, 0], [1, 1, 1]))
+    batch = {"moments": torch.randn(3, 4, 8, 8), "condition": own, "anchor": anchor}
+    step = StepMaker(diffusion.denoiser, diffusion)(batch)
+    assert step.prediction().shape == step.target.shape == step.noisy.shape == (3, 2, 8, 8)
+    assert not torch.equal(step.prediction(), step.predict(step.noisy, step.timesteps, step.anchor))
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "sd3_plain", "flux"])
+def test_long_prompts_are_cut_as_the_pipeline_cuts_them(name):
+    pipeline = build(name)
+    t5 = {"sd3": 256, "flux": 512}.get(name)
+    long = "boot " * (t5 or 30)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        got = encode_prompts(pipeline, [PROMPTS[0], long, "a sneaker " * 20], batch_size=1)
+    (message,) = [str(entry.message) for entry in caught if "too long" in str(entry.message)]
+    assert "of 3 prompts" in message and "tokenizer keeps 24 tokens and cuts 2" in message
+    number = {"sd3": 3, "flux": 2}.get(name)
+    assert (f"tokenizer_{number} keeps {t5} tokens and cuts 1" in message) == (t5 is not None)
+    again = get_architecture(type(pipeline).__name__).encode(pipeline, [long])
+    for key, value in again.items():
+        torch.testing.assert_close(got[key][1:2], value, rtol=1e-4, atol=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encode_prompts(pipeline, PROMPTS)
+
+
+MAPS = {
+    "sd": (["attn2.to_q", "attn2.to_k", "attn2.to_v"], 4 + 1),  # queries of 4 blocks, the text once
+    "sd3": (["attn.to_q", "attn.to_k", "attn.to_v", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"], 3 + 3),
+    "sd3 second attention": (["attn2.to_q", "attn2.to_k", "attn2.to_v"], 1),
+    "flux": (["to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"], 3 + 3 + 2),
+    "flux feed-forward": (
+        ["ff.net.0.proj", "ff.net.2", "to_out.0", "single_transformer_blocks.1.proj_mlp"],
+        3 * 3 + 1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_maps_are_found_and_share_their_inputs(name):
+    targets, num_inputs = MAPS[name]
+    pipeline = build(name.partition(" ")[0])
+    diffusion = Diffusion(pipeline)
+    condition = encode_prompts(pipeline, PROMPTS)
+    channels = pipeline.vae.config.latent_channels
+    batch = {
+        "noisy": torch.randn(2, channels, 8, 8),
+        "timesteps": torch.tensor([900.0, 100.0]),
+        "condition": condition,
+    }
+    barrier = Barrier(diffusion.denoiser, BarrierConfig(targets=targets, reduced_dim=2))
+    rows = {}
+    for entry in barrier.maps:
+        entry.module.register_forward_pre_hook(lambda module, args, n=entry.name: rows.update({n: args[0].clone()}))
+    barrier.setup_protection([batch], diffusion.predict_batch)
+    regions = barrier.regions
+    assert list(regions) == [entry.name for entry in barrier.maps]
+    assert len({id(region) for region in regions.values()}) == num_inputs
+    for entry, other in zip(barrier.maps, barrier.maps[1:], strict=False):
+        shared = regions[entry.name] is regions[other.name]
+        assert shared == (
+            rows[entry.name].shape == rows[other.name].shape and torch.equal(rows[entry.name], rows[other.name])
+        )
+    for group in barrier.groups:
+        flat_rows = rows[group.maps[0].name].double().flatten(0, -2)
+        assert group.region.count == len(flat_rows)
+        torch.testing.assert_close(group.region.mean.double(), flat_rows.mean(0), rtol=1e-4, atol=1e-5)
+    assert barrier.compute_protection_loss().item() == 0
+
+
+# --- the script, from pipeline folder to pipeline folder -------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator_state():
+    """accelerate keeps the first run's precision for the whole process, which here holds many runs."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Architecture -> folder of its saved tiny pipeline."""
+    root = tmp_path_factory.mktemp("pipelines")
+    for name in MAIN_FIVE + ["sd3_plain"]:
+        build(name).save_pretrained(root / name)
+    return {name: root / name for name in MAIN_FIVE + ["sd3_plain"]}
+
+
+def unlearn(source, output, **changes):
+    settings = {
+        "pretrained_model_name_or_path": source,
+        "output_dir": output,
+        "concept": "boot",
+        "forget_prompts": '["a photo of a red boot"]',
+        "retain_prompts": '["a sneaker"]',
+        "num_generated_images": 2,
+        "generation.num_inference_steps": 2,
+        "generation.resolution": 32,
+        "evaluation.sampling.num_inference_steps": 2,
+        "evaluation.sampling.resolution": 32,
+        "evaluation.images_per_label": 1,
+        "resolution": 32,
+        "train_batch_size": 2,
+        "max_train_steps": 2,
+        "learning_rate": 0.01,
+        "report_to": "none",
+        "objective.anchor": "sneaker",
+        "objective.alpha": 1.0,
+        "barrier.reduced_dim": 4,
+        "barrier.use_actual_bounds": "true",
+        **changes,
+    }
+    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    main(parse_config(UnlearnConfig, words))
+    return json.loads((output / "manifest.json").read_text())
+
+
+def load(folder):
+    """As the model card says: a pipeline without T5 wants to be told so."""
+    index = json.loads((folder / "model_index.json").read_text())
+    without_t5 = index["_class_name"] == "StableDiffusion3Pipeline" and not index.get("text_encoder_3", [None])[0]
+    return DiffusionPipeline.from_pretrained(
+        folder, **({"text_encoder_3": None, "tokenizer_3": None} if without_t5 else {})
+    )
+
+
+def sample(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    size = {"num_inference_steps": 2, "height": 32, "width": 32}
+    generator = torch.Generator().manual_seed(0)
+    return pipeline("a photo of a red boot", generator=generator, output_type="np", **size).images
+
+
+@pytest.mark.parametrize("name", MAIN_FIVE)
+def test_full_weights_from_folder_to_folder(name, folders, tmp_path):
+    output = tmp_path / "run"
+    content = unlearn(folders[name], output)
+    for losses in content["history"].values():
+        assert len(losses) == 2 and np.isfinite(losses).all() and max(losses) > 0
+    pipeline = DiffusionPipeline.from_pretrained(output)
+    assert type(pipeline) is type(build(name))
+    assert np.isfinite(sample(pipeline)).all()
+    row = get_architecture(type(pipeline).__name__)
+    old, new = (
+        load_file(folder / row.denoiser / "diffusion_pytorch_model.safetensors") for folder in (folders[name], output)
+    )
+    changed = {key for key in new if not torch.equal(old[key], new[key])}
+    owners = {key.rpartition(".")[0] for key in changed}
+    assert owners and all(any(f".{owner}".endswith(f".{target}") for target in row.targets) for owner in owners)
+    saved = BarrierConfig.from_pretrained(output)
+    assert saved.targets == list(row.targets)
+    assert set(content["hashes"]) == {"base_denoiser"} | {
+        n for n, m in pipeline.components.items() if hasattr(m, "state_dict")
+    }
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3_plain", "flux"])
+def test_adapter_loads_and_merges(name, folders, tmp_path):
+    output = tmp_path / "run"
+    unlearn(folders[name], output, rank=2, merge_adapter="true")
+    pipeline = load(folders[name])
+    assert ("text_encoder_3=None, tokenizer_3=None" in (output / "README.md").read_text()) == (name == "sd3_plain")
+    before = sample(pipeline)
+    pipeline.load_lora_weights(output)
+    row = get_architecture(type(pipeline).__name__)
+    denoiser = getattr(pipeline, row.denoiser)
+    with_adapter = {n for n, m in denoiser.named_modules() if hasattr(m, "lora_A")}
+    wanted = Barrier(getattr(build(name), row.denoiser), BarrierConfig(targets=list(row.targets), reduced_dim=2)).maps
+    assert with_adapter == {entry.name for entry in wanted}
+    adapted = sample(pipeline)
+    assert np.abs(adapted - before).max() > 1e-5
+    np.testing.assert_allclose(sample(load(output / "merged")), adapted, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
+def test_half_precision_and_chosen_blocks(name, folders, tmp_path):
+    blocks = {"sdxl": "[0, mid_block]", "sd3": "[1]", "flux": "[0, single_transformer_blocks.1]"}[name]
+    targets = {"sdxl": "[attn2.to_k]", "sd3": "[attn.to_out.0, ff.net.0.proj]", "flux": "[to_q]"}[name]
+    changes = {"barrier.blocks": blocks, "barrier.targets": targets, "mixed_precision": "bf16", "rank": 2}
+    content = unlearn(folders[name], tmp_path / "run", gradient_checkpointing="true", **changes)
+    assert np.isfinite(content["history"]["protection"]).all()
+    found = load_file(tmp_path / "run" / "pytorch_lora_weights.safetensors")
+    owners = {key.partition(".lora")[0].partition(".")[2] for key in found}
+    expected = {
+        "sdxl": {f"{block}.attn2.to_k" for block in
+                 ("down_blocks.1.attentions.0.transformer_blocks.0", "mid_block.attentions.0.transformer_blocks.0",
+                  "mid_block.attentions.0.transformer_blocks.1")},
+        "sd3": {"transformer_blocks.1.attn.to_out.0", "transformer_blocks.1.ff.net.0.proj"},
+        "flux": {"transformer_blocks.0.attn.to_q", "single_transformer_blocks.1.attn.to_q"},
+    }[name]  # fmt: skip
+    assert owners == expected
+
+
+def test_unknown_pipelines_and_files_are_refused_before_loading(folders, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
+    with pytest.raises(ValueError, match="a KandinskyPipeline cannot be unlearned; known pipelines are"):
+        load_pipeline(str(tmp_path / "other"))
+    for name, message in {"model.ckpt": "may hold a pickle", "none.safetensors": "does not exist"}.items():
+        with pytest.raises(ValueError, match=message):
+            load_pipeline(str(tmp_path / name))
+    with pytest.raises(ValueError, match="belong to a .safetensors file"):
+        load_pipeline(str(folders["sd"]), pipeline_config="somewhere")
+    with pytest.raises(ValueError, match="resolution is 34, but must be a multiple of 8"):
+        unlearn(folders["sd3"], tmp_path / "run", resolution=34)
