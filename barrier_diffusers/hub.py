@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +111,14 @@ def load_single_file(path: Path, dtype: torch.dtype, pipeline_config: str | None
     name = "StableDiffusionPipeline"
     if pipeline_config is not None:
         name = DiffusionPipeline.load_config(pipeline_config)["_class_name"]
-    return get_architecture(name).pipeline_class.from_single_file(
-        str(path), config=pipeline_config, original_config=original_config, dtype=dtype
-    )
+    kind = get_architecture(name).pipeline_class
+    try:
+        return kind.from_single_file(str(path), config=pipeline_config, original_config=original_config, dtype=dtype)
+    except OSError as error:
+        raise OSError(
+            f"no configuration for {str(path)!r} could be had ({error}): set pipeline_config to a folder with the "
+            "configurations of a pipeline of its kind"
+        ) from error
 
 
 def enable_xformers(denoiser: Any, device: torch.device) -> None:
@@ -130,11 +136,28 @@ def add_adapter(denoiser: Any, config: BarrierConfig, rank: int) -> None:
     cast_training_params(denoiser, dtype=torch.float32)
 
 
+@contextmanager
+def widened(pipeline: Any) -> Iterator[None]:
+    """Beside a float32 denoiser every network in float32: a folder of mixed precision loads, but does not run."""
+    denoiser = getattr(pipeline, get_architecture(type(pipeline).__name__).denoiser)
+    parameters = [value for part in components(pipeline).values() for value in part.parameters()]
+    narrow = [(value, value.dtype) for value in parameters if value.dtype in (torch.float16, torch.bfloat16)]
+    narrow = narrow if denoiser.dtype == torch.float32 else []
+    try:
+        for parameter, _ in narrow:
+            parameter.data = parameter.data.float()
+        yield
+    finally:
+        for parameter, dtype in narrow:
+            parameter.data = parameter.data.to(dtype)
+
+
 def save_pipeline(pipeline: Any, output: Path) -> None:
-    """Write the pipeline into `output`; a killed write leaves no half-written model_index.json behind."""
+    """Write the pipeline into `output`, in one precision; a killed write leaves no half-written model_index.json."""
     temporary = output / f".pipeline-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
-    pipeline.save_pretrained(temporary, safe_serialization=True)
+    with widened(pipeline):
+        pipeline.save_pretrained(temporary, safe_serialization=True)
     move_into(temporary, output, last="model_index.json")
 
 
@@ -171,7 +194,7 @@ def save_model_card(
     data = ModelCardData(
         base_model=base if not Path(base).exists() else None,
         library_name="diffusers",
-        tags=["stable-diffusion", "text-to-image", "machine-unlearning", "barrier", *(["lora"] if adapter else [])],
+        tags=["text-to-image", "machine-unlearning", "barrier", *(["lora"] if adapter else [])],
     )
     loading = (LOAD_ADAPTER if adapter else LOAD_PIPELINE).format(
         folder=output, base=base, absent="".join(f", {part}=None" for part in absent)

@@ -1,0 +1,166 @@
+"""unlearn_sd.py on a tiny pipeline of every architecture, from a pipeline folder to one that generates."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import DiffusionPipeline
+from pipelines import build
+from safetensors.torch import load_file
+
+from barrier_diffusers import Barrier, BarrierConfig
+from barrier_diffusers.architectures import get_architecture
+from barrier_diffusers.hub import load_pipeline
+from barrier_diffusers.settings import UnlearnConfig
+from barrier_diffusers.training import parse_config
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "train_scripts"))
+
+from unlearn_sd import main
+
+MAIN_FIVE = ["sd", "sd_velocity", "sdxl", "sd3", "flux"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator_state():
+    """accelerate keeps the first run's precision for the whole process, which here holds many runs."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Architecture -> folder of its saved tiny pipeline."""
+    root = tmp_path_factory.mktemp("pipelines")
+    for name in MAIN_FIVE + ["sd3_plain"]:
+        build(name).save_pretrained(root / name)
+    return {name: root / name for name in MAIN_FIVE + ["sd3_plain"]}
+
+
+def unlearn(source, output, **changes):
+    settings = {
+        "pretrained_model_name_or_path": source,
+        "output_dir": output,
+        "concept": "boot",
+        "forget_prompts": '["a photo of a red boot"]',
+        "retain_prompts": '["a sneaker"]',
+        "num_generated_images": 2,
+        "generation.num_inference_steps": 2,
+        "generation.resolution": 32,
+        "evaluation.sampling.num_inference_steps": 2,
+        "evaluation.sampling.resolution": 32,
+        "evaluation.images_per_label": 1,
+        "resolution": 32,
+        "train_batch_size": 2,
+        "max_train_steps": 2,
+        "learning_rate": 0.01,
+        "report_to": "none",
+        "objective.anchor": "sneaker",
+        "objective.alpha": 1.0,
+        "barrier.reduced_dim": 4,
+        "barrier.use_actual_bounds": "true",
+        **changes,
+    }
+    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    main(parse_config(UnlearnConfig, words))
+    return json.loads((output / "manifest.json").read_text())
+
+
+def load(folder):
+    """As the model card says: a pipeline without T5 wants to be told so."""
+    index = json.loads((folder / "model_index.json").read_text())
+    without_t5 = index["_class_name"] == "StableDiffusion3Pipeline" and not index.get("text_encoder_3", [None])[0]
+    return DiffusionPipeline.from_pretrained(
+        folder, **({"text_encoder_3": None, "tokenizer_3": None} if without_t5 else {})
+    )
+
+
+def sample(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    size = {"num_inference_steps": 2, "height": 32, "width": 32}
+    generator = torch.Generator().manual_seed(0)
+    return pipeline("a photo of a red boot", generator=generator, output_type="np", **size).images
+
+
+@pytest.mark.parametrize("name", MAIN_FIVE)
+def test_full_weights_from_folder_to_folder(name, folders, tmp_path):
+    output = tmp_path / "run"
+    content = unlearn(folders[name], output)
+    for losses in content["history"].values():
+        assert len(losses) == 2 and np.isfinite(losses).all() and max(losses) > 0
+    pipeline = DiffusionPipeline.from_pretrained(output)
+    assert type(pipeline) is type(build(name))
+    assert np.isfinite(sample(pipeline)).all()
+    row = get_architecture(type(pipeline).__name__)
+    old, new = (
+        load_file(folder / row.denoiser / "diffusion_pytorch_model.safetensors") for folder in (folders[name], output)
+    )
+    changed = {key for key in new if not torch.equal(old[key], new[key])}
+    owners = {key.rpartition(".")[0] for key in changed}
+    assert owners and all(any(f".{owner}".endswith(f".{target}") for target in row.targets) for owner in owners)
+    saved = BarrierConfig.from_pretrained(output)
+    assert saved.targets == list(row.targets)
+    assert set(content["hashes"]) == {"base_denoiser"} | {
+        n for n, m in pipeline.components.items() if hasattr(m, "state_dict")
+    }
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3_plain", "flux"])
+def test_adapter_loads_and_merges(name, folders, tmp_path):
+    output = tmp_path / "run"
+    unlearn(folders[name], output, rank=2, merge_adapter="true")
+    pipeline = load(folders[name])
+    assert ("text_encoder_3=None, tokenizer_3=None" in (output / "README.md").read_text()) == (name == "sd3_plain")
+    before = sample(pipeline)
+    pipeline.load_lora_weights(output)
+    row = get_architecture(type(pipeline).__name__)
+    denoiser = getattr(pipeline, row.denoiser)
+    with_adapter = {n for n, m in denoiser.named_modules() if hasattr(m, "lora_A")}
+    wanted = Barrier(getattr(build(name), row.denoiser), BarrierConfig(targets=list(row.targets), reduced_dim=2)).maps
+    assert with_adapter == {entry.name for entry in wanted}
+    adapted = sample(pipeline)
+    assert np.abs(adapted - before).max() > 1e-5
+    np.testing.assert_allclose(sample(load(output / "merged")), adapted, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
+def test_half_precision_and_chosen_blocks(name, folders, tmp_path):
+    blocks = {"sdxl": "[0, mid_block]", "sd3": "[1]", "flux": "[0, single_transformer_blocks.1]"}[name]
+    targets = {"sdxl": "[attn2.to_k]", "sd3": "[attn.to_out.0, ff.net.0.proj]", "flux": "[to_q]"}[name]
+    changes = {"barrier.blocks": blocks, "barrier.targets": targets, "mixed_precision": "bf16", "rank": 2}
+    content = unlearn(folders[name], tmp_path / "run", gradient_checkpointing="true", **changes)
+    assert np.isfinite(content["history"]["protection"]).all()
+    found = load_file(tmp_path / "run" / "pytorch_lora_weights.safetensors")
+    owners = {key.partition(".lora")[0].partition(".")[2] for key in found}
+    expected = {
+        "sdxl": {f"{block}.attn2.to_k" for block in
+                 ("down_blocks.1.attentions.0.transformer_blocks.0", "mid_block.attentions.0.transformer_blocks.0",
+                  "mid_block.attentions.0.transformer_blocks.1")},
+        "sd3": {"transformer_blocks.1.attn.to_out.0", "transformer_blocks.1.ff.net.0.proj"},
+        "flux": {"transformer_blocks.0.attn.to_q", "single_transformer_blocks.1.attn.to_q"},
+    }[name]  # fmt: skip
+    assert owners == expected
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
+def test_half_precision_beside_full_weights(name, folders, tmp_path):
+    content = unlearn(folders[name], tmp_path / "run", mixed_precision="bf16")
+    assert np.isfinite(content["history"]["objective"]).all()
+    assert np.isfinite(sample(load(tmp_path / "run"))).all()
+
+
+def test_unknown_pipelines_and_files_are_refused_before_loading(folders, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
+    with pytest.raises(ValueError, match="a KandinskyPipeline cannot be unlearned; known pipelines are"):
+        load_pipeline(str(tmp_path / "other"))
+    for name, message in {"model.ckpt": "may hold a pickle", "none.safetensors": "does not exist"}.items():
+        with pytest.raises(ValueError, match=message):
+            load_pipeline(str(tmp_path / name))
+    with pytest.raises(ValueError, match="belong to a .safetensors file"):
+        load_pipeline(str(folders["sd"]), pipeline_config="somewhere")
+    with pytest.raises(ValueError, match="resolution is 34, but must be a multiple of 8"):
+        unlearn(folders["sd3"], tmp_path / "run", resolution=34)
