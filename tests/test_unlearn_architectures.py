@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "train_scripts")
 
 from unlearn_sd import main
 
-MAIN_FIVE = ["sd", "sd_velocity", "sdxl", "sd3", "flux"]
+PIPELINES = ["sd", "sd_velocity", "sdxl", "sd3", "flux"]
 
 
 @pytest.fixture(autouse=True)
@@ -35,9 +35,9 @@ def fresh_accelerator_state():
 def folders(tmp_path_factory):
     """Architecture -> folder of its saved tiny pipeline."""
     root = tmp_path_factory.mktemp("pipelines")
-    for name in MAIN_FIVE + ["sd3_plain"]:
+    for name in PIPELINES + ["sd3_plain"]:
         build(name).save_pretrained(root / name)
-    return {name: root / name for name in MAIN_FIVE + ["sd3_plain"]}
+    return {name: root / name for name in PIPELINES + ["sd3_plain"]}
 
 
 def unlearn(source, output, **changes):
@@ -85,7 +85,7 @@ def sample(pipeline):
     return pipeline("a photo of a red boot", generator=generator, output_type="np", **size).images
 
 
-@pytest.mark.parametrize("name", MAIN_FIVE)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_full_weights_from_folder_to_folder(name, folders, tmp_path):
     output = tmp_path / "run"
     content = unlearn(folders[name], output)
