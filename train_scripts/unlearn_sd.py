@@ -187,8 +187,8 @@ def main(config: UnlearnConfig) -> None:
 
     steer = config.objective
     with accelerator.main_process_first():  # the others find the cache filled
-        questions = make_questions(config.evaluation, config)
         concepts = load_concepts(config, pipeline, cache, base_hash, config.seed)
+        questions = make_questions(config.evaluation, config)
         anchors = concepts.anchors(steer.anchor, steer.anchor_prompt, config.seed) if objective.needs_anchor else None
         data = encode_concepts(concepts, anchors, pipeline, cache, config.resolution, config.needs_retain)
     before = np.empty(0)
