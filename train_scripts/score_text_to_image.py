@@ -28,10 +28,10 @@ class ScoreConfig:
     data_dir: str = "assets/fashion_images"  # its captions are the prompts
     split: str = "test"
     label_column: str = "class"
-    images_per_label: int = 50
+    images_per_label: int = 60
     output: str = "assets/fashion_sd_scores.json"
     picture: str = "assets/fashion_sd.png"
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(num_inference_steps=15))
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
 
 def main(config: ScoreConfig) -> None:
