@@ -12,6 +12,7 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from torch.utils.data import DataLoader
 from barrier_diffusers.barrier import Barrier
 from barrier_diffusers.config import CONFIG_NAME
 from barrier_diffusers.data import sample_latents
-from barrier_diffusers.objectives.base import DiffusionStep
+from barrier_diffusers.objectives import DiffusionStep, ObjectiveConfig
+from barrier_diffusers.reference import FrozenReference
+from barrier_diffusers.sampling import PartialSampler
 
 MANIFEST_NAME = "manifest.json"
 METRICS_NAME = "metrics.json"
@@ -162,23 +165,41 @@ def predict(unet: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 class StepMaker:
-    """Draws noise and timesteps for a batch of cached latents and puts it in the form the objectives take."""
+    """Puts a batch in the form the objectives take, with noise and timesteps drawn for its cached latents, or with
+    `sampler` its x_t sampled by the model itself from the prompts alone."""
 
-    def __init__(self, unet: nn.Module, scheduler: Any, scaling_factor: float):
+    def __init__(
+        self,
+        unet: nn.Module,
+        scheduler: Any,
+        scaling_factor: float,
+        options: ObjectiveConfig | None = None,
+        reference: FrozenReference | None = None,
+        sampler: PartialSampler | None = None,
+    ):
         self.unet, self.scheduler, self.scaling_factor = unet, scheduler, scaling_factor
+        self.options, self.sampler = options or ObjectiveConfig(), sampler
+        self.reference = partial(reference, self.run) if reference else None
+
+    def run(self, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
+        """The network's prediction."""
+        return self.unet(noisy, timesteps, condition).sample
 
     def __call__(self, batch: dict[str, Tensor]) -> DiffusionStep:
-        latents = sample_latents(batch["moments"], self.scaling_factor)
-        noise = torch.randn_like(latents)
-        timesteps = torch.randint(self.scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
-        velocity = self.scheduler.config.prediction_type == "v_prediction"
-        target = self.scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
-        noisy = self.scheduler.add_noise(latents, noise, timesteps)
-
-        def run(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-            return self.unet(x, t, condition).sample
-
-        return DiffusionStep(run, noisy, timesteps, target, batch["condition"], batch["anchor"])
+        target = None
+        if self.sampler is not None:
+            noisy, timesteps = self.sampler(batch["condition"], batch["unconditional"], batch["index"])
+        else:
+            latents = sample_latents(batch["moments"], self.scaling_factor)
+            noise = torch.randn_like(latents)
+            timesteps = torch.randint(
+                self.scheduler.config.num_train_timesteps, (len(latents),), device=latents.device
+            )
+            velocity = self.scheduler.config.prediction_type == "v_prediction"
+            target = self.scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
+            noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        prompts = (batch["condition"], batch["anchor"], batch.get("unconditional"))
+        return DiffusionStep(self.run, noisy, timesteps, target, *prompts, self.reference, self.options)
 
 
 class History:
