@@ -30,7 +30,7 @@ def before_after_grid(
     path: Path,
     columns: int = 6,
 ) -> None:
-    """One row per label: `columns` images before, spread over the label's prompts, and the same seeds after.
+    """One row per label: `columns` images before, drawn at random from the label's, and the same seeds after.
 
     Forgotten labels come first, in red.
     """
@@ -38,7 +38,7 @@ def before_after_grid(
     figure, axes = plt.subplots(len(order), 2, figsize=(1.7 * columns, 0.92 * len(order) + 0.6), squeeze=False)
     for row, label in enumerate(order):
         mine = [index for index, value in enumerate(labels) if value == label]
-        chosen = sorted({mine[int(place)] for place in np.linspace(0, len(mine) - 1, columns)})
+        chosen = sorted(np.random.default_rng(0).permutation(mine)[:columns])
         for axis, images in zip(axes[row], (before_NHWC, after_NHWC), strict=True):
             _draw_row(axis, images[chosen])
         colour = "tab:red" if label in forgotten else "black"
