@@ -222,6 +222,7 @@ class Diffusion:
         guidance = guidance_scale if config.get("guidance_embeds") else None
         self.facts = Facts(pipeline.vae_scale_factor, guidance)
         self.shift, self.scale = latent_normalisation(pipeline.vae)
+        self.latent_channels: int = pipeline.vae.config.latent_channels
         self.tokens_side = self.architecture.packing * (config.get("patch_size") or 1)
         self.noising = self.architecture.noising(pipeline.scheduler, self.tokens_side)
 
@@ -231,6 +232,11 @@ class Diffusion:
         if resolution % unit:
             name = self.architecture.pipeline_class.__name__
             raise ValueError(f"resolution is {resolution}, but must be a multiple of {unit} for this {name}")
+
+    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
+        """(c, h, w) of the latents of square images."""
+        side = resolution // self.facts.vae_scale_factor
+        return self.latent_channels, side, side
 
     def noised(self, moments: Tensor, generator: torch.Generator | None = None) -> Noised:
         """Latents drawn from cached posteriors (B, 2 c, h, w), and noise and timesteps for them, in this order."""

@@ -75,6 +75,21 @@ class ConceptConfig:
                 raise ValueError(f"{name} is {value}, but must be at least 1")
 
 
+@dataclass(frozen=True)
+class DataNeeds:
+    """What a run reads of its data; nothing else is generated, decoded or encoded."""
+
+    forget_images: bool = True  # False: the forget prompts only
+    retain_images: bool = True  # False: the retain prompts only
+    retain: bool = True  # False: nothing of the retain rows is read
+    unconditional: bool = False  # the empty prompt's embedding
+
+    @property
+    def images(self) -> list[str]:
+        """The roles whose images are read."""
+        return [role for role, read in (("forget", self.forget_images), ("retain", self.retain_images)) if read]
+
+
 @dataclass
 class ConceptData:
     """Forget and retain rows before anything is encoded."""
@@ -98,16 +113,16 @@ class ConceptData:
         return anchor_captions(captions, list(self.forget[column]), anchor, anchor_prompt, labels, seed)
 
 
-def load_concepts(config: ConceptConfig, pipeline: Any, cache: Path, base_hash: str, seed: int) -> ConceptData:
-    """Read the data set and split it, or let the model illustrate the prompts.
+def load_concepts(
+    config: ConceptConfig, pipeline: Any, cache: Path, base_hash: str, seed: int, needs: DataNeeds
+) -> ConceptData:
+    """Read the data set and split it, or let the model illustrate the prompts of the roles that need images.
 
     Raises:
         ValueError: no such folder, column or split; zero forget images; zero retain images.
     """
     if config.source is None:
-        folder = generated_images(config, pipeline, cache, base_hash)
-        dataset = load_image_text(str(folder), "train")
-        forget, retain = split_concepts(dataset, ROLE_COLUMN, ["forget"])
+        forget, retain = rows_of_prompts(config, pipeline, cache, base_hash, needs.images)
     else:
         dataset = load_image_text(config.source, config.train_split, config.image_column, config.caption_column)
         forget, retain = split_concepts(dataset, config.concept_column, config.concepts)
@@ -123,18 +138,26 @@ def cycle(prompts: Sequence[str], count: int) -> list[str]:
     return [prompts[index % len(prompts)] for index in range(count)] if prompts else []
 
 
-def generated_images(config: ConceptConfig, pipeline: Any, cache: Path, base_hash: str) -> Path:
-    """An image folder of the prompts' illustrations by the model itself, made once per model and settings."""
-    lists = {"forget": config.forget_prompts, "retain": config.retain_prompts}
-    key = fingerprint(base_hash, lists, config.num_generated_images, vars(config.generation))
-    folder = cache / f"generated-{key}"
-    if not folder.is_dir():
-        prompts = {role: cycle(texts, config.num_generated_images) for role, texts in lists.items()}
-        texts = [text for role in prompts for text in prompts[role]]
-        roles = [role for role in prompts for _ in prompts[role]]
-        images = generate(pipeline, texts, config.generation, desc="illustrating the prompts")
-        write_image_folder(folder, images, {config.caption_column: texts, ROLE_COLUMN: roles})
-    return folder
+def rows_of_prompts(
+    config: ConceptConfig, pipeline: Any, cache: Path, base_hash: str, with_images: Sequence[str]
+) -> list[Dataset]:
+    """[forget rows, retain rows]: `num_generated_images` prompts each, and images for the roles in `with_images`, made
+    by the model once per model and settings."""
+    count, lists = config.num_generated_images, {"forget": config.forget_prompts, "retain": config.retain_prompts}
+    prompts = {role: cycle(texts, count) for role, texts in lists.items()}
+    illustrated = [role for role in with_images if prompts[role]]
+    rows = {role: Dataset.from_dict({config.caption_column: texts}) for role, texts in prompts.items()}
+    if illustrated:
+        key = fingerprint(base_hash, {role: lists[role] for role in illustrated}, count, vars(config.generation))
+        folder = cache / f"generated-{key}"
+        if not folder.is_dir():
+            texts = [text for role in illustrated for text in prompts[role]]
+            roles = [role for role in illustrated for _ in prompts[role]]
+            images = generate(pipeline, texts, config.generation, desc="illustrating the prompts")
+            write_image_folder(folder, images, {config.caption_column: texts, ROLE_COLUMN: roles})
+        dataset = load_image_text(str(folder), "train", caption_column=config.caption_column)
+        rows |= {role: split_concepts(dataset, ROLE_COLUMN, [role])[0] for role in illustrated}
+    return list(rows.values())
 
 
 def write_image_folder(folder: Path, images_NHWC: np.ndarray, columns: dict[str, list[str]]) -> None:
@@ -161,15 +184,19 @@ class EncodedConcepts:
 
 
 def encode_concepts(
-    concepts: ConceptData, anchors: list[str] | None, pipeline: Any, cache: Path, resolution: int, needs_retain: bool
+    concepts: ConceptData, anchors: list[str] | None, pipeline: Any, cache: Path, resolution: int, needs: DataNeeds
 ) -> EncodedConcepts:
-    """VAE posteriors of every image and one condition per distinct prompt, computed once and cached on disk."""
+    """VAE posteriors of every image and one text embedding per distinct prompt, computed once and cached on disk.
+
+    Rows of a role that needs no images have no posteriors, and their images are not read.
+    """
     config = concepts.config
-    if needs_retain and len(concepts.retain) == 0:
+    if needs.retain and len(concepts.retain) == 0:
         raise ValueError("zero retain images: alpha > 0, use_actual_bounds and residual_source need some")
-    rows = {"forget": concepts.forget, **({"retain": concepts.retain} if needs_retain else {})}
+    rows = {"forget": concepts.forget, **({"retain": concepts.retain} if needs.retain else {})}
     captions = {role: list(dataset[config.caption_column]) for role, dataset in rows.items()}
-    prompts = sorted({text for texts in captions.values() for text in texts} | set(anchors or []))
+    empty = [""] if needs.unconditional else []
+    prompts = sorted({text for texts in captions.values() for text in texts} | {*(anchors or []), *empty})
     position = {text: index for index, text in enumerate(prompts)}
     encoders = {name: module_hash(part) for name, part in components(pipeline, "text_encoder").items()}
     text_key = fingerprint(prompts, encoders)
@@ -177,14 +204,15 @@ def encode_concepts(
     vae_hash = module_hash(pipeline.vae)
 
     def encode(role: str, targets: list[str]) -> EncodedImages:
-        dataset = rows[role]
-        key = fingerprint(dataset._fingerprint, vae_hash, resolution, config.image_column)
-        moments = cached_tensors(
-            cache / f"latents-{key}.safetensors",
-            lambda: {"moments": encode_moments(pipeline.vae, dataset, config.image_column, resolution)},
-        )["moments"]
+        dataset, moments = rows[role], None
+        if role in needs.images:
+            key = fingerprint(dataset._fingerprint, vae_hash, resolution, config.image_column)
+            moments = cached_tensors(
+                cache / f"latents-{key}.safetensors",
+                lambda: {"moments": encode_moments(pipeline.vae, dataset, config.image_column, resolution)},
+            )["moments"]
         ids = [torch.tensor([position[text] for text in texts]) for texts in (captions[role], targets)]
-        return EncodedImages(moments, ids[0], ids[1], embeddings)
+        return EncodedImages(moments, ids[0], ids[1], embeddings, position[""] if empty else None)
 
     forget = encode("forget", anchors or captions["forget"])
-    return EncodedConcepts(forget, encode("retain", captions["retain"]) if needs_retain else None)
+    return EncodedConcepts(forget, encode("retain", captions["retain"]) if needs.retain else None)

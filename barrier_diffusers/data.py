@@ -221,24 +221,30 @@ def encode_prompts(pipeline: Any, prompts: Sequence[str], batch_size: int = 64) 
 class EncodedImages(TorchDataset):
     """Captioned images with everything frozen already computed: a training batch is looked up, not encoded."""
 
-    moments: Tensor  # VAE posteriors (N, 2 c, h, w)
+    moments: Tensor | None  # VAE posteriors (N, 2 c, h, w); None for rows that are prompts only
     caption_ids: Tensor  # row of `embeddings` for each image's caption (N,)
     anchor_ids: Tensor  # row of `embeddings` for each image's anchor prompt (N,); the caption's where there is none
     embeddings: Condition  # one row per distinct prompt in every tensor (P, ...)
+    empty_id: int | None = None  # row of `embeddings` for the empty prompt, where one is needed
 
     def __len__(self) -> int:
-        return len(self.moments)
+        return len(self.caption_ids)
 
-    def condition(self, row: Tensor) -> Condition:
+    def condition(self, row: Tensor | int) -> Condition:
         """The condition of one distinct prompt."""
         return {key: value[row] for key, value in self.embeddings.items()}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {
-            "moments": self.moments[index],
+        row: dict[str, Any] = {
+            "index": torch.tensor(index),
             "condition": self.condition(self.caption_ids[index]),
             "anchor": self.condition(self.anchor_ids[index]),
         }
+        if self.moments is not None:
+            row["moments"] = self.moments[index]
+        if self.empty_id is not None:
+            row["unconditional"] = self.condition(self.empty_id)
+        return row
 
 
 @dataclass

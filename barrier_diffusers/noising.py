@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
@@ -30,6 +30,11 @@ class Noising(Protocol):
     """Draws the noise and then the timesteps for latents (B, c, h, w), from `generator` or the global random state."""
 
     def __call__(self, latents: Tensor, generator: torch.Generator | None = None) -> Noised: ...
+
+    def sampler(self, num_steps: int, latent_shape: tuple[int, int, int]) -> Any:
+        """A scheduler of diffusers that takes latents (B, c, h, w) from noise of variance 1 to clean in `num_steps`
+        deterministic steps, with its timesteps set."""
+        ...
 
 
 class DiffusionNoising:
@@ -56,6 +61,12 @@ class DiffusionNoising:
         target = self.scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
         return Noised(self.scheduler.add_noise(latents, noise, timesteps), timesteps, target)
 
+    def sampler(self, num_steps: int, latent_shape: tuple[int, int, int]) -> DDIMScheduler:
+        """DDIM, whatever the pipeline's own sampler is; see `Noising`."""
+        scheduler = DDIMScheduler.from_config(self.scheduler.config, clip_sample=False)  # latents have no range
+        scheduler.set_timesteps(num_steps)
+        return scheduler
+
 
 class FlowNoising:
     """x_t = (1 - sigma) x_0 + sigma noise with target noise - x_0 (flow matching, SD3: arXiv 2403.03206).
@@ -70,24 +81,32 @@ class FlowNoising:
     """
 
     def __init__(self, scheduler: Any, tokens_side: int):
-        self.scheduler, self.tokens_side = copy.deepcopy(scheduler), tokens_side
+        self.scheduler, self.tokens_side = scheduler, tokens_side
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}
 
     def table(self, num_tokens: int) -> tuple[Tensor, Tensor]:
         """(sigmas, timesteps), both (T,), for images of `num_tokens` tokens."""
         if num_tokens not in self._tables:
-            config = self.scheduler.config
-            shape = {
-                "base_seq_len": config.get("base_image_seq_len", 256),
-                "max_seq_len": config.get("max_image_seq_len", 4096),
-                "base_shift": config.get("base_shift", 0.5),
-                "max_shift": config.get("max_shift", 1.15),
-            }
-            mu = calculate_shift(num_tokens, **shape) if config.use_dynamic_shifting else None
-            total = config.num_train_timesteps
-            self.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / total, total).tolist(), mu=mu)
-            self._tables[num_tokens] = (self.scheduler.sigmas[:-1].clone(), self.scheduler.timesteps.clone())
+            steps = self._steps(self.scheduler.config.num_train_timesteps, num_tokens)
+            self._tables[num_tokens] = (steps.sigmas[:-1].clone(), steps.timesteps.clone())
         return self._tables[num_tokens]
+
+    def _steps(self, num_steps: int, num_tokens: int) -> Any:
+        """A copy of the scheduler with this many steps, shifted for images of `num_tokens` tokens."""
+        config, scheduler = self.scheduler.config, copy.deepcopy(self.scheduler)
+        shape = {
+            "base_seq_len": config.get("base_image_seq_len", 256),
+            "max_seq_len": config.get("max_image_seq_len", 4096),
+            "base_shift": config.get("base_shift", 0.5),
+            "max_shift": config.get("max_shift", 1.15),
+        }
+        mu = calculate_shift(num_tokens, **shape) if config.use_dynamic_shifting else None
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / num_steps, num_steps).tolist(), mu=mu)
+        return scheduler
+
+    def sampler(self, num_steps: int, latent_shape: tuple[int, int, int]) -> Any:
+        """The pipeline's own Euler steps; see `Noising`."""
+        return self._steps(num_steps, latent_shape[1] * latent_shape[2] // self.tokens_side**2)
 
     def __call__(self, latents: Tensor, generator: torch.Generator | None = None) -> Noised:
         noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)

@@ -5,20 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from barrier_diffusers.concepts import ConceptConfig
+from barrier_diffusers.concepts import ConceptConfig, DataNeeds
 from barrier_diffusers.config import BarrierConfig
 from barrier_diffusers.evaluation.erasure import EvaluationConfig
-
-
-@dataclass
-class ObjectiveConfig:
-    """The base objective that does the erasing."""
-
-    name: str = "rl"  # see barrier_diffusers/objectives
-    alpha: float = 0.0  # weight of the ordinary loss on a retain batch; 0: no retain batch is loaded or run
-    anchor: str | None = None  # words that replace the concept's in each caption; None: another label at random
-    anchor_prompt: str | None = None  # or one whole prompt for every forget image
-
+from barrier_diffusers.objectives import Objective, ObjectiveConfig, get_objective, load_module
 
 POSITIVE = (
     *("resolution", "train_batch_size", "num_train_epochs", "max_train_steps", "gradient_accumulation_steps"),
@@ -54,6 +44,7 @@ class UnlearnConfig(ConceptConfig):
     enable_xformers_memory_efficient_attention: bool = False
     guidance_scale: float = 3.5  # what a denoiser with a guidance embedding (Flux dev) is told while it trains
     rank: int = 0  # of a LoRA adapter on the targets; 0 trains the full weights
+    saliency_mask: float | None = None  # SalUn: only this fraction of the trained entries moves; None: all
     merge_adapter: bool = False  # with rank > 0: also save the merged pipeline, in output_dir/merged
     report_to: Literal["tensorboard", "wandb", "all", "none"] = "tensorboard"
     validation_prompt: list[str] = field(default_factory=list)  # sampled every validation_steps
@@ -73,15 +64,57 @@ class UnlearnConfig(ConceptConfig):
                 raise ValueError(f"{name} is {value}, but must be at least 1")
         if self.rank < 0 or (self.merge_adapter and self.rank == 0):
             raise ValueError("rank must be >= 0, and merge_adapter needs rank > 0")
-        if self.objective.anchor is not None and self.objective.anchor_prompt is not None:
-            raise ValueError("set objective.anchor (words) or objective.anchor_prompt (a whole prompt), not both")
-        if self.objective.alpha < 0:
-            raise ValueError(f"objective.alpha is {self.objective.alpha}, but must be >= 0")
+        if self.saliency_mask is not None and not 0 < self.saliency_mask <= 1:
+            raise ValueError(f"saliency_mask is {self.saliency_mask}, but must be a fraction in (0, 1]")
         if self.needs_retain and self.forget_prompts and not self.retain_prompts:
             raise ValueError("alpha > 0, use_actual_bounds and residual_source need retain data: set retain_prompts")
 
     @property
+    def protected(self) -> bool:
+        """Whether the protection loss takes part."""
+        return self.barrier.lambda_interval > 0
+
+    @property
     def needs_retain(self) -> bool:
-        """Whether any retain image is read: for the retain loss, or to fit the regions."""
-        protected = self.barrier.lambda_interval > 0
-        return self.objective.alpha > 0 or (protected and self.barrier.needs_retain_data)
+        """Whether any retain data is read: for the retain loss, or to fit the regions."""
+        return self.objective.alpha > 0 or (self.protected and self.barrier.needs_retain_data)
+
+
+def chosen_objective(config: UnlearnConfig) -> Objective:
+    """The objective of a run, from the user's module if one is named, checked against every other setting.
+
+    Raises:
+        ValueError: an unknown name, a setting that the objective does not read, or a missing one.
+    """
+    if config.objective.module is not None:
+        load_module(config.objective.module)
+    objective = get_objective(config.objective.name)
+    objective.check(config.objective)
+    if objective.edit is not None:
+        trains = {
+            "rank": config.rank > 0,
+            "saliency_mask": config.saliency_mask is not None,
+            "resume_from_checkpoint": config.resume_from_checkpoint is not None,
+        }
+        for name in (name for name, given in trains.items() if given):
+            raise ValueError(
+                f"objective {objective.name!r} edits the weights without training: leave {name} at its default"
+            )
+        if config.protected:
+            raise ValueError(
+                f"objective {objective.name!r} runs no training step that the protection could act on: "
+                "set barrier.lambda_interval to 0"
+            )
+    return objective
+
+
+def data_needs(config: UnlearnConfig, objective: Objective) -> DataNeeds:
+    """What a run reads of its data: an objective that works from prompts alone has no forget image."""
+    forget_images = not objective.own_samples or config.saliency_mask is not None
+    retain_images = config.objective.alpha > 0 or (config.needs_retain and not objective.own_samples)
+    return DataNeeds(
+        forget_images=forget_images and objective.edit is None,
+        retain_images=retain_images,
+        retain=config.needs_retain or objective.edit is not None,
+        unconditional=objective.needs_unconditional,
+    )

@@ -12,6 +12,7 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ from torch.utils.data import DataLoader
 from barrier_diffusers.architectures import Diffusion
 from barrier_diffusers.barrier import Barrier
 from barrier_diffusers.config import CONFIG_NAME
-from barrier_diffusers.objectives.base import Condition, DiffusionStep
+from barrier_diffusers.objectives import DiffusionStep, ObjectiveConfig
+from barrier_diffusers.objectives.base import Condition
+from barrier_diffusers.reference import FrozenReference
+from barrier_diffusers.sampling import PartialSampler
 
 MANIFEST_NAME = "manifest.json"
 METRICS_NAME = "metrics.json"
@@ -157,18 +161,34 @@ def endless(loader: DataLoader, batches_done: int = 0) -> Iterator[dict[str, Any
 
 
 class StepMaker:
-    """Draws noise and timesteps for a batch of cached latents and puts it in the form the objectives take."""
+    """Puts a batch in the form the objectives take, with noise and timesteps drawn for its cached latents, or with
+    `sampler` its x_t sampled by the model itself from the prompts alone."""
 
-    def __init__(self, model: nn.Module, diffusion: Diffusion):
+    def __init__(
+        self,
+        model: nn.Module,
+        diffusion: Diffusion,
+        options: ObjectiveConfig | None = None,
+        reference: FrozenReference | None = None,
+        sampler: PartialSampler | None = None,
+    ):
         self.model, self.diffusion = model, diffusion
+        self.options, self.sampler = options or ObjectiveConfig(), sampler
+        self.reference = partial(reference, self.run) if reference else None
+
+    def run(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """The network's prediction."""
+        return self.diffusion.predict(self.model, noisy, timesteps, condition)
 
     def __call__(self, batch: dict[str, Any]) -> DiffusionStep:
-        drawn = self.diffusion.noised(batch["moments"])
-
-        def run(noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-            return self.diffusion.predict(self.model, noisy, timesteps, condition)
-
-        return DiffusionStep(run, drawn.noisy, drawn.timesteps, drawn.target, batch["condition"], batch["anchor"])
+        if self.sampler is not None:
+            noisy, timesteps = self.sampler(batch["condition"], batch["unconditional"], batch["index"])
+            target = None
+        else:
+            drawn = self.diffusion.noised(batch["moments"])
+            noisy, timesteps, target = drawn.noisy, drawn.timesteps, drawn.target
+        prompts = (batch["condition"], batch["anchor"], batch.get("unconditional"))
+        return DiffusionStep(self.run, noisy, timesteps, target, *prompts, self.reference, self.options)
 
 
 class History:

@@ -41,7 +41,7 @@ def test_rl_compares_with_the_anchor_without_its_graph(step):
 
 
 def test_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"unknown objective 'gradient'; known are ga, rl"):
+    with pytest.raises(ValueError, match=r"unknown objective 'gradient'; known are concept, esd, ga, kl, rl, uce"):
         get_objective("gradient")
 
 

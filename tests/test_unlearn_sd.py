@@ -32,6 +32,7 @@ SHORT = {
     "barrier.reduced_dim": 4,
     "max_retain_images": 64,
 }
+GA = {"objective.name": "ga", "objective.anchor": "null"}
 
 
 def flags(output, **changes):
@@ -155,7 +156,7 @@ def test_without_retain_loss_no_retain_image_is_encoded(tmp_path):
 
 
 def test_without_protection(tmp_path, shared_cache):
-    _, content = run(tmp_path / "run", shared_cache, **{"barrier.lambda_interval": 0, "objective.name": "ga"})
+    _, content = run(tmp_path / "run", shared_cache, **{**GA, "barrier.lambda_interval": 0})
     assert set(content["history"]["protection"]) == {0.0} and max(content["history"]["objective"]) < 0
     assert (tmp_path / "run" / "barrier_config.json").is_file()
     assert not (tmp_path / "run" / "barrier_regions.safetensors").exists()
@@ -195,7 +196,7 @@ BAD = {
     "missing data": ({"train_data_dir": "/no/such/data"}, "does not exist"),
     "no split": ({"evaluation.split": "validation"}, "cannot read split 'validation'"),
     "no column": ({"concept_column": "kind"}, "no column 'kind'"),
-    "unknown objective": ({"objective.name": "forget"}, "known are ga, rl"),
+    "unknown objective": ({"objective.name": "forget"}, "known are concept, esd, ga, kl, rl, uce"),
     "two anchors": ({"objective.anchor_prompt": "a shoe"}, "not both"),
     "no classifier": ({"evaluation.classifier": "/no/such"}, "is not a folder with a saved AttributeClassifier"),
     "xformers on a CPU": ({"enable_xformers_memory_efficient_attention": "true"}, "xformers has no CPU kernels"),

@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
 from diffusers.optimization import get_scheduler
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -40,8 +41,9 @@ from barrier_diffusers.hub import (
     save_model_card,
     save_pipeline,
 )
-from barrier_diffusers.objectives import get_objective
-from barrier_diffusers.settings import UnlearnConfig
+from barrier_diffusers.preparation import apply_edit, attach_saliency_mask, every_row, sampler_and_reference
+from barrier_diffusers.sampling import PartialSampler, sampled_batches
+from barrier_diffusers.settings import UnlearnConfig, chosen_objective, data_needs
 from barrier_diffusers.training import (
     MANIFEST_NAME,
     METRICS_NAME,
@@ -72,10 +74,16 @@ def set_up_protection(
     config: UnlearnConfig,
     diffusion: Diffusion,
     data: EncodedConcepts,
+    sampler: PartialSampler | None,
 ) -> None:
-    """Record the forget inputs (and the retain inputs, where the options ask for them)."""
+    """Record the forget inputs (and the retain inputs, where the options ask for them).
 
-    def loader(images: EncodedImages, seed: int) -> NoisedBatches:
+    The x_t are of the kind that the objective trains on: noised images, or with `sampler` the model's own samples.
+    """
+
+    def loader(images: EncodedImages, seed: int) -> NoisedBatches | list[dict[str, Tensor]]:
+        if sampler is not None:
+            return sampled_batches(every_row(images, config.train_batch_size, accelerator), sampler)
         share = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
         size = config.train_batch_size * accelerator.num_processes
         return NoisedBatches(images, diffusion, size, seed, accelerator.device, **share)
@@ -124,7 +132,8 @@ def finish(
         denoiser.unload_lora()
         save_pipeline(pipeline, output / "merged")
     before_after_grid(before, after, questions.labels, questions.forgotten, output / "before_after.png")
-    loss_curves(results["history"], output / "loss_curves.png")
+    if results["history"]:
+        loss_curves(results["history"], output / "loss_curves.png")
     facts = {key: value for key, value in results.items() if key != "history"}
     metrics: dict[str, Any] = {"num_images": len(after), **facts}
     if config.evaluation.classifier:
@@ -143,7 +152,7 @@ def finish(
 
 def main(config: UnlearnConfig) -> None:
     """Load -> encode -> before -> protect -> train -> save -> after."""
-    objective = get_objective(config.objective.name)
+    objective = chosen_objective(config)
     micro_steps = config.gradient_accumulation_steps
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
@@ -184,27 +193,41 @@ def main(config: UnlearnConfig) -> None:
     if config.rank:
         add_adapter(denoiser, config.barrier, config.rank)
     barrier = Barrier(denoiser, config.barrier)
+    if objective.check_maps is not None:
+        objective.check_maps(barrier.maps)
 
-    steer = config.objective
+    steer, needs = config.objective, data_needs(config, objective)
     with accelerator.main_process_first():  # the others find the cache filled
-        concepts = load_concepts(config, pipeline, cache, base_hash, config.seed)
+        concepts = load_concepts(config, pipeline, cache, base_hash, config.seed, needs)
         questions = make_questions(config.evaluation, config)
         anchors = concepts.anchors(steer.anchor, steer.anchor_prompt, config.seed) if objective.needs_anchor else None
-        data = encode_concepts(concepts, anchors, pipeline, cache, config.resolution, config.needs_retain)
+        data = encode_concepts(concepts, anchors, pipeline, cache, config.resolution, needs)
     before = np.empty(0)
     if accelerator.is_main_process:
         before = generate_cached(pipeline, questions.prompts, config.evaluation.sampling, cache, base_hash)
     accelerator.wait_for_everyone()
+    if objective.edit is not None:
+        if accelerator.is_main_process:
+            start = time.perf_counter()
+            apply_edit(objective, steer, barrier, pipeline, concepts, config.seed)
+            results = {"history": {}, "num_steps": 0, "seconds_training": round(time.perf_counter() - start, 2)}
+            finish(pipeline, denoiser, barrier, config, output, questions, before, results, base_hash)
+        accelerator.wait_for_everyone()
+        return
 
+    sampler, reference = sampler_and_reference(objective, steer, barrier, diffusion, config.resolution)
     protected = config.barrier.lambda_interval > 0
     if protected and checkpoint:
         barrier.remove()
         barrier = Barrier.from_pretrained(checkpoint / "barrier", denoiser)
     elif protected:
-        set_up_protection(barrier, accelerator, config, diffusion, data)
+        set_up_protection(barrier, accelerator, config, diffusion, data, sampler)
 
     parameters = barrier.trainable_parameters()
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.adam_weight_decay)
+    if config.saliency_mask is not None:
+        rows = (StepMaker(denoiser, diffusion), data.forget, config.train_batch_size)
+        attach_saliency_mask(config.saliency_mask, barrier, optimizer, *rows, accelerator, checkpoint is not None)
     forget_loader = batches(data.forget, config, config.seed)
     retain_loader = batches(data.retain, config, config.seed + 1) if steer.alpha > 0 and data.retain else None
     model, optimizer, forget_loader, retain_loader = accelerator.prepare(
@@ -227,7 +250,8 @@ def main(config: UnlearnConfig) -> None:
         accelerator.load_state(str(checkpoint))
         first = int(checkpoint.name.removeprefix("step-"))
 
-    make_step = StepMaker(model, diffusion)
+    make_step = StepMaker(model, diffusion, steer, reference, sampler)
+    make_retain_step = StepMaker(model, diffusion)
     freeze_normalisation(model)
     forget_batches = endless(forget_loader, first * micro_steps)
     retain_batches = endless(retain_loader, first * micro_steps) if retain_loader else None
@@ -239,7 +263,7 @@ def main(config: UnlearnConfig) -> None:
             with accelerator.accumulate(model):
                 terms = {"objective": objective.loss(make_step(next(forget_batches)))}
                 if retain_batches:
-                    terms["retain"] = steer.alpha * make_step(next(retain_batches)).ordinary_loss()
+                    terms["retain"] = steer.alpha * make_retain_step(next(retain_batches)).ordinary_loss()
                 if protected:
                     terms["protection"] = barrier.compute_protection_loss()
                 for name, value in terms.items():

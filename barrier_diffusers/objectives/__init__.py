@@ -1,6 +1,30 @@
 """Base objectives, one file each; importing a file registers it. See base.py for the one signature they share."""
 
-from barrier_diffusers.objectives import ga, rl
-from barrier_diffusers.objectives.base import OBJECTIVES, Condition, DiffusionStep, Objective, get_objective, register
+from barrier_diffusers.objectives import concept, esd, ga, kl, rl, uce
+from barrier_diffusers.objectives.base import (
+    OBJECTIVES,
+    DiffusionStep,
+    Objective,
+    PromptEdit,
+    get_objective,
+    register,
+)
+from barrier_diffusers.objectives.config import ObjectiveConfig
+from barrier_diffusers.objectives.plugin import load_module
 
-__all__ = ["OBJECTIVES", "Condition", "DiffusionStep", "Objective", "ga", "get_objective", "register", "rl"]
+__all__ = [
+    "OBJECTIVES",
+    "DiffusionStep",
+    "Objective",
+    "ObjectiveConfig",
+    "PromptEdit",
+    "concept",
+    "esd",
+    "ga",
+    "get_objective",
+    "kl",
+    "load_module",
+    "register",
+    "rl",
+    "uce",
+]

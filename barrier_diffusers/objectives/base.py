@@ -1,62 +1,180 @@
 """What every base objective gets, and the registry that maps a name to it.
 
-Shapes: B batch, c latent channels, h and w latent side.
+Shapes: B batch, c latent channels, h and w latent side, L tokens, D embedding features, N prompts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from barrier_diffusers.objectives.config import ObjectiveConfig
+from barrier_diffusers.targets import ProtectedMap
 
 # What one prompt per sample tells the network: tensors with the batch first. Which ones, only the pipeline's row in
 # architectures.py knows, which encodes and reads them: everybody else passes a condition to `predict` as it is.
 Condition = dict[str, Tensor]
+Predict = Callable[[Tensor, Tensor, Condition], Tensor]  # (noisy, timesteps, condition) -> prediction (B, c, h, w)
 
 
 @dataclass(frozen=True)
 class DiffusionStep:
     """One mini-batch at one draw of noise and timesteps; both sides of any comparison share them."""
 
-    predict: Callable[[Tensor, Tensor, Condition], Tensor]  # (noisy, timesteps, condition) -> prediction (B, c, h, w)
+    predict: Predict  # the network that trains
     noisy: Tensor  # x_t (B, c, h, w)
     timesteps: Tensor  # (B,)
-    target: Tensor  # what the network is trained to predict: noise, velocity or flow (B, c, h, w)
-    condition: Condition  # the sample's own prompt
-    anchor: Condition | None = None  # the anchor prompt c'; None if the objective needs none
+    target: Tensor | None  # noise, velocity or flow (B, c, h, w); None for x_t that the model sampled itself
+    condition: Condition  # of the samples' own prompts
+    anchor: Condition | None = None  # of the anchor prompts c'; None if the objective needs none
+    unconditional: Condition | None = None  # of the empty prompt, for every sample; None if the objective needs none
+    reference: Predict | None = None  # the network before training, no graph; None if the objective needs none
+    options: ObjectiveConfig = field(default_factory=ObjectiveConfig)  # temperature, eta, ...
 
     def prediction(self) -> Tensor:
         """The network's prediction for the sample's own prompt, with gradient."""
         return self.predict(self.noisy, self.timesteps, self.condition)
 
+    @torch.no_grad()
+    def fixed_prediction(self, condition: Any) -> Tensor:
+        """The training network's prediction for any prompt, as a constant: no graph is built."""
+        return self.predict(self.noisy, self.timesteps, condition)
+
+    @torch.no_grad()
+    def reference_prediction(self, condition: Any) -> Tensor:
+        """The prediction of the network as it was before training, as a constant.
+
+        Raises:
+            ValueError: the objective did not register with needs=("reference", ...).
+        """
+        if self.reference is None:
+            raise ValueError('the objective reads the frozen model: register it with needs=("reference",)')
+        return self.reference(self.noisy, self.timesteps, condition)
+
     def ordinary_loss(self) -> Tensor:
-        """MSE(eps(x_t, c), target): the loss the network was trained with, and the retain loss."""
+        """MSE(eps(x_t, c), target): the loss the network was trained with, and the retain loss.
+
+        Raises:
+            ValueError: there is no target, as x_t is the model's own sample.
+        """
+        if self.target is None:
+            raise ValueError("x_t is the model's own sample, so there is no noise to predict and no ordinary loss")
         return F.mse_loss(self.prediction().float(), self.target.float())
 
 
 @dataclass(frozen=True)
-class Objective:
-    """A base objective: its loss on a forget batch, and what it needs."""
+class PromptEdit:
+    """What a closed-form edit gets: it changes the maps' weights in place and no training step runs."""
 
-    loss: Callable[[DiffusionStep], Tensor]
-    needs_anchor: bool = False
+    maps: list[ProtectedMap]
+    pairs: list[tuple[str, str]]  # (forget prompt, anchor prompt)
+    preserve: list[str]  # retain prompts
+    tokenize: Callable[[str], list[int]]  # a prompt's token ids, start and end included, no padding
+    embed: Callable[[Sequence[str]], Tensor]  # prompts -> what cross-attention reads (N, L, D)
+    options: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+
+
+NEEDS = {
+    "anchor": "step.anchor: another label at random, or what the anchor settings say",
+    "named_anchor": "the same, but one of the anchor settings must be given",
+    "unconditional": "step.unconditional",
+    "reference": "step.reference",
+    "own_samples": "x_t sampled by the model itself from prompts alone, instead of noised images",
+}
+READ_BY_NEED = {
+    "anchor": ("anchor", "anchor_prompt"),
+    "named_anchor": ("anchor", "anchor_prompt"),
+    "own_samples": ("guidance_scale", "num_inference_steps"),
+}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A base objective: its loss on a forget batch, or its closed-form edit, and what it needs."""
+
+    name: str
+    loss: Callable[[DiffusionStep], Tensor] | None = None
+    edit: Callable[[PromptEdit], None] | None = None
+    check_maps: Callable[[Sequence[ProtectedMap]], None] | None = None  # ValueError for maps an edit cannot change
+    needs: tuple[str, ...] = ()  # keys of NEEDS; nothing else is prepared
+    reads: tuple[str, ...] = ()  # fields of ObjectiveConfig, beside those that a need brings along
+
+    def __post_init__(self) -> None:
+        unknown = [need for need in self.needs if need not in NEEDS]
+        unknown += [name for name in self.reads if name not in {entry.name for entry in fields(ObjectiveConfig)}]
+        if unknown:
+            raise ValueError(
+                f"objective {self.name!r} asks for {', '.join(unknown)}; needs are {', '.join(NEEDS)}, "
+                "reads are fields of ObjectiveConfig"
+            )
+
+    @property
+    def needs_anchor(self) -> bool:
+        """Whether each forget sample needs an anchor prompt."""
+        return "anchor" in self.needs or "named_anchor" in self.needs
+
+    @property
+    def own_samples(self) -> bool:
+        """Whether x_t is sampled by the model itself, so that the loss needs no forget image."""
+        return "own_samples" in self.needs
+
+    @property
+    def needs_unconditional(self) -> bool:
+        """Whether the empty prompt's embedding is read, by the loss or for guidance."""
+        return "unconditional" in self.needs or self.own_samples
+
+    def check(self, options: ObjectiveConfig) -> None:
+        """Refuse a setting that this objective never reads, and a missing anchor.
+
+        Raises:
+            ValueError: says which setting, and what to do.
+        """
+        read = {"name", "module", *self.reads, *(name for need in self.needs for name in READ_BY_NEED.get(need, ()))}
+        if self.loss is not None:
+            read.add("alpha")
+        for entry in fields(options):
+            if entry.name not in read and getattr(options, entry.name) != entry.default:
+                raise ValueError(
+                    f"objective {self.name!r} does not read objective.{entry.name}: leave it at {entry.default}"
+                )
+        if "named_anchor" in self.needs and options.anchor is None and options.anchor_prompt is None:
+            raise ValueError(
+                f"objective {self.name!r} steers the concept to one anchor: set objective.anchor_prompt "
+                "(a whole prompt) or objective.anchor (words that replace the concept's in each caption)"
+            )
 
 
 OBJECTIVES: dict[str, Objective] = {}
 
 
-def register(name: str, needs_anchor: bool = False) -> Callable[[Callable], Callable]:
-    """Enter a loss function into the registry under `name`."""
+def enter(objective: Objective) -> None:
+    """Put an objective into the registry; a second one of the same name is a ValueError."""
+    if objective.name in OBJECTIVES:
+        raise ValueError(f"an objective named {objective.name!r} is registered already")
+    OBJECTIVES[objective.name] = objective
 
-    def enter(loss: Callable[[DiffusionStep], Tensor]) -> Callable[[DiffusionStep], Tensor]:
-        if name in OBJECTIVES:
-            raise ValueError(f"an objective named {name!r} is registered already")
-        OBJECTIVES[name] = Objective(loss, needs_anchor)
+
+def register(name: str, needs: Sequence[str] = (), reads: Sequence[str] = ()) -> Callable[[Callable], Callable]:
+    """Decorator: enter a loss function (DiffusionStep -> scalar) into the registry under `name`.
+
+    Args:
+        needs: keys of NEEDS; what is not named is not prepared and is None in the step.
+        reads: fields of ObjectiveConfig that the loss reads from `step.options`.
+
+    Raises:
+        ValueError: a name that is taken, or an unknown need or field.
+    """
+
+    def decorate(loss: Callable[[DiffusionStep], Tensor]) -> Callable[[DiffusionStep], Tensor]:
+        enter(Objective(name, loss, needs=tuple(needs), reads=tuple(reads)))
         return loss
 
-    return enter
+    return decorate
 
 
 def get_objective(name: str) -> Objective:

@@ -1,16 +1,13 @@
 """Random label (METHOD: rl): answer the concept's prompt as the network answers another label or an anchor prompt."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from barrier_diffusers.objectives.base import DiffusionStep, register
 
 
-@register("rl", needs_anchor=True)
+@register("rl", needs=("anchor",))
 def random_label(step: DiffusionStep) -> Tensor:
     """MSE(eps(x_t, c), sg eps(x_t, c')): same x_t and timestep on both sides, no graph on the anchor's."""
-    assert step.anchor is not None
-    with torch.no_grad():
-        anchored = step.predict(step.noisy, step.timesteps, step.anchor)
+    anchored = step.fixed_prediction(step.anchor)
     return F.mse_loss(step.prediction().float(), anchored.float())

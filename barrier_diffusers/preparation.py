@@ -1,0 +1,88 @@
+"""What a script prepares for an objective beyond its batches, and only where the objective needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch.utils.data import DataLoader, Subset
+
+from barrier_diffusers.architectures import Diffusion
+from barrier_diffusers.barrier import Barrier
+from barrier_diffusers.concepts import ConceptData
+from barrier_diffusers.data import EncodedImages, encode_prompts
+from barrier_diffusers.objectives import DiffusionStep, Objective, ObjectiveConfig, PromptEdit
+from barrier_diffusers.reference import FrozenReference
+from barrier_diffusers.saliency import SaliencyMask, saliency_scores
+from barrier_diffusers.sampling import PartialSampler
+from barrier_diffusers.training import StepMaker
+
+
+def every_row(images: EncodedImages, batch_size: int, accelerator: Accelerator) -> Iterator[dict[str, Any]]:
+    """One pass over this process's share of the rows, in order, on the device."""
+    rows = range(accelerator.process_index, len(images), accelerator.num_processes)
+    for batch in DataLoader(Subset(images, rows), batch_size=batch_size):
+        yield send_to_device(batch, accelerator.device)
+
+
+def sampler_and_reference(
+    objective: Objective, options: ObjectiveConfig, barrier: Barrier, diffusion: Diffusion, resolution: int
+) -> tuple[PartialSampler | None, FrozenReference | None]:
+    """The model's own sampling process and the model as it is now, each None if the objective does not need it."""
+    sampler = reference = None
+    if objective.own_samples:
+        shape = diffusion.latent_shape(resolution)
+        sampler = PartialSampler(diffusion, shape, options.guidance_scale, options.num_inference_steps)
+    if "reference" in objective.needs:
+        reference = FrozenReference(barrier.model, barrier.trainable_parameters())
+    return sampler, reference
+
+
+def attach_saliency_mask(
+    fraction: float,
+    barrier: Barrier,
+    optimizer: Any,
+    make_step: StepMaker,
+    forget: EncodedImages,
+    batch_size: int,
+    accelerator: Accelerator,
+    resumed: bool,
+) -> SaliencyMask:
+    """Let only the top `fraction` of the trained entries move; a resumed run takes the mask from its checkpoint."""
+    mask = SaliencyMask(barrier.trainable_parameters())
+
+    def steps() -> Iterator[DiffusionStep]:
+        return (make_step(batch) for batch in every_row(forget, batch_size, accelerator))
+
+    if not resumed:
+        with accelerator.autocast():
+            mask.choose(saliency_scores(barrier.maps, steps, accelerator.reduce), fraction)
+    mask.attach(optimizer)
+    accelerator.register_for_checkpointing(mask)
+    return mask
+
+
+def apply_edit(
+    objective: Objective, options: ObjectiveConfig, barrier: Barrier, pipeline: Any, concepts: ConceptData, seed: int
+) -> None:
+    """Run a closed-form objective on the captions of the forget rows, their anchors and the retain captions."""
+    assert objective.edit is not None
+    forget, retain = (list(rows[concepts.config.caption_column]) for rows in (concepts.forget, concepts.retain))
+    anchors = concepts.anchors(options.anchor, options.anchor_prompt, seed)
+    tokenizer = pipeline.tokenizer
+
+    def tokenize(prompt: str) -> list[int]:
+        return tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length).input_ids
+
+    objective.edit(
+        PromptEdit(
+            maps=barrier.maps,
+            pairs=list(zip(forget, anchors, strict=True)),
+            preserve=retain,
+            tokenize=tokenize,
+            embed=lambda prompts: encode_prompts(pipeline, prompts)["encoder_hidden_states"],
+            options=options,
+        )
+    )

@@ -1,0 +1,69 @@
+"""Samples that are half done: what the model itself makes of a prompt after some of its sampling steps.
+
+Shapes: B batch, c latent channels, h and w latent side. Conditions are passed on as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from barrier_diffusers.architectures import Diffusion
+from barrier_diffusers.objectives.base import Condition
+
+
+class PartialSampler:
+    """Draws (x_t, t) from a model's own sampling process, prompts only: the inputs that ESD trains on.
+
+    A batch starts from noise and takes a random number i of the N steps of a deterministic sampler (DDIM, or Euler for
+    flow matching; i uniform in 0 ... N - 1) with classifier-free guidance; t is the timestep at which step i stands, so
+    that the noise in x_t is what the network expects at t. Every call uses the weights as they are then and builds no
+    graph. A network with a guidance embedding is not guided a second time.
+
+    Args:
+        diffusion: the pipeline whose denoiser samples.
+        latent_shape: (c, h, w).
+        guidance_scale: 1 is no guidance.
+        num_inference_steps: N.
+    """
+
+    def __init__(
+        self, diffusion: Diffusion, latent_shape: tuple[int, int, int], guidance_scale: float, num_inference_steps: int
+    ):
+        self.diffusion, self.latent_shape, self.num_inference_steps = diffusion, latent_shape, num_inference_steps
+        self.guidance_scale = 1.0 if diffusion.facts.guidance is not None else guidance_scale
+
+    def _predict(self, x: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
+        return self.diffusion.predict(self.diffusion.denoiser, x, t_B, condition).float()
+
+    @torch.no_grad()
+    def __call__(self, condition: Condition, unconditional: Condition, index_B: Tensor) -> tuple[Tensor, Tensor]:
+        """(x_t (B, c, h, w) float32, timesteps (B,)) for the prompts' and the empty prompt's conditions.
+
+        `index_B`, the rows' numbers, tells how many samples there are and on which device.
+        """
+        device, size = index_B.device, len(index_B)
+        scheduler = self.diffusion.noising.sampler(self.num_inference_steps, self.latent_shape)
+        timesteps = scheduler.timesteps.to(device)
+        stage = int(torch.randint(len(timesteps), ()))
+        x = torch.randn(size, *self.latent_shape).to(device)
+        for timestep in timesteps[:stage]:
+            t_B = timestep.expand(size)
+            guided = self._predict(x, t_B, condition)
+            if self.guidance_scale != 1:
+                empty = self._predict(x, t_B, unconditional)
+                guided = empty + self.guidance_scale * (guided - empty)
+            x = scheduler.step(guided, timestep, x).prev_sample
+        return x, timesteps[stage].expand(size)
+
+
+def sampled_batches(batches: Iterable[dict[str, Any]], sampler: PartialSampler) -> list[dict[str, Any]]:
+    """The sampler's x_t for each batch of prompts, in the form the protection records: noisy, timesteps, condition."""
+    sampled = []
+    for batch in batches:
+        noisy, timesteps = sampler(batch["condition"], batch["unconditional"], batch["index"])
+        sampled.append({"noisy": noisy, "timesteps": timesteps, "condition": batch["condition"]})
+    return sampled
