@@ -105,7 +105,7 @@ class FlowNoising:
         return scheduler
 
     def sampler(self, num_steps: int, latent_shape: tuple[int, int, int]) -> Any:
-        """The pipeline's own Euler steps; see `Noising`."""
+        """Euler steps at sigmas 1 ... 1 / num_steps, shifted as the scheduler shifts them; see `Noising`."""
         return self._steps(num_steps, latent_shape[1] * latent_shape[2] // self.tokens_side**2)
 
     def __call__(self, latents: Tensor, generator: torch.Generator | None = None) -> Noised:

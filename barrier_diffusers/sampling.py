@@ -18,10 +18,10 @@ from barrier_diffusers.objectives.base import Condition
 class PartialSampler:
     """Draws (x_t, t) from a model's own sampling process, prompts only: the inputs that ESD trains on.
 
-    A batch starts from noise and takes a random number i of the N steps of a deterministic sampler (DDIM, or Euler for
-    flow matching; i uniform in 0 ... N - 1) with classifier-free guidance; t is the timestep at which step i stands, so
-    that the noise in x_t is what the network expects at t. Every call uses the weights as they are then and builds no
-    graph. A network with a guidance embedding is not guided a second time.
+    A batch starts from noise and takes a random number i of the N steps of a deterministic sampler (DDIM; Euler for
+    flow matching) with classifier-free guidance, i uniform in 0 ... N - 1; t is the timestep at which step i stands,
+    so that the noise in x_t is what the network expects at t. Every call uses the weights as they are then and builds
+    no graph. A network with a guidance embedding is not guided a second time.
 
     Args:
         diffusion: the pipeline whose denoiser samples.
