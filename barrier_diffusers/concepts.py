@@ -6,13 +6,13 @@ import csv
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from PIL import Image
 
 from barrier_diffusers.architectures import components
@@ -23,19 +23,24 @@ from barrier_diffusers.data import (
     encode_moments,
     encode_prompts,
     fingerprint,
+    labels_in_texts,
     load_image_text,
     split_concepts,
+    swap_concept,
     take_evenly,
 )
+from barrier_diffusers.erased import ErasedConcepts, captions_of, rows_about_others
 from barrier_diffusers.generation import SamplingConfig, generate
-from barrier_diffusers.training import module_hash
-
-ROLE_COLUMN = "role"  # of generated images: forget or retain
+from barrier_diffusers.training import module_hash, write_json
 
 
 @dataclass(kw_only=True)
 class ConceptConfig:
-    """Where forget and retain images come from. Base class of the scripts' settings, so its fields are plain flags."""
+    """Where forget and retain images come from. Base class of the scripts' settings, so its fields are plain flags.
+
+    One of: a data set with a column that names the concept; folders of images; prompts that the model itself
+    illustrates. Nothing but `concept` means the prompt "<concept>".
+    """
 
     concept: str | list[str]  # values of concept_column to forget; with prompts: the words that name the concept
     concept_column: str = "class"
@@ -44,12 +49,15 @@ class ConceptConfig:
     train_split: str = "train"
     image_column: str = "image"
     caption_column: str = "text"
-    forget_prompts: list[str] = field(default_factory=list)  # without data: prompts the model itself illustrates
+    forget_data_dir: str | None = None  # or images of the concept; without captions, forget_prompts in turn
+    retain_data_dir: str | None = None  # and of other things; without captions, retain_prompts in turn
+    forget_prompts: list[str] = field(default_factory=list)  # without images: prompts the model itself illustrates
     retain_prompts: list[str] = field(default_factory=list)
-    num_generated_images: int = 200  # of each of the two prompt lists
+    num_generated_images: int = 200  # of each of the two prompt lists, and of the concepts erased before
     generation: SamplingConfig = field(default_factory=SamplingConfig)  # of those images
     max_forget_images: int | None = None  # None: all
     max_retain_images: int | None = None
+    protect_erased: bool = True  # keep what earlier runs erased from this pipeline erased (see erased.py)
 
     @property
     def concepts(self) -> list[str]:
@@ -58,21 +66,48 @@ class ConceptConfig:
 
     @property
     def source(self) -> str | None:
-        """The data folder or name; None if the images are generated."""
+        """The data folder or name; None if there is none with a concept column."""
         return self.train_data_dir or self.dataset_name
 
+    @property
+    def has_retain_rows(self) -> bool:
+        """Whether the settings name any retain data."""
+        return bool(self.source or self.retain_data_dir or self.retain_prompts)
+
     def __post_init__(self) -> None:
-        given = [bool(self.train_data_dir), bool(self.dataset_name), bool(self.forget_prompts)]
-        if sum(given) != 1:
-            raise ValueError("set exactly one of train_data_dir, dataset_name and forget_prompts")
-        if not self.concepts:
+        if not self.concepts or not all(self.concepts):
             raise ValueError("concept is empty: name what is to be forgotten")
-        if self.train_data_dir and not Path(self.train_data_dir).expanduser().is_dir():
-            raise ValueError(f"train_data_dir {self.train_data_dir!r} does not exist")
+        if self.train_data_dir and self.dataset_name:
+            raise ValueError("set train_data_dir or dataset_name, not both")
+        own = ("forget_data_dir", "retain_data_dir", "forget_prompts", "retain_prompts")
+        if self.source and any(getattr(self, name) for name in own):
+            raise ValueError(f"a data set with a concept column goes without {', '.join(own)}: set one or the other")
+        for name in ("train_data_dir", "forget_data_dir", "retain_data_dir"):
+            folder = getattr(self, name)
+            if folder and not Path(folder).expanduser().is_dir():
+                raise ValueError(f"{name} {folder!r} does not exist")
+        if self.source is None:
+            self.forget_prompts = self.forget_prompts or list(self.concepts)
+            concepts_of(self.forget_prompts, self.concepts)
         for name in ("num_generated_images", "max_forget_images", "max_retain_images"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, but must be at least 1")
+
+
+def concepts_of(prompts: Sequence[str], concepts: Sequence[str]) -> list[str]:
+    """The concept each prompt is about: the only one there is, or the one it names.
+
+    Raises:
+        ValueError: a prompt that names none of several concepts.
+    """
+    if len(concepts) == 1:
+        return [concepts[0]] * len(prompts)
+    named = labels_in_texts(prompts, concepts)
+    for prompt, concept in zip(prompts, named, strict=True):
+        if concept is None:
+            raise ValueError(f"forget prompt {prompt!r} names none of the concepts {', '.join(concepts)}")
+    return [concept for concept in named if concept is not None]
 
 
 @dataclass(frozen=True)
@@ -92,45 +127,70 @@ class DataNeeds:
 
 @dataclass
 class ConceptData:
-    """Forget and retain rows before anything is encoded."""
+    """Forget and retain rows before anything is encoded; both have an image (if read) and a caption column."""
 
     forget: Dataset
     retain: Dataset
+    concepts: list[str]  # what each forget row is to be forgotten for
+    labels: list[str]  # other values of the concept column; empty where there is no column
     config: ConceptConfig
 
-    def anchors(self, anchor: str | None, anchor_prompt: str | None, seed: int) -> list[str]:
+    def anchors(self, anchor: str | list[str] | None, anchor_prompt: str | None, seed: int) -> list[str]:
         """The anchor prompt of every forget row."""
+        if not self.labels and anchor is None and anchor_prompt is None:
+            raise ValueError("without a concept column there is no other label: set objective.anchor or anchor_prompt")
         captions = list(self.forget[self.config.caption_column])
-        if self.config.source is None:
-            words = self.config.concepts[0]
-            if anchor is None and anchor_prompt is None:
+        if isinstance(anchor, list):
+            if len(anchor) != len(self.config.concepts):
                 raise ValueError(
-                    "images generated from prompts have no other label: set objective.anchor or anchor_prompt"
+                    f"objective.anchor lists {len(anchor)} words for {len(self.config.concepts)} concepts"
                 )
-            return anchor_captions(captions, [words] * len(captions), anchor, anchor_prompt, [], seed)
-        column = self.config.concept_column
-        labels = sorted(set(self.retain[column]))
-        return anchor_captions(captions, list(self.forget[column]), anchor, anchor_prompt, labels, seed)
+            words = dict(zip(self.config.concepts, anchor, strict=True))
+            return [swap_concept(text, own, words[own]) for text, own in zip(captions, self.concepts, strict=True)]
+        return anchor_captions(captions, self.concepts, anchor, anchor_prompt, self.labels, seed)
 
 
 def load_concepts(
-    config: ConceptConfig, pipeline: Any, cache: Path, base_hash: str, seed: int, needs: DataNeeds
+    config: ConceptConfig,
+    pipeline: Any,
+    cache: Path,
+    base_hash: str,
+    seed: int,
+    needs: DataNeeds,
+    erased: Sequence[ErasedConcepts] = (),
 ) -> ConceptData:
     """Read the data set and split it, or let the model illustrate the prompts of the roles that need images.
 
+    What was `erased` from this pipeline before is retained as the pipeline shows it now: real retain rows about it are
+    left out, which would teach it again, and pictures that the model makes of the same captions come in their place.
+
     Raises:
-        ValueError: no such folder, column or split; zero forget images; zero retain images.
+        ValueError: no such folder, column or split; zero forget images.
     """
+    image, caption = config.image_column, config.caption_column
+    labels: list[str] = []
     if config.source is None:
         forget, retain = rows_of_prompts(config, pipeline, cache, base_hash, needs.images)
+        concepts = concepts_of(list(forget[caption]), config.concepts)
     else:
-        dataset = load_image_text(config.source, config.train_split, config.image_column, config.caption_column)
+        dataset = load_image_text(config.source, config.train_split, image, caption)
         forget, retain = split_concepts(dataset, config.concept_column, config.concepts)
-    return ConceptData(
-        take_evenly(forget, config.max_forget_images, seed),
-        take_evenly(retain, config.max_retain_images, seed),
-        config,
-    )
+        concepts = list(forget[config.concept_column])
+    retain = retain.select(rows_about_others(list(retain[caption]), erased))
+    if config.source is not None:
+        labels = sorted(set(retain[config.concept_column]))
+    kept = take_evenly(range(len(forget)), config.max_forget_images, seed)
+    forget, concepts = forget.select(kept), [concepts[index] for index in kept]
+    retain = retain.select(take_evenly(range(len(retain)), config.max_retain_images, seed))
+    if erased and needs.retain:
+        prompts = cycle(captions_of(erased), config.num_generated_images)
+        columns = [image, caption] if needs.retain_images else [caption]
+        now = Dataset.from_dict({caption: prompts})
+        if needs.retain_images:
+            now = illustrate(config, pipeline, cache, base_hash, prompts, 2)
+        retain = retain.select_columns(columns)
+        retain = concatenate_datasets([retain, now.select_columns(columns).cast(retain.features)])
+    return ConceptData(forget, retain, concepts, labels, config)
 
 
 def cycle(prompts: Sequence[str], count: int) -> list[str]:
@@ -141,23 +201,46 @@ def cycle(prompts: Sequence[str], count: int) -> list[str]:
 def rows_of_prompts(
     config: ConceptConfig, pipeline: Any, cache: Path, base_hash: str, with_images: Sequence[str]
 ) -> list[Dataset]:
-    """[forget rows, retain rows]: `num_generated_images` prompts each, and images for the roles in `with_images`, made
-    by the model once per model and settings."""
-    count, lists = config.num_generated_images, {"forget": config.forget_prompts, "retain": config.retain_prompts}
-    prompts = {role: cycle(texts, count) for role, texts in lists.items()}
-    illustrated = [role for role in with_images if prompts[role]]
-    rows = {role: Dataset.from_dict({config.caption_column: texts}) for role, texts in prompts.items()}
-    if illustrated:
-        key = fingerprint(base_hash, {role: lists[role] for role in illustrated}, count, vars(config.generation))
-        folder = cache / f"generated-{key}"
-        if not folder.is_dir():
-            texts = [text for role in illustrated for text in prompts[role]]
-            roles = [role for role in illustrated for _ in prompts[role]]
-            images = generate(pipeline, texts, config.generation, desc="illustrating the prompts")
-            write_image_folder(folder, images, {config.caption_column: texts, ROLE_COLUMN: roles})
-        dataset = load_image_text(str(folder), "train", caption_column=config.caption_column)
-        rows |= {role: split_concepts(dataset, ROLE_COLUMN, [role])[0] for role in illustrated}
-    return list(rows.values())
+    """[forget rows, retain rows]: the images of a folder, or pictures that the model makes of the prompts (for the
+    roles in `with_images`), or captions alone."""
+    folders = {"forget": config.forget_data_dir, "retain": config.retain_data_dir}
+    lists = {"forget": config.forget_prompts, "retain": config.retain_prompts}
+    rows = []
+    for role, folder in folders.items():
+        if folder is not None:
+            found = load_image_text(folder, config.train_split, config.image_column, None)
+            if config.caption_column not in found.column_names:
+                if not lists[role]:
+                    raise ValueError(f"{folder!r} has no column {config.caption_column!r}: set {role}_prompts")
+                found = found.add_column(config.caption_column, cycle(lists[role], len(found)))
+            rows.append(found.select_columns([config.image_column, config.caption_column]))
+            continue
+        prompts = cycle(lists[role], config.num_generated_images)
+        if role in with_images and prompts:
+            rows.append(illustrate(config, pipeline, cache, base_hash, prompts, len(rows)))
+        else:
+            rows.append(Dataset.from_dict({config.caption_column: prompts}))
+    return rows
+
+
+def illustrate(
+    config: ConceptConfig, pipeline: Any, cache: Path, base_hash: str, prompts: list[str], part: int
+) -> Dataset:
+    """(image, caption) rows that the model makes of the prompts, once per model, prompts and sampler settings.
+
+    They stay in the cache as a folder of PNG files with metadata.csv, beside a manifest of how they were made. No two
+    `part`s of a run (0 forget, 1 retain, 2 erased before) start from the same seeds.
+    """
+    sampling = replace(config.generation, seed=config.generation.seed + part * config.num_generated_images)
+    made_from = {"denoiser": base_hash, "prompts": prompts, "sampling": asdict(sampling)}
+    folder = cache / f"generated-{fingerprint(made_from)}"
+    if not (folder / "images").is_dir():
+        images = generate(pipeline, prompts, sampling, desc="illustrating the prompts")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "manifest.json", made_from)
+        write_image_folder(folder / "images", images, {config.caption_column: prompts})
+    rows = load_image_text(str(folder / "images"), "train", caption_column=config.caption_column)
+    return rows.rename_column("image", config.image_column) if config.image_column != "image" else rows
 
 
 def write_image_folder(folder: Path, images_NHWC: np.ndarray, columns: dict[str, list[str]]) -> None:
@@ -192,7 +275,7 @@ def encode_concepts(
     """
     config = concepts.config
     if needs.retain and len(concepts.retain) == 0:
-        raise ValueError("zero retain images: alpha > 0, use_actual_bounds and residual_source need some")
+        raise ValueError("zero retain rows: alpha > 0, use_actual_bounds, residual_source and a projection need some")
     rows = {"forget": concepts.forget, **({"retain": concepts.retain} if needs.retain else {})}
     captions = {role: list(dataset[config.caption_column]) for role, dataset in rows.items()}
     empty = [""] if needs.unconditional else []

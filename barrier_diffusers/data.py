@@ -33,8 +33,12 @@ from barrier_diffusers.architectures import Diffusion, count_cut, get_architectu
 from barrier_diffusers.objectives.base import Condition
 
 
-def load_image_text(source: str, split: str, image_column: str = "image", caption_column: str = "text") -> Dataset:
+def load_image_text(
+    source: str, split: str, image_column: str = "image", caption_column: str | None = "text"
+) -> Dataset:
     """Captioned images from an image folder with a metadata file, a folder of parquet or Arrow files, or a hub name.
+
+    With caption_column None images are enough.
 
     Raises:
         ValueError: a folder path that does not exist, an unknown split, or a column that is missing.
@@ -55,7 +59,7 @@ def load_image_text(source: str, split: str, image_column: str = "image", captio
         except (FileNotFoundError, ValueError) as error:
             raise ValueError(f"cannot read split {split!r} of {source!r}: {error}") from error
     for column in (image_column, caption_column):
-        if column not in dataset.column_names:
+        if column is not None and column not in dataset.column_names:
             raise ValueError(f"{source!r} has no column {column!r}; it has {', '.join(dataset.column_names)}")
     return dataset
 
@@ -98,8 +102,8 @@ def cached_tensors(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict
 def encode_moments(vae: Any, dataset: Dataset, image_column: str, resolution: int, batch_size: int = 64) -> Tensor:
     """VAE posterior of every image: (N, 2 c, h, w), mean and log-variance, so that each epoch can draw anew."""
     rows = image_batches(dataset, image_column, resolution)
-    precision = vae.dtype
-    if precision == torch.float16 and vae.config.force_upcast:  # its activations overflow, as SDXL's do
+    upcast = vae.dtype == torch.float16 and vae.config.force_upcast  # its activations overflow, as SDXL's do
+    if upcast:
         vae.to(torch.float32)
     chunks = []
     for start in tqdm(range(0, len(rows), batch_size), desc="VAE latents", leave=False):
@@ -107,7 +111,8 @@ def encode_moments(vae: Any, dataset: Dataset, image_column: str, resolution: in
         pixels = default_collate(rows.__getitems__(list(range(start, stop))))["pixels"]
         posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
         chunks.append(posterior.parameters.float().cpu())
-    vae.to(precision)
+    if upcast:
+        vae.to(torch.float16)
     return torch.cat(chunks)
 
 
@@ -141,12 +146,21 @@ def split_concepts(dataset: Dataset, column: str, concepts: Sequence[str]) -> tu
     return dataset.select(forget), dataset.select(retain)
 
 
-def take_evenly(dataset: Dataset, count: int | None, seed: int) -> Dataset:
-    """At most `count` rows, drawn without replacement; all of them for None."""
-    if count is None or count >= len(dataset):
-        return dataset
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-    return dataset.select(sorted(order[:count].tolist()))
+def take_evenly(rows: Sequence[int], count: int | None, seed: int) -> list[int]:
+    """At most `count` of the row numbers, drawn without replacement, in order; all of them for None."""
+    if count is None or count >= len(rows):
+        return list(rows)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return [rows[index] for index in sorted(order[:count].tolist())]
+
+
+def labels_in_texts(texts: Sequence[str], labels: Sequence[str]) -> list[str | None]:
+    """The label each text names as whole words (the longest, if several match), None where it names none."""
+    ordered = sorted(labels, key=len, reverse=True)
+    pattern = re.compile(rf"(?<![\w-])({'|'.join(map(re.escape, ordered))})(?![\w-])", re.IGNORECASE)
+    known = {label.lower(): label for label in labels}
+    found = (pattern.search(text) for text in texts)
+    return [known[match.group(1).lower()] if match else None for match in found]
 
 
 def swap_concept(caption: str, concept: str, replacement: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import cast_training_params
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCard, ModelCardData, create_repo, upload_folder
 from peft import LoraConfig
 
 from barrier_diffusers.architectures import components, get_architecture
@@ -21,6 +21,7 @@ from barrier_diffusers.targets import resolve_targets
 from barrier_diffusers.training import METRICS_NAME, move_into
 
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+NOT_UPLOADED = ("checkpoints/**", "cache/**", "logs/**", ".*")
 CARD = """# {title}
 
 This is [{base}]({base}) after unlearning **{forgotten}** with [BARRIER](https://arxiv.org/abs/2605.15737)
@@ -169,6 +170,28 @@ def save_adapter(pipeline: Any, output: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     pipeline.save_lora_weights(temporary, safe_serialization=True, **layers)
     move_into(temporary, output, last="pytorch_lora_weights.safetensors")
+
+
+def claim_repo(repo_id: str, private: bool) -> str:
+    """Create the hub's model repository unless it exists; its full name.
+
+    Raises:
+        ValueError: no valid token, no right to write there, or no connection.
+    """
+    try:
+        return create_repo(repo_id, private=private, exist_ok=True).repo_id
+    except Exception as error:  # of the hub's library or of whatever it speaks HTTP with
+        raise ValueError(
+            f"cannot write to hub repository {repo_id!r}: {error}; log in with `hf auth login`"
+        ) from error
+
+
+def push_folder(output: Path, repo_id: str) -> str:
+    """Upload a finished run in one commit; the address of the repository."""
+    full_name = create_repo(repo_id, exist_ok=True).repo_id
+    message = "Upload with barrier_diffusers"
+    upload_folder(repo_id=full_name, folder_path=output, ignore_patterns=list(NOT_UPLOADED), commit_message=message)
+    return HfApi().endpoint + "/" + full_name
 
 
 def results_table(metrics: dict[str, Any]) -> str:

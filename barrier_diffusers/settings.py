@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from barrier_diffusers.concepts import ConceptConfig, DataNeeds
@@ -52,6 +53,9 @@ class UnlearnConfig(ConceptConfig):
     checkpointing_steps: int | None = None  # None: no checkpoint
     checkpoints_total_limit: int | None = 2
     resume_from_checkpoint: str | None = None  # a checkpoint's name, or latest
+    push_to_hub: bool = False  # upload output_dir at the end, without checkpoints, cache and logs
+    hub_model_id: str | None = None  # repository; default: output_dir's name in the account of the token
+    hub_private: bool = False  # a repository that is created is private
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     barrier: BarrierConfig = field(default_factory=BarrierConfig)  # lambda_interval 0 switches the protection off
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -66,8 +70,13 @@ class UnlearnConfig(ConceptConfig):
             raise ValueError("rank must be >= 0, and merge_adapter needs rank > 0")
         if self.saliency_mask is not None and not 0 < self.saliency_mask <= 1:
             raise ValueError(f"saliency_mask is {self.saliency_mask}, but must be a fraction in (0, 1]")
-        if self.needs_retain and self.forget_prompts and not self.retain_prompts:
+        if self.needs_retain and not self.has_retain_rows:
             raise ValueError("alpha > 0, use_actual_bounds and residual_source need retain data: set retain_prompts")
+
+    @property
+    def repo_id(self) -> str:
+        """The hub repository that gets the result."""
+        return self.hub_model_id or Path(self.output_dir).resolve().name
 
     @property
     def protected(self) -> bool:

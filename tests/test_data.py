@@ -78,11 +78,10 @@ def test_unknown_concept_and_column_are_errors(image_folder):
 
 
 def test_take_evenly_draws_without_replacement_and_reproducibly():
-    dataset = Dataset.from_dict({"n": list(range(100))})
-    first, second = take_evenly(dataset, 30, 1)["n"], take_evenly(dataset, 30, 1)["n"]
-    assert list(first) == list(second) and len(set(first)) == 30
-    assert list(take_evenly(dataset, 30, 2)["n"]) != list(first)
-    assert len(take_evenly(dataset, None, 0)) == 100
+    first, second = take_evenly(range(100), 30, 1), take_evenly(range(100), 30, 1)
+    assert first == second == sorted(set(first)) and len(first) == 30
+    assert take_evenly(range(100), 30, 2) != first
+    assert take_evenly(range(100), None, 0) == list(range(100))
 
 
 def test_swap_concept_respects_word_borders():
@@ -166,8 +165,16 @@ def test_encoded_images_look_up_embeddings():
 
 
 def test_concept_config_contradictions(tmp_path):
-    with pytest.raises(ValueError, match="exactly one of"):
-        ConceptConfig(concept="cat")
+    assert ConceptConfig(concept=["cat", "dog"]).forget_prompts == ["cat", "dog"]
+    for wrong, message in (
+        ({"concept": []}, "concept is empty"),
+        ({"train_data_dir": str(tmp_path), "dataset_name": "a/b"}, "not both"),
+        ({"train_data_dir": str(tmp_path), "forget_prompts": ["a cat"]}, "goes without forget_data_dir"),
+        ({"forget_data_dir": "/no/such"}, "forget_data_dir '/no/such' does not exist"),
+        ({"concept": ["cat", "dog"], "forget_prompts": ["a cow"]}, "'a cow' names none of the concepts cat, dog"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ConceptConfig(**{"concept": "cat", **wrong})
     with pytest.raises(ValueError, match="does not exist"):
         ConceptConfig(concept="cat", train_data_dir="/no/such")
     with pytest.raises(ValueError, match="max_forget_images is 0"):

@@ -5,22 +5,22 @@ import pytest
 import torch
 from PIL import Image
 
+from barrier_diffusers.data import labels_in_texts
 from barrier_diffusers.evaluation.accuracy import erasure_metrics, recognise, share
 from barrier_diffusers.evaluation.classifier import AttributeClassifier
 from barrier_diffusers.evaluation.erasure import (
     EvaluationConfig,
     forgotten_attribute,
-    labels_in_prompts,
 )
 from barrier_diffusers.evaluation.report import before_after_grid, image_rows, loss_curves, print_metrics, strip
 
 ATTRIBUTES = {"class": ["shirt", "t-shirt", "boot"], "colour": ["red", "blue"], "style": ["photo", "pencil sketch"]}
 
 
-def test_labels_in_prompts_prefers_whole_and_longer_words():
+def test_labels_in_texts_prefers_whole_and_longer_words():
     prompts = ["a photo of a red t-shirt", "a pencil sketch of a blue shirt", "boots", "A boot."]
-    assert labels_in_prompts(prompts, ATTRIBUTES["class"]) == ["t-shirt", "shirt", None, "boot"]
-    assert labels_in_prompts(prompts, ATTRIBUTES["style"]) == ["photo", "pencil sketch", None, None]
+    assert labels_in_texts(prompts, ATTRIBUTES["class"]) == ["t-shirt", "shirt", None, "boot"]
+    assert labels_in_texts(prompts, ATTRIBUTES["style"]) == ["photo", "pencil sketch", None, None]
 
 
 def test_forgotten_attribute():

@@ -175,8 +175,11 @@ def test_images_generated_from_prompts(tmp_path, shared_cache):
     }
     metrics, _ = run(tmp_path / "run", shared_cache, **prompts)
     assert set(metrics["per_class_after"]) == {"bag", "boot"} and metrics["num_images"] == 4
-    (folder,) = shared_cache.glob("generated-*")
-    assert len(list(folder.glob("*.png"))) == 8
+    folders = list(shared_cache.glob("generated-*"))
+    assert [len(list((folder / "images").glob("*.png"))) for folder in folders] == [4, 4]
+    made = [json.loads((folder / "manifest.json").read_text()) for folder in folders]
+    assert sorted(entry["sampling"]["seed"] for entry in made) == [1000, 1004]
+    assert {entry["prompts"][0] for entry in made} == {"a photo of a red bag", "a photo of a red boot"}
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -190,7 +193,7 @@ BAD = {
     "zero forget images": ({"concept": "hat"}, "zero forget images: no row has class = 'hat'"),
     "percentiles": ({"barrier.lower_percentile": 0.99}, "lower_percentile < upper_percentile"),
     "reduced_dim": ({"barrier.reduced_dim": 500}, "reduced_dim is 500"),
-    "no retain data": ({"train_data_dir": "FORGET_ONLY"}, "zero retain images"),
+    "no retain data": ({"train_data_dir": "FORGET_ONLY"}, "split 'test' has no other row"),
     "no retain prompts": ({"train_data_dir": "null", "forget_prompts": "[a bag]"}, "set retain_prompts"),
     "missing pipeline": ({"pretrained_model_name_or_path": "/no/such/pipeline"}, "does not exist"),
     "missing data": ({"train_data_dir": "/no/such/data"}, "does not exist"),

@@ -9,6 +9,7 @@ pipeline (or the LoRA adapter), with metrics.json, manifest.json, the pictures a
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from barrier_diffusers import Barrier
 from barrier_diffusers.architectures import Diffusion, components, get_architecture
 from barrier_diffusers.concepts import EncodedConcepts, encode_concepts, load_concepts
 from barrier_diffusers.data import EncodedImages, NoisedBatches
+from barrier_diffusers.erased import ERASED_NAME, ErasedConcepts, as_json, read_erased
 from barrier_diffusers.evaluation.erasure import (
     Questions,
     evaluate_erasure,
@@ -35,8 +37,10 @@ from barrier_diffusers.evaluation.report import before_after_grid, loss_curves, 
 from barrier_diffusers.generation import generate
 from barrier_diffusers.hub import (
     add_adapter,
+    claim_repo,
     enable_xformers,
     load_pipeline,
+    push_folder,
     save_adapter,
     save_model_card,
     save_pipeline,
@@ -107,37 +111,46 @@ def validate(accelerator: Accelerator, pipeline: Any, config: UnlearnConfig, out
             tracker.log_images({"validation": images}, step=step, **layout)
 
 
-def finish(
-    pipeline: Any,
-    denoiser: Any,
-    barrier: Barrier,
-    config: UnlearnConfig,
-    output: Path,
-    questions: Questions,
-    before: np.ndarray,
-    results: dict[str, Any],
-    base_hash: str,
-) -> None:
+@dataclass
+class Job:
+    """What a run started from, as far as its end asks for it again."""
+
+    config: UnlearnConfig
+    output: Path
+    pipeline: Any
+    denoiser: Any
+    barrier: Barrier
+    questions: Questions
+    before: np.ndarray  # images (N, H, W, 3) of the questions' prompts
+    base_hash: str
+    erased: list[ErasedConcepts]  # by earlier runs and this one
+
+
+def finish(job: Job, results: dict[str, Any]) -> None:
     """Save the weights first, then look at what they do: images after, metrics, pictures, model card, manifest."""
-    denoiser.eval()
-    (barrier if config.barrier.lambda_interval > 0 else config.barrier).save_pretrained(output)
-    barrier.remove()
+    config, output, pipeline, questions = job.config, job.output, job.pipeline, job.questions
+    job.denoiser.eval()
+    (job.barrier if job.barrier.groups else config.barrier).save_pretrained(output)
+    job.barrier.remove()
     if config.rank:
         save_adapter(pipeline, output)
     else:
         save_pipeline(pipeline, output)
+    write_json(output / ERASED_NAME, as_json(job.erased))
     after = generate(pipeline, questions.prompts, config.evaluation.sampling, desc="images after")
     if config.merge_adapter:
-        denoiser.fuse_lora()
-        denoiser.unload_lora()
+        job.denoiser.fuse_lora()
+        job.denoiser.unload_lora()
         save_pipeline(pipeline, output / "merged")
-    before_after_grid(before, after, questions.labels, questions.forgotten, output / "before_after.png")
+        write_json(output / "merged" / ERASED_NAME, as_json(job.erased))
+    red = questions.forgotten + questions.erased_before
+    before_after_grid(job.before, after, questions.labels, red, output / "before_after.png")
     if results["history"]:
         loss_curves(results["history"], output / "loss_curves.png")
     facts = {key: value for key, value in results.items() if key != "history"}
     metrics: dict[str, Any] = {"num_images": len(after), **facts}
     if config.evaluation.classifier:
-        attribute, scores = evaluate_erasure(config.evaluation, questions, before, after)
+        attribute, scores = evaluate_erasure(config.evaluation, questions, job.before, after)
         metrics = {**scores, **facts}
         print_metrics(metrics, attribute, questions.forgotten)
     write_json(output / METRICS_NAME, metrics)
@@ -145,9 +158,11 @@ def finish(
     base, adapter = config.pretrained_model_name_or_path, config.rank > 0
     absent = [part for part in get_architecture(type(pipeline).__name__).optional if getattr(pipeline, part) is None]
     save_model_card(output, base, questions.forgotten, objective, weight, adapter, metrics, absent)
-    hashes = {"base_denoiser": base_hash, **{name: module_hash(part) for name, part in components(pipeline).items()}}
-    write_json(output / MANIFEST_NAME, manifest(config, hashes, **results))
+    parts = {name: module_hash(part) for name, part in components(pipeline).items()}
+    write_json(output / MANIFEST_NAME, manifest(config, {"base_denoiser": job.base_hash, **parts}, **results))
     print(f"{'adapter' if adapter else 'pipeline'}: {output}\npicture:  {output / 'before_after.png'}")
+    if config.push_to_hub:
+        print(f"hub:      {push_folder(output, config.repo_id)}")
 
 
 def main(config: UnlearnConfig) -> None:
@@ -164,6 +179,8 @@ def main(config: UnlearnConfig) -> None:
     output = Path(config.output_dir)
     if accelerator.is_main_process:
         claim_output_dir(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint is not None)
+        if config.push_to_hub:
+            claim_repo(config.repo_id, config.hub_private)
     accelerator.wait_for_everyone()
     checkpoint = find_checkpoint(output, config.resume_from_checkpoint)
     set_seed(config.seed)
@@ -198,20 +215,23 @@ def main(config: UnlearnConfig) -> None:
 
     steer, needs = config.objective, data_needs(config, objective)
     with accelerator.main_process_first():  # the others find the cache filled
-        concepts = load_concepts(config, pipeline, cache, base_hash, config.seed, needs)
-        questions = make_questions(config.evaluation, config)
+        erased = read_erased(config.pretrained_model_name_or_path, config.revision)
+        kept = erased if config.protect_erased else []
+        concepts = load_concepts(config, pipeline, cache, base_hash, config.seed, needs, kept)
+        questions = make_questions(config.evaluation, config, erased)
         anchors = concepts.anchors(steer.anchor, steer.anchor_prompt, config.seed) if objective.needs_anchor else None
         data = encode_concepts(concepts, anchors, pipeline, cache, config.resolution, needs)
     before = np.empty(0)
     if accelerator.is_main_process:
         before = generate_cached(pipeline, questions.prompts, config.evaluation.sampling, cache, base_hash)
     accelerator.wait_for_everyone()
+    now_erased = [*erased, ErasedConcepts(config.concepts, sorted(set(concepts.forget[config.caption_column])))]
+    job = Job(config, output, pipeline, denoiser, barrier, questions, before, base_hash, now_erased)
     if objective.edit is not None:
         if accelerator.is_main_process:
             start = time.perf_counter()
             apply_edit(objective, steer, barrier, pipeline, concepts, config.seed)
-            results = {"history": {}, "num_steps": 0, "seconds_training": round(time.perf_counter() - start, 2)}
-            finish(pipeline, denoiser, barrier, config, output, questions, before, results, base_hash)
+            finish(job, {"history": {}, "num_steps": 0, "seconds_training": round(time.perf_counter() - start, 2)})
         accelerator.wait_for_everyone()
         return
 
@@ -219,7 +239,7 @@ def main(config: UnlearnConfig) -> None:
     protected = config.barrier.lambda_interval > 0
     if protected and checkpoint:
         barrier.remove()
-        barrier = Barrier.from_pretrained(checkpoint / "barrier", denoiser)
+        job.barrier = barrier = Barrier.from_pretrained(checkpoint / "barrier", denoiser)
     elif protected:
         set_up_protection(barrier, accelerator, config, diffusion, data, sampler)
 
@@ -292,8 +312,7 @@ def main(config: UnlearnConfig) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # gives the denoiser its own forward back
-        results = {"history": history.values, "num_steps": max_steps, "seconds_training": round(seconds, 2)}
-        finish(pipeline, denoiser, barrier, config, output, questions, before, results, base_hash)
+        finish(job, {"history": history.values, "num_steps": max_steps, "seconds_training": round(seconds, 2)})
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

@@ -26,7 +26,7 @@ def recognise(classifier: AttributeClassifier, images_NHWC: np.ndarray, batch_si
     return classifier.predict(batches())
 
 
-def share(correct: Sequence[bool]) -> dict[str, Any]:
+def share(correct: Sequence[bool] | np.ndarray) -> dict[str, Any]:
     """Percentage of successes with its count and 95 % Wilson interval (also in percent)."""
     if not len(correct):
         raise ValueError(
@@ -46,6 +46,7 @@ def erasure_metrics(
     wanted: Mapping[str, Sequence[str | None]],
     attribute: str,
     forgotten: Sequence[str],
+    erased_before: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Unlearning accuracy (UA = 100 - accuracy on the forgotten labels) and what happened to everything else.
 
@@ -53,31 +54,37 @@ def erasure_metrics(
         predicted_before, predicted_after, wanted: attribute -> N labels; `wanted` is what the prompts asked for (None:
             the prompt does not say, so the image does not count for that attribute).
         attribute: the attribute whose labels `forgotten` are to be forgotten.
+        erased_before: labels of any attribute that earlier runs erased: scored apart, not part of what is retained.
 
     Returns:
         Percentages `unlearning_accuracy`, `retain_accuracy_before/after`, `retain_accuracy_drop`,
-        `per_<attribute>_before/after`, and `<other attribute>_accuracy_before/after` on the retained images; `details`
-        holds counts and intervals.
+        `per_<attribute>_before/after`, and `<other attribute>_accuracy_before/after` on the retained images; with
+        `erased_before` its labels' `erased_before_unlearning_accuracy_before/after`; `details` holds counts and
+        intervals.
     """
-    truth = np.array(wanted[attribute], dtype=object)
-    known = truth != np.array(None)
-    forget = np.isin(truth.astype(str), list(forgotten)) & known
-    retain = known & ~forget
+    asked = {name: np.array(labels, dtype=object) for name, labels in wanted.items()}
+    truth = asked[attribute]
+    known, forget = truth != np.array(None), isin(truth, forgotten)
+    old = np.any([isin(labels, erased_before) for labels in asked.values()], axis=0)
+    retain = known & ~forget & ~old
     others = [name for name in wanted if name != attribute and any(label is not None for label in wanted[name])]
     details: dict[str, Any] = {}
     per_label: dict[str, dict[str, float]] = {}
-    for when, predicted in (("before", predicted_before), ("after", predicted_after)):
-        correct = np.array(predicted[attribute]) == truth
+    for when, predictions in (("before", predicted_before), ("after", predicted_after)):
+        right = {name: np.array(predictions[name]) == asked[name] for name in asked}
+        correct = right[attribute]
         details[f"forget_accuracy_{when}"] = share(correct[forget])
         details[f"retain_accuracy_{when}"] = share(correct[retain])
         labels = {label: share(correct[truth == label]) for label in dict.fromkeys(truth[known])}
         details[f"per_{attribute}_{when}"] = labels
         per_label[when] = {label: entry["value"] for label, entry in labels.items()}
         for other in others:
-            asked = np.array(wanted[other], dtype=object)
-            counted = ~forget & (asked != np.array(None))
-            details[f"{other}_accuracy_{when}"] = share((np.array(predicted[other]) == asked)[counted])
-    details["unlearning_accuracy"] = share(np.array(predicted_after[attribute])[forget] != truth[forget])
+            counted = ~forget & ~old & (asked[other] != np.array(None))
+            details[f"{other}_accuracy_{when}"] = share(right[other][counted])
+        if old.any():
+            wrong = [~right[name][isin(asked[name], erased_before)] for name in asked]
+            details[f"erased_before_unlearning_accuracy_{when}"] = share(np.concatenate(wrong))
+        details["unlearning_accuracy"] = share(~correct[forget])  # what stays is "after"
     summary = {
         "unlearning_accuracy": details["unlearning_accuracy"]["value"],
         "retain_accuracy_before": details["retain_accuracy_before"]["value"],
@@ -86,7 +93,13 @@ def erasure_metrics(
         f"per_{attribute}_after": per_label["after"],
     }
     summary["retain_accuracy_drop"] = round(summary["retain_accuracy_before"] - summary["retain_accuracy_after"], 3)
-    for other in others:
+    for name in [*(f"{other}_accuracy" for other in others), "erased_before_unlearning_accuracy"]:
         for when in ("before", "after"):
-            summary[f"{other}_accuracy_{when}"] = details[f"{other}_accuracy_{when}"]["value"]
+            if f"{name}_{when}" in details:
+                summary[f"{name}_{when}"] = details[f"{name}_{when}"]["value"]
     return {**summary, "details": details}
+
+
+def isin(labels: np.ndarray, wanted: Sequence[str]) -> np.ndarray:
+    """Which of the labels (N,) of type object, None among them, are one of `wanted`."""
+    return np.array([label in set(wanted) for label in labels], dtype=bool)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from barrier_diffusers.concepts import ConceptConfig, cycle
-from barrier_diffusers.data import cached_tensors, fingerprint, load_image_text
+from barrier_diffusers.concepts import ConceptConfig, concepts_of, cycle
+from barrier_diffusers.data import cached_tensors, fingerprint, labels_in_texts, load_image_text
+from barrier_diffusers.erased import ErasedConcepts, rows_about_others
 from barrier_diffusers.evaluation.accuracy import erasure_metrics, recognise
 from barrier_diffusers.evaluation.classifier import AttributeClassifier
 from barrier_diffusers.generation import SamplingConfig, generate
@@ -43,39 +43,43 @@ class Questions:
     prompts: list[str]
     labels: list[str]  # label of each prompt: a value of the concept column
     forgotten: list[str]
+    erased_before: list[str] = field(default_factory=list)  # by earlier runs: asked for, but not retained
 
 
-def make_questions(evaluation: EvaluationConfig, config: ConceptConfig) -> Questions:
+def make_questions(
+    evaluation: EvaluationConfig, config: ConceptConfig, erased: Sequence[ErasedConcepts] = ()
+) -> Questions:
     """`images_per_label` prompts for every label, cycling through that label's distinct captions.
 
     Raises:
-        ValueError: the evaluation split lacks a concept.
+        ValueError: the evaluation split lacks a concept, or no prompt is left that asks for anything retained.
     """
     if config.source is None:
-        groups = {config.concepts[0]: config.forget_prompts, "everything else": config.retain_prompts}
-        forgotten = [config.concepts[0]]
+        groups = {"everything else": list(config.retain_prompts)}
+        owners = concepts_of(config.forget_prompts, config.concepts)
+        for concept, prompt in zip(owners, config.forget_prompts, strict=True):
+            groups.setdefault(concept, []).append(prompt)
+        for entry in erased:
+            groups.setdefault(" and ".join(entry.concepts), []).extend(entry.captions)
     else:
         rows = load_image_text(config.source, evaluation.split, config.image_column, config.caption_column)
         groups = {label: [] for label in sorted(set(rows[config.concept_column]))}
         for label, caption in zip(rows[config.concept_column], rows[config.caption_column], strict=True):
             groups[label].append(caption)
         groups = {label: sorted(set(captions)) for label, captions in groups.items()}
-        forgotten = config.concepts
-    missing = [label for label in forgotten if label not in groups]
+    missing = [label for label in config.concepts if not groups.get(label)]
     if missing:
         raise ValueError(
             f"split {evaluation.split!r} has no row for {', '.join(missing)}, so nothing could be evaluated"
         )
+    retained = [text for label, texts in groups.items() if label not in config.concepts for text in texts]
+    if evaluation.classifier and not rows_about_others(retained, erased):
+        where = "set retain_prompts" if config.source is None else f"split {evaluation.split!r} has no other row"
+        raise ValueError(f"no evaluation prompt asks for anything that is retained: {where}")
     chosen = {label: cycle(captions, evaluation.images_per_label) for label, captions in groups.items()}
     prompts = [text for texts in chosen.values() for text in texts]
-    return Questions(prompts, [label for label, texts in chosen.items() for _ in texts], forgotten)
-
-
-def labels_in_prompts(prompts: Sequence[str], labels: Sequence[str]) -> list[str | None]:
-    """The label each prompt names as whole words (the longest, if several match), None where it names none."""
-    ordered = sorted(labels, key=len, reverse=True)
-    pattern = re.compile(rf"(?<![\w-])({'|'.join(map(re.escape, ordered))})(?![\w-])")
-    return [match.group(1) if (match := pattern.search(text)) else None for text in prompts]
+    labels = [label for label, texts in chosen.items() for _ in texts]
+    return Questions(prompts, labels, config.concepts, [concept for entry in erased for concept in entry.concepts])
 
 
 def forgotten_attribute(attributes: Mapping[str, Sequence[str]], forgotten: Sequence[str]) -> str:
@@ -106,9 +110,9 @@ def evaluate_erasure(
     assert evaluation.classifier is not None
     classifier = AttributeClassifier.from_pretrained(evaluation.classifier)
     attribute = forgotten_attribute(classifier.attributes, questions.forgotten)
-    wanted = {name: labels_in_prompts(questions.prompts, labels) for name, labels in classifier.attributes.items()}
+    wanted = {name: labels_in_texts(questions.prompts, labels) for name, labels in classifier.attributes.items()}
     before, after = recognise(classifier, before_NHWC), recognise(classifier, after_NHWC)
-    metrics = erasure_metrics(before, after, wanted, attribute, questions.forgotten)
+    metrics = erasure_metrics(before, after, wanted, attribute, questions.forgotten, questions.erased_before)
     seeds = {"first": evaluation.sampling.seed, "last": evaluation.sampling.seed + len(questions.prompts) - 1}
     facts = {"num_images": len(questions.prompts), "seeds": seeds, "sampling": asdict(evaluation.sampling)}
     return attribute, {**metrics, **facts, "classifier": evaluation.classifier}

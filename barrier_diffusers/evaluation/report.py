@@ -106,7 +106,8 @@ def print_metrics(metrics: Mapping[str, Any], attribute: str, forgotten: Sequenc
     add("all retained labels", details["retain_accuracy_before"], details["retain_accuracy_after"], "bold")
     for key in details:
         if key.endswith("_accuracy_after") and key not in ("retain_accuracy_after", "forget_accuracy_after"):
-            add(key.removesuffix("_accuracy_after"), details[key.replace("_after", "_before")], details[key])
+            name = key.removesuffix("_accuracy_after").replace("_", " ")
+            add(name, details[key.replace("_after", "_before")], details[key])
     console = Console(width=88)
     console.print(table)
     console.print(

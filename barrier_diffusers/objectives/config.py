@@ -16,7 +16,8 @@ class ObjectiveConfig:
     name: str = "rl"  # see barrier_diffusers/objectives, or your own
     module: str | None = None  # .py file or importable module that registers an objective of yours: it is run
     alpha: float = 0.0  # weight of the ordinary loss on a retain batch; 0: no retain batch is loaded or run
-    anchor: str | None = None  # words that replace the concept's in each caption; None: another label at random
+    # words that replace the concept's in each caption, or a list, one per concept; None: another label at random
+    anchor: str | list[str] | None = None
     anchor_prompt: str | None = None  # or one whole prompt for every forget image
     temperature: float = 0.1  # > 0; kl: of both softmaxes
     eta: float = 1.0  # esd: how far the target lies beyond the empty prompt's prediction, away from the concept

@@ -1,0 +1,143 @@
+"""Where concepts come from, several at once and one after another; on the embedded pipeline."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from pipelines import FASHION
+
+from barrier_diffusers.concepts import ConceptConfig, DataNeeds, concepts_of, load_concepts, write_image_folder
+from barrier_diffusers.erased import ERASED_NAME, ErasedConcepts, as_json, captions_of, read_erased, rows_about_others
+from barrier_diffusers.evaluation.accuracy import erasure_metrics
+from barrier_diffusers.evaluation.erasure import EvaluationConfig, make_questions
+from barrier_diffusers.generation import SamplingConfig
+
+SKETCHES = ErasedConcepts(["pencil sketch"], ["a pencil sketch of a red bag", "a pencil sketch of a red boot"])
+IMAGES = FASHION.parent / "fashion_images"
+FEW = {"num_generated_images": 3, "generation": SamplingConfig(num_inference_steps=1)}
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return StableDiffusionPipeline.from_pretrained(FASHION, dtype=torch.float32)
+
+
+@pytest.fixture
+def load(pipeline, tmp_path):
+    def run(needs=DataNeeds(), erased=(), **settings):  # noqa: B008
+        return load_concepts(ConceptConfig(**settings), pipeline, tmp_path / "cache", "hash", 0, needs, erased)
+
+    return run
+
+
+def pictures(folder, count, columns):
+    write_image_folder(folder, np.zeros((count, 32, 32, 3), dtype=np.uint8), columns)
+
+
+def test_several_classes_each_with_its_anchor(load):
+    data = load(concept=["sneaker", "bag"], train_data_dir=str(IMAGES))
+    assert set(data.concepts) == {"sneaker", "bag"} and not {"sneaker", "bag"} & set(data.labels)
+    anchors = data.anchors(["boot", "coat"], None, 0)
+    for caption, anchor in zip(data.forget["text"], anchors, strict=True):
+        assert anchor == caption.replace("sneaker", "boot").replace("bag", "coat")
+    with pytest.raises(ValueError, match="objective.anchor lists 1 words for 2 concepts"):
+        data.anchors(["boot"], None, 0)
+
+
+@pytest.mark.parametrize(
+    ("column", "concept", "anchor"), [("colour", "red", "blue"), ("style", "pencil sketch", "photo")]
+)
+def test_by_another_column(load, column, concept, anchor):
+    data = load(concept=concept, concept_column=column, train_data_dir=str(IMAGES), max_forget_images=20)
+    assert len(data.forget) == 20 and all(concept in caption for caption in data.forget["text"])
+    assert not any(f" {concept} " in caption for caption in data.retain["text"])
+    assert all(anchor in caption for caption in data.anchors(anchor, None, 0))
+    drawn = data.anchors(None, None, 0)
+    assert all(any(label in caption for label in data.labels) for caption in drawn)
+
+
+def test_image_folders(load, tmp_path):
+    pictures(tmp_path / "mine", 5, {})
+    pictures(tmp_path / "rest", 4, {"text": ["a hat", "a tree", "a hat", "a car"]})
+    folders = {"forget_data_dir": str(tmp_path / "mine"), "retain_data_dir": str(tmp_path / "rest")}
+    data = load(concept="mug", forget_prompts=["a mug", "my mug"], **folders)
+    assert list(data.forget["text"]) == ["a mug", "my mug", "a mug", "my mug", "a mug"]
+    assert list(data.retain["text"]) == ["a hat", "a tree", "a hat", "a car"]
+    assert data.forget[0]["image"].size == (32, 32) and data.anchors("cup", None, 0)[1] == "my cup"
+    with pytest.raises(ValueError, match="there is no other label"):
+        data.anchors(None, None, 0)
+
+
+def test_a_folder_without_captions_needs_prompts(load, tmp_path):
+    pictures(tmp_path / "rest", 2, {})
+    with pytest.raises(ValueError, match="has no column 'text': set retain_prompts"):
+        load(concept="mug", retain_data_dir=str(tmp_path / "rest"), **FEW)
+
+
+def test_prompts_alone(load, tmp_path):
+    settings = {"concept": ["bag", "boot"], "forget_prompts": ["a red bag", "a boot"], "retain_prompts": ["a dress"]}
+    data = load(**settings, **FEW)
+    assert data.concepts == ["bag", "boot", "bag"] and len(data.retain) == 3
+    folders = sorted((tmp_path / "cache").glob("generated-*"))
+    times = [folder.stat().st_mtime_ns for folder in folders]
+    assert len(folders) == 2 and "prompts" in json.loads((folders[0] / "manifest.json").read_text())
+    load(**settings, **FEW)
+    assert [folder.stat().st_mtime_ns for folder in sorted((tmp_path / "cache").glob("generated-*"))] == times
+    prompts_only = load(DataNeeds(forget_images=False, retain_images=False), **settings, **FEW)
+    assert prompts_only.forget.column_names == ["text"]
+
+
+def test_which_concept_a_prompt_is_about():
+    assert concepts_of(["anything"], ["bag"]) == ["bag"]
+    assert concepts_of(["a Bag", "two t-shirt"], ["bag", "shirt", "t-shirt"]) == ["bag", "t-shirt"]
+
+
+def test_what_was_erased_before_is_retained_as_the_model_shows_it_now(load):
+    settings = {"concept": "sneaker", "train_data_dir": str(IMAGES), "max_retain_images": 10, **FEW}
+    data = load(erased=[SKETCHES], **settings)
+    captions = list(data.retain["text"])
+    assert captions[10:] == [SKETCHES.captions[0], SKETCHES.captions[1], SKETCHES.captions[0]]
+    assert not any("pencil sketch" in caption for caption in captions[:10])
+    assert data.retain[12]["image"].size == (32, 32)
+    without_images = load(DataNeeds(retain_images=False), erased=[SKETCHES], **settings)
+    assert list(without_images.retain["text"]) == captions and without_images.retain.column_names == ["text"]
+    unread = load(DataNeeds(retain=False), erased=[SKETCHES], **settings)
+    assert len(unread.retain) == 10
+
+
+def test_record_of_erased_concepts(tmp_path):
+    assert read_erased(str(tmp_path)) == [] and read_erased("no/such-repository") == []
+    (tmp_path / ERASED_NAME).write_text(json.dumps(as_json([SKETCHES])))
+    assert read_erased(str(tmp_path)) == [SKETCHES]
+    assert captions_of([SKETCHES, SKETCHES]) == SKETCHES.captions
+    assert rows_about_others(["a Pencil Sketch of a hat", "a photo", SKETCHES.captions[0]], [SKETCHES]) == [1]
+    for wrong in ("{", '[{"concept": "a"}]'):
+        (tmp_path / ERASED_NAME).write_text(wrong)
+        with pytest.raises(ValueError, match="cannot be read"):
+            read_erased(str(tmp_path))
+
+
+def test_questions_about_what_was_erased_before():
+    own = ConceptConfig(concept="bag", forget_prompts=["a bag"], retain_prompts=["a boot"])
+    asked = make_questions(EvaluationConfig(images_per_label=2), own, [SKETCHES])
+    assert asked.labels == ["everything else"] * 2 + ["bag"] * 2 + ["pencil sketch"] * 2
+    assert asked.erased_before == ["pencil sketch"] and asked.prompts[4:] == SKETCHES.captions
+    with pytest.raises(ValueError, match="asks for anything that is retained: set retain_prompts"):
+        make_questions(
+            EvaluationConfig(classifier=str(FASHION.parent / "fashion_classifier")), ConceptConfig(concept="bag")
+        )
+
+
+def test_metrics_keep_what_was_erased_before_apart():
+    wanted = {"class": ["bag", "bag", "boot", "boot"], "style": ["sketch", "photo", "sketch", "photo"]}
+    before = {"class": ["bag", "bag", "boot", "boot"], "style": ["photo"] * 4}
+    after = {"class": ["boot", "boot", "boot", "bag"], "style": ["sketch", "photo", "photo", "photo"]}
+    metrics = erasure_metrics(before, after, wanted, "class", ["bag"], ["sketch"])
+    assert metrics["unlearning_accuracy"] == 100
+    assert (metrics["retain_accuracy_before"], metrics["retain_accuracy_after"]) == (100, 0)
+    assert metrics["details"]["retain_accuracy_after"]["num_images"] == 1
+    names = [f"erased_before_unlearning_accuracy_{when}" for when in ("before", "after")]
+    assert [metrics[name] for name in names] == [100, 50]
+    assert not any("erased" in key for key in erasure_metrics(before, after, wanted, "class", ["bag"]))
