@@ -99,12 +99,13 @@ class ProtectedMap:
         factors = (down.weight.flatten(1), up.weight.flatten(1))
         return LoraFactors(*factors, float(module.scaling[name]), (down.weight, up.weight))
 
-    def trainable(self) -> list[nn.Parameter]:
-        """The parameters that train: the adapter's if there is one, else weight and bias."""
+    def trainable(self, bias: bool = True) -> list[nn.Parameter]:
+        """The parameters that train: the adapter's if there is one, else weight and (unless it is frozen) bias."""
         if self.has_adapter:
             return list(self.lora().parameters)
         layer = self.layer
-        return [parameter for parameter in (layer.weight, layer.bias) if isinstance(parameter, nn.Parameter)]
+        both = (layer.weight, layer.bias if bias else None)
+        return [parameter for parameter in both if isinstance(parameter, nn.Parameter)]
 
 
 def _is_map(module: nn.Module) -> bool:
@@ -127,7 +128,8 @@ def linear_maps(model: nn.Module) -> list[ProtectedMap]:
     return maps
 
 
-def _matches(entry: ProtectedMap, target: str) -> bool:
+def matches(entry: ProtectedMap, target: str) -> bool:
+    """Whether a target names the map: a type, its full name, or a whole dotted suffix of it."""
     if target in TYPES:
         layer = entry.layer
         if target == "Conv2d1x1":
@@ -148,7 +150,7 @@ def resolve_targets(
             the targets; a quantised or tied weight; fused q/k/v.
     """
     maps = linear_maps(model)
-    found = {target: [entry for entry in maps if _matches(entry, target)] for target in targets}
+    found = {target: [entry for entry in maps if matches(entry, target)] for target in targets}
     for target, matched in found.items():
         if not matched:
             raise ValueError(_no_match(model, maps, target))
