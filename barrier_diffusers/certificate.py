@@ -8,17 +8,22 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from scipy.stats import binom
-from torch import Tensor
+from torch import Tensor, nn
 
 from barrier_diffusers.drift import Drift
+from barrier_diffusers.fitting import ForwardFn, first_tensor, kept_random_state
 from barrier_diffusers.loss import interval_ends
+from barrier_diffusers.recorder import evaluation_mode, record_inputs
 from barrier_diffusers.region import ForgetRegion
+from barrier_diffusers.targets import ProtectedMap
 
 ROUNDING = 1e-4  # relative slack for float32 sums when an observation is held against a bound
 
@@ -224,3 +229,70 @@ class Certificate:
                     f"{title}: largest observed {entry.largest:.4g}; a bound needs {needed} images, not {images}"
                 )
         return "\n".join(lines)
+
+
+def certify(
+    model: nn.Module,
+    regions: Sequence[tuple[Sequence[ProtectedMap], ForgetRegion]],
+    drift: Callable[[ProtectedMap], Drift],
+    base_is_current: bool,
+    snapshot_weights: Callable[[], AbstractContextManager[None]],
+    loader: Any,
+    forward_fn: ForwardFn,
+    quantile: float,
+    confidence: float,
+) -> Certificate:
+    """Observe every map and the whole network on held-out batches; see `Barrier.certify`.
+
+    Args:
+        regions: the maps that read one input, and its region.
+        base_is_current: whether a layer's own weight is the snapshot, as it is under an adapter.
+        snapshot_weights: gives the model its snapshot's weights for the duration of a block.
+    """
+    order_statistic(1, quantile, confidence)
+    observers: dict[str, MapObserver] = {}
+    members: dict[str, Sequence[ProtectedMap]] = {}
+    leader_of: dict[str, str] = {}
+    for maps, region in regions:
+        members[maps[0].name] = maps
+        for entry in maps:
+            leader_of[entry.name] = maps[0].name
+            weight, bias = entry.layer.weight, entry.layer.bias
+            observers[entry.name] = MapObserver(
+                entry.name, drift(entry), region, weight, bias, base_is_current, quantile
+            )
+
+    def observe(leader: str, rows_BLD: Tensor) -> None:
+        for entry in members[leader]:
+            observers[entry.name].update(rows_BLD)
+
+    everything = [entry for maps in members.values() for entry in maps]
+    with kept_random_state(model, loader):
+        record_inputs(model, everything, loader, forward_fn, observe, what="held-out", leader_of=leader_of)
+    network = _network_drift(model, snapshot_weights, loader, forward_fn, quantile, confidence)
+    return Certificate([o.result(quantile, confidence) for o in observers.values()], network, quantile, confidence)
+
+
+@torch.no_grad()
+def _network_drift(
+    model: nn.Module,
+    snapshot_weights: Callable[[], AbstractContextManager[None]],
+    loader: Any,
+    forward_fn: ForwardFn,
+    quantile: float,
+    confidence: float,
+) -> RelativeDrift | None:
+    """Relative change ||f(x) - f0(x)|| / ||f0(x)|| of the network's output per sample; None without a tensor."""
+    changes = []
+    with evaluation_mode(model):
+        for batch in loader:
+            with kept_random_state(model):
+                now = first_tensor(forward_fn(model, batch))
+            if now is None:
+                return None
+            with snapshot_weights():
+                before = first_tensor(forward_fn(model, batch))
+            assert before is not None
+            change, size = ((now - before).float().flatten(1), before.float().flatten(1))
+            changes.append((change.norm(dim=1) / size.norm(dim=1).clamp_min(1e-30)).cpu())
+    return distribution_free(torch.cat(changes), quantile, confidence)

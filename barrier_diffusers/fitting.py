@@ -160,7 +160,9 @@ class Passes:
 
     def readers(self, leader: str, leader_of: dict[str, str]) -> list[ProtectedMap]:
         """The maps that `leader` leads, itself in front."""
-        return sorted((entry for entry in self.maps if leader_of[entry.name] == leader), key=lambda e: e.name != leader)
+        return sorted(
+            (entry for entry in self.maps if leader_of[entry.name] == leader), key=lambda e: e.name != leader
+        )
 
 
 def fit_protection(

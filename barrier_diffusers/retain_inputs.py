@@ -34,7 +34,9 @@ class RetainInputs:
             named = [entry for entry in maps if matches(entry, target)]
             if not named:
                 known = ", ".join(entry.name for entry in maps[:6]) + (", ..." if len(maps) > 6 else "")
-                raise ValueError(f"retain_inputs names {target!r}, but no protected map is called so; they are {known}")
+                raise ValueError(
+                    f"retain_inputs names {target!r}, but no protected map is called so; they are {known}"
+                )
             for entry in named:
                 if entry.name in self.target_of:
                     first = self.target_of[entry.name]

@@ -77,7 +77,9 @@ def load_state(folder: Path, config: BarrierConfig, maps: Sequence[ProtectedMap]
 
 
 def _save_groups(path: Path, groups: Groups[Any], weights: str) -> None:
-    tensors = {f"{index}.{key}": value for index, (_, fit) in enumerate(groups) for key, value in fit.to_tensors().items()}
+    tensors = {
+        f"{index}.{key}": value for index, (_, fit) in enumerate(groups) for key, value in fit.to_tensors().items()
+    }
     names = json.dumps([[entry.name for entry in maps] for maps, _ in groups])
     save_tensors(path, tensors, {"maps": names, "weights": weights})
 
@@ -88,9 +90,7 @@ def _load_groups(
     folder = str(path.parent)
     tensors, metadata = load_tensors(path)
     if metadata["weights"] != weights:
-        raise ValueError(
-            f"{folder!r} was saved for {metadata['weights']} weights; this model trains {weights} ones"
-        )
+        raise ValueError(f"{folder!r} was saved for {metadata['weights']} weights; this model trains {weights} ones")
     by_name = {entry.name: entry for entry in maps}
     names: list[list[str]] = json.loads(metadata["maps"])
     if sorted(name for group in names for name in group) != sorted(by_name):

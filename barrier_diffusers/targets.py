@@ -180,7 +180,7 @@ def maps_in_blocks(
             raise ValueError(f"block {block!r} holds none of the targets {', '.join(targets)}; it has {listed}")
     kept = [entry for entry in maps if any(is_inside(entry.name, block) for block in names)]
     for target in targets:
-        if not any(_matches(entry, target) for entry in kept):
+        if not any(matches(entry, target) for entry in kept):
             raise ValueError(f"target {target!r} lies in none of the blocks {', '.join(names)}")
     return kept
 
@@ -194,7 +194,7 @@ def _no_match(model: nn.Module, maps: list[ProtectedMap], target: str) -> str:
         if f".{path}".endswith(f".{target}"):
             return f"{target!r} is a {type(module).__name__}; only Linear and Conv2d maps can be protected"
     suffixes = list(dict.fromkeys(".".join(entry.name.split(".")[-2:]) for entry in maps))
-    near = difflib.get_close_matches(target, suffixes, n=6, cutoff=0.0)
+    near = difflib.get_closematches(target, suffixes, n=6, cutoff=0.0)
     others = [suffix for suffix in suffixes if suffix not in near]
     listed = ", ".join((near + others)[:12]) + (", ..." if len(suffixes) > 12 else "")
     return f"no module ends with {target!r}; the {type(model).__name__} has {listed or 'no Linear or Conv2d'}"
