@@ -6,8 +6,8 @@ Shapes: B batch, L positions, D input features, K kept directions, O output feat
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,15 @@ from barrier_diffusers.loss import protection_terms
 from barrier_diffusers.projection import RetainProjection, project_out
 from barrier_diffusers.region import ForgetRegion, check_reduced_dim
 from barrier_diffusers.retain_inputs import RetainInputs
-from barrier_diffusers.saving import BarrierState, Snapshots, load_state, save_state
-from barrier_diffusers.targets import ProtectedMap, resolve_targets, restore, snapshot_of
+from barrier_diffusers.saving import BarrierState, load_state, save_state
+from barrier_diffusers.targets import (
+    ProtectedMap,
+    Snapshots,
+    at_snapshot,
+    require_zero_adapters,
+    resolve_targets,
+    snapshot_of,
+)
 
 
 @dataclass
@@ -97,8 +104,7 @@ class Barrier:
 
     @property
     def regions(self) -> dict[str, ForgetRegion]:
-        """Map name -> region; maps that read the same input share one object. Empty with constraint "projection", which
-        does not look at the forget inputs."""
+        """Map name -> region; maps that read the same input share one object. Empty with constraint "projection"."""
         found = {entry.name: group.region for group in self.groups for entry in group.maps}
         return {entry.name: found[entry.name] for entry in self.maps if entry.name in found}
 
@@ -115,12 +121,12 @@ class Barrier:
         retain_loader: Any = None,
         retain_inputs: Mapping[str, Iterable[Tensor]] | None = None,
     ) -> None:
-        """Fit what the constraint needs and take the snapshot: two passes over the forget data for the protection loss,
-        one over the retain data if needed.
+        """Fit what the constraint needs and take the snapshot: two passes over the forget data for the protection
+        loss, one over the retain data if needed.
 
         All passes start from the random state of the caller, who gets it back unchanged, so that a forward function
         that draws noise draws the same in each. In a distributed run each process passes its own share of the data.
-        With a projection and a LoRA adapter, the factor A is moved outside the span; the adapter still is zero, as B is.
+        With a projection, a LoRA adapter's factor A is moved out of the span; the adapter stays zero, as B is.
 
         Args:
             forget_loader, retain_loader: re-iterable batches, e.g. DataLoaders. The forget data is not read with
@@ -147,27 +153,12 @@ class Barrier:
                 "retain_inputs for all maps"
             )
         self._freeze_the_rest()
-        self._require_zero_drift()
+        require_zero_adapters(self.maps)
         fitted = fit_protection(self.model, self.maps, config, forget_loader, forward_fn, retain_loader, given)
-        if config.has_projection and all(fit.rank == fit.num_features for _, fit in fitted.projections):
-            raise ValueError(
-                "the retain inputs span all directions of every map, so nothing could be trained: lower "
-                f"projection_energy (now {config.projection_energy:g}) or pass fewer kinds of retain inputs"
-            )
         snapshots = {} if self.uses_adapter else {entry.name: snapshot_of(entry.layer) for entry in self.maps}
         self._install(BarrierState(self._weights, fitted.regions, fitted.projections, snapshots))
         if self.uses_adapter:
             self.project()
-
-    def _require_zero_drift(self) -> None:
-        if self.uses_adapter:
-            for entry in self.maps:
-                factors = entry.lora()
-                if factors.lora_B_OR.abs().max() * factors.lora_A_RD.abs().max() != 0:
-                    raise ValueError(
-                        f"the LoRA adapter of {entry.name} already changes the model; the protection is measured from "
-                        "the base weights: merge the adapter first, or add a fresh one"
-                    )
 
     def _install(self, state: BarrierState) -> None:
         self.groups = []
@@ -288,8 +279,8 @@ class Barrier:
         self, held_out_loader: Any, forward_fn: ForwardFn, quantile: float = 0.99, confidence: float = 0.95
     ) -> Certificate:
         """What is guaranteed on retain inputs like the held-out ones (METHOD section 6); these must not have been used
-        for fitting or training. With a projection its span takes the place of the forget region: the drift inside is 0,
-        and the bounds speak of the part outside.
+        for fitting or training. With a projection its span takes the place of the forget region: the drift inside is
+        0, and the bounds speak of the part outside.
 
         Raises:
             RuntimeError: setup_protection was not called.
@@ -300,8 +291,8 @@ class Barrier:
         regions = [(group.maps, group.projection.as_region()) for group in self.projected]
         regions = regions or [(group.maps, group.region) for group in self.groups]
         return certify(
-            model=self.model,
-            regions=regions,
+            self.model,
+            regions=[(entry, region) for maps, region in regions for entry in maps],
             drift=self.drift,
             base_is_current=self.uses_adapter,
             snapshot_weights=self.snapshot_weights,
@@ -311,29 +302,12 @@ class Barrier:
             confidence=confidence,
         )
 
-    @contextmanager
-    def snapshot_weights(self) -> Iterator[None]:
-        """The model as it was at the snapshot, for the duration of the block."""
-        layers = {entry.name: entry.layer for entry in self.maps}
-        trained = {name: snapshot_of(layer) for name, layer in layers.items()} if not self.uses_adapter else {}
-        adapted: list[Any] = [entry.module for entry in self.maps] if self.uses_adapter else []
-        flags = {parameter: parameter.requires_grad for module in adapted for parameter in module.parameters()}
-        try:
-            for name in trained:
-                restore(layers[name], self._snapshots[name])
-            for module in adapted:
-                module.enable_adapters(False)
-            yield
-        finally:
-            for name, values in trained.items():
-                restore(layers[name], values)
-            for module in adapted:
-                module.enable_adapters(True)
-            for parameter, requires_grad in flags.items():  # enable_adapters changes them
-                parameter.requires_grad_(requires_grad)
+    def snapshot_weights(self) -> AbstractContextManager[None]:
+        """The model as it was at the snapshot, for the duration of a block."""
+        return at_snapshot(self.maps, self._snapshots)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write barrier_config.json, regions and projections (each once) and, for full weights, the snapshot; no pickle.
+        """Write barrier_config.json, regions and projections (each once) and, for full weights, the snapshot.
 
         Raises:
             RuntimeError: there is nothing fitted to save.
@@ -364,7 +338,8 @@ class Barrier:
         return "adapter" if self.uses_adapter else "full"
 
     def remove(self) -> None:
-        """Undo what was done to the model: every parameter's requires_grad is as it was. Trained weights stay."""
+        """Undo what was done to the model: every parameter's requires_grad is as it was. Trained weights stay, and so
+        does a LoRA factor A that a projection moved."""
         for parameter, requires_grad in self._requires_grad.items():
             parameter.requires_grad_(requires_grad)
         self.groups, self.projected, self._snapshots, self._requires_grad = [], [], {}, {}

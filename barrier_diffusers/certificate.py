@@ -48,7 +48,8 @@ def sound_bound_parts(drift: Drift, region: ForgetRegion) -> tuple[Tensor, Tenso
 
 def moment_bound(drift: Drift, region: ForgetRegion, probability: float) -> Tensor:
     """A bound on |dW x + db| of each output, (O,), that holds with at least `probability` for a random x whose z lies
-    in the envelope and whose part outside the basis has mean 0 and covariance C_res (Chebyshev, each output apart)."""
+    in the envelope and whose part outside the basis has mean 0 and covariance C_res (Chebyshev, each output apart).
+    It needs no more than the second moment of that part, whatever its mean."""
     fixed_O, _ = sound_bound_parts(drift, region)
     if region.residual is None:
         return fixed_O
@@ -233,7 +234,7 @@ class Certificate:
 
 def certify(
     model: nn.Module,
-    regions: Sequence[tuple[Sequence[ProtectedMap], ForgetRegion]],
+    regions: Sequence[tuple[ProtectedMap, ForgetRegion]],
     drift: Callable[[ProtectedMap], Drift],
     base_is_current: bool,
     snapshot_weights: Callable[[], AbstractContextManager[None]],
@@ -245,30 +246,23 @@ def certify(
     """Observe every map and the whole network on held-out batches; see `Barrier.certify`.
 
     Args:
-        regions: the maps that read one input, and its region.
+        regions: every map with the region of its input. Each map is watched on its own: two maps may share a region
+            that was fitted on given inputs, in whatever order they run.
         base_is_current: whether a layer's own weight is the snapshot, as it is under an adapter.
         snapshot_weights: gives the model its snapshot's weights for the duration of a block.
     """
     order_statistic(1, quantile, confidence)
     observers: dict[str, MapObserver] = {}
-    members: dict[str, Sequence[ProtectedMap]] = {}
-    leader_of: dict[str, str] = {}
-    for maps, region in regions:
-        members[maps[0].name] = maps
-        for entry in maps:
-            leader_of[entry.name] = maps[0].name
-            weight, bias = entry.layer.weight, entry.layer.bias
-            observers[entry.name] = MapObserver(
-                entry.name, drift(entry), region, weight, bias, base_is_current, quantile
-            )
+    for entry, region in regions:
+        weight, bias = entry.layer.weight, entry.layer.bias
+        observers[entry.name] = MapObserver(entry.name, drift(entry), region, weight, bias, base_is_current, quantile)
 
-    def observe(leader: str, rows_BLD: Tensor) -> None:
-        for entry in members[leader]:
-            observers[entry.name].update(rows_BLD)
+    def observe(name: str, rows_BLD: Tensor) -> None:
+        observers[name].update(rows_BLD)
 
-    everything = [entry for maps in members.values() for entry in maps]
+    maps, alone = [entry for entry, _ in regions], {name: name for name in observers}
     with kept_random_state(model, loader):
-        record_inputs(model, everything, loader, forward_fn, observe, what="held-out", leader_of=leader_of)
+        record_inputs(model, maps, loader, forward_fn, observe, what="held-out", leader_of=alone)
     network = _network_drift(model, snapshot_weights, loader, forward_fn, quantile, confidence)
     return Certificate([o.result(quantile, confidence) for o in observers.values()], network, quantile, confidence)
 

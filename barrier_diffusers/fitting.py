@@ -174,11 +174,12 @@ def fit_protection(
     retain_loader: Any = None,
     retain_inputs: RetainInputs | None = None,
 ) -> Fitted:
-    """Regions: two passes over the forget data (moments; percentiles along the leading directions). Projections: none.
-    One pass over the retain data serves both.
+    """The regions of the protection loss take two passes over the forget data (moments; percentiles along the leading
+    directions); a projection takes none. One pass over the retain data serves both.
 
     Raises:
-        ValueError: see `record_inputs`; in a distributed run the other processes raise a RuntimeError.
+        ValueError: see `record_inputs` and `RetainInputs.read`, where the other processes of a distributed run raise a
+            RuntimeError; retain inputs that leave no map a direction to move in.
     """
     passes = Passes(model, maps, forward_fn)
     moments: dict[str, Moments] = {}
@@ -187,10 +188,10 @@ def fit_protection(
     leader_of: dict[str, str] | None = None
     if config.has_penalty:
         leader_of = passes.record(forget_loader, "forget", into_moments(moments))
-        for gathered in moments.values():
-            gathered.all_reduce()
-        directions = {name: fit_directions(entry, config, name) for name, entry in moments.items()}
-        forget = {name: ProjectionSketch(entry.eigenvalues_K.sqrt()) for name, entry in directions.items()}
+        for seen in moments.values():
+            seen.all_reduce()
+        directions = {name: fit_directions(seen, config, name) for name, seen in moments.items()}
+        forget = {name: ProjectionSketch(known.eigenvalues_K.sqrt()) for name, known in directions.items()}
         passes.record(forget_loader, "forget", into_sketches(forget, directions), leader_of)
     retain: dict[str, SecondMoment] = {}
     sketches: dict[str, ProjectionSketch] = {}
@@ -198,7 +199,7 @@ def fit_protection(
     if config.needs_retain_data:
         updates = [into_second_moments(retain)]
         if config.region_needs_retain_data:
-            sketches = {name: ProjectionSketch(entry.eigenvalues_K.sqrt()) for name, entry in directions.items()}
+            sketches = {name: ProjectionSketch(known.eigenvalues_K.sqrt()) for name, known in directions.items()}
             updates.append(into_sketches(sketches, directions))
 
         def update(leader: str, rows_BLD: Tensor) -> None:
@@ -207,16 +208,22 @@ def fit_protection(
 
         given = retain_inputs or RetainInputs({}, maps)
         retain_leader_of = passes.retain(retain_loader, given, update, leader_of)
-    for gathered in (*forget.values(), *sketches.values(), *retain.values()):
-        gathered.all_reduce()
+    gathered: list[ProjectionSketch | SecondMoment] = [*forget.values(), *sketches.values(), *retain.values()]
+    for entry in gathered:
+        entry.all_reduce()
     fitted = Fitted()
     if leader_of is not None:
-        for name, entry in moments.items():
+        for name, seen in moments.items():
             retain_moments = retain[name].moments if name in retain else None
-            region = fit_region(entry, directions[name], forget[name], config, retain_moments, sketches.get(name))
+            region = fit_region(seen, directions[name], forget[name], config, retain_moments, sketches.get(name))
             fitted.regions.append((passes.readers(name, leader_of), region))
     if config.has_projection:
         for name, rows in retain.items():
             projection = fit_projection(rows, config.projection_energy)
             fitted.projections.append((passes.readers(name, retain_leader_of), projection))
+        if all(projection.rank == projection.num_features for _, projection in fitted.projections):
+            raise ValueError(
+                "the retain inputs span all directions of every map, so nothing could be trained: lower "
+                f"projection_energy (now {config.projection_energy:g}) or pass fewer kinds of retain inputs"
+            )
     return fitted

@@ -138,7 +138,8 @@ def project_out(weights: Sequence[Tensor], origins: Sequence[Tensor | None], bas
 
     A LoRA factor A has no origin (None): A <- A (I - P P^T). All arithmetic is float32 with the weight's own dtype at
     the end: in bf16 or fp16 each entry of W is left with its rounding, half a unit in the last place, which does not
-    add up over steps as the drift is measured from W0 every time. Nothing waits for the device.
+    add up over steps as the drift is measured from W0 every time. The products take torch's float32 matmul precision:
+    where TF32 is allowed, about a thousandth of the drift stays inside. Nothing waits for the device.
     """
     if basis_DR.shape[1] == 0 or not weights:
         return
@@ -149,4 +150,4 @@ def project_out(weights: Sequence[Tensor], origins: Sequence[Tensor | None], bas
     stacked_OD = drifts[0] if len(drifts) == 1 else torch.cat(drifts)
     inside_OD = (stacked_OD @ basis_DR) @ basis_DR.T
     for weight, part in zip(weights, inside_OD.split([len(drift) for drift in drifts]), strict=True):
-        weight.copy_(weight.float() - part.view_as(weight))
+        weight.sub_(part.view_as(weight))  # of two dtypes the wider one is computed in

@@ -63,12 +63,15 @@ class RetainInputs:
             map name -> leader, for the maps given.
 
         Raises:
-            ValueError: tensors that do not fit the map, non-finite or no tensors, and (with `leader_of`) a map that is
-                given while another one that reads the same input is not, or by another source.
+            ValueError: tensors that do not fit the map, non-finite, empty or no tensors, and (with `leader_of`) a map
+                that is given while another one that reads the same input is not, or by another source.
         """
         leaders: dict[str, str] = {}
         for tensors, readers in self._sources:
-            leaders |= self._read_source(tensors, readers, on_rows, leader_of)
+            device = readers[0].layer.weight.device
+            # as for recorded rows: no half precision, nothing read-only
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+                leaders |= self._read_source(tensors, readers, on_rows, leader_of)
         return leaders
 
     def _read_source(
@@ -105,13 +108,14 @@ class RetainInputs:
                     "inputs are given: give the same object for both in retain_inputs, or for neither"
                 )
 
-    @torch.no_grad()
     def _rows(self, tensor: Tensor, entry: ProtectedMap) -> Tensor:
         what, layer = f"retain_inputs[{self.target_of[entry.name]!r}]", entry.layer
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{what} has a {type(tensor).__name__} in it, but must be tensors")
         is_image = isinstance(layer, torch.nn.Conv2d)
         width = tensor.shape[1] if is_image and tensor.dim() == 4 else tensor.shape[-1] if tensor.dim() else 0
         expected = layer.weight.shape[1] * getattr(layer, "groups", 1)
-        if width != expected or (is_image and tensor.dim() != 4):
+        if width != expected or (is_image and tensor.dim() != 4) or tensor.numel() == 0:
             raise ValueError(
                 f"{what} has a tensor of shape {tuple(tensor.shape)}, but {entry.name} reads "
                 f"{f'(B, {expected}, H, W)' if is_image else f'(..., {expected})'}"

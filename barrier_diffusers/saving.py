@@ -13,13 +13,11 @@ from torch import Tensor
 from barrier_diffusers.config import BarrierConfig
 from barrier_diffusers.projection import RetainProjection
 from barrier_diffusers.region import ForgetRegion, load_tensors, save_tensors
-from barrier_diffusers.targets import ProtectedMap
+from barrier_diffusers.targets import ProtectedMap, Snapshots
 
 REGIONS_NAME = "barrier_regions.safetensors"
 PROJECTIONS_NAME = "barrier_projections.safetensors"
 SNAPSHOT_NAME = "barrier_snapshot.safetensors"
-
-Snapshots = dict[str, tuple[Tensor, Tensor | None]]
 
 
 class Fit(Protocol):

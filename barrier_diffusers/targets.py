@@ -6,7 +6,8 @@ Shapes: B batch, C channels, H and W image side, O output features, D input feat
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ from barrier_diffusers.blocks import is_inside, named_blocks
 PEFT_PREFIX = "base_model.model."  # of the module paths inside a PeftModel
 PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")  # what fusing replaces
 TYPES = ("Linear", "Conv2d", "Conv2d1x1")
+
+Snapshots = dict[str, tuple[Tensor, Tensor | None]]  # map name -> its weight and bias
 
 
 @dataclass(frozen=True)
@@ -194,7 +197,7 @@ def _no_match(model: nn.Module, maps: list[ProtectedMap], target: str) -> str:
         if f".{path}".endswith(f".{target}"):
             return f"{target!r} is a {type(module).__name__}; only Linear and Conv2d maps can be protected"
     suffixes = list(dict.fromkeys(".".join(entry.name.split(".")[-2:]) for entry in maps))
-    near = difflib.get_closematches(target, suffixes, n=6, cutoff=0.0)
+    near = difflib.get_close_matches(target, suffixes, n=6, cutoff=0.0)
     others = [suffix for suffix in suffixes if suffix not in near]
     listed = ", ".join((near + others)[:12]) + (", ..." if len(suffixes) > 12 else "")
     return f"no module ends with {target!r}; the {type(model).__name__} has {listed or 'no Linear or Conv2d'}"
@@ -208,6 +211,18 @@ def _is_fused(module: nn.Module) -> bool:
     if not getattr(module, "fused_projections", False):
         return False
     return not isinstance(module, Attention) or type(module.processor).__name__.startswith("Fused")
+
+
+def require_zero_adapters(maps: Sequence[ProtectedMap]) -> None:
+    """ValueError if a map carries a LoRA adapter that is not zero, or one that is not supported."""
+    for entry in maps:
+        if entry.has_adapter:
+            factors = entry.lora()
+            if factors.lora_B_OR.abs().max() * factors.lora_A_RD.abs().max() != 0:
+                raise ValueError(
+                    f"the LoRA adapter of {entry.name} already changes the model; the protection is measured from "
+                    "the base weights: merge the adapter first, or add a fresh one"
+                )
 
 
 def _refuse_unsupported(model: nn.Module, maps: list[ProtectedMap]) -> None:
@@ -276,3 +291,25 @@ def restore(layer: nn.Linear | nn.Conv2d, values: tuple[Tensor, Tensor | None]) 
     layer.weight.copy_(values[0])
     if layer.bias is not None and values[1] is not None:
         layer.bias.copy_(values[1])
+
+
+@contextmanager
+def at_snapshot(maps: Sequence[ProtectedMap], snapshots: Snapshots) -> Iterator[None]:
+    """Give the maps their snapshots' values and switch their adapters off, for the duration of the block."""
+    layers = {entry.name: entry.layer for entry in maps if entry.name in snapshots}
+    trained = {name: snapshot_of(layer) for name, layer in layers.items()}
+    adapted: list[Any] = [entry.module for entry in maps if entry.has_adapter]
+    flags = {parameter: parameter.requires_grad for module in adapted for parameter in module.parameters()}
+    try:
+        for name, layer in layers.items():
+            restore(layer, snapshots[name])
+        for module in adapted:
+            module.enable_adapters(False)
+        yield
+    finally:
+        for name, values in trained.items():
+            restore(layers[name], values)
+        for module in adapted:
+            module.enable_adapters(True)
+        for parameter, requires_grad in flags.items():  # enable_adapters changes them
+            parameter.requires_grad_(requires_grad)
