@@ -1,14 +1,13 @@
-"""Barrier: a config, the fitted regions and the snapshot of one model.
+"""Barrier: a config, the fitted regions and projections, and the snapshot of one model.
 
 Shapes: B batch, L positions, D input features, K kept directions, O output features.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from barrier_diffusers.certificate import Certificate, MapObserver, RelativeDrift, distribution_free, order_statistic
+from barrier_diffusers.certificate import Certificate, certify
 from barrier_diffusers.config import BarrierConfig
 from barrier_diffusers.drift import Drift, FullDrift, LoraDrift, full_drift, stack_drifts
-from barrier_diffusers.fitting import ForwardFn, first_tensor, fit_regions, kept_random_state
+from barrier_diffusers.fitting import ForwardFn, fit_protection
 from barrier_diffusers.loss import protection_terms
-from barrier_diffusers.recorder import evaluation_mode, record_inputs
-from barrier_diffusers.region import ForgetRegion, check_reduced_dim, load_tensors, save_tensors
-from barrier_diffusers.targets import ProtectedMap, resolve_targets, restore, snapshot_of
-
-REGIONS_NAME = "barrier_regions.safetensors"
-SNAPSHOT_NAME = "barrier_snapshot.safetensors"
+from barrier_diffusers.projection import RetainProjection, project_out
+from barrier_diffusers.region import ForgetRegion, check_reduced_dim
+from barrier_diffusers.retain_inputs import RetainInputs
+from barrier_diffusers.saving import BarrierState, load_state, save_state
+from barrier_diffusers.targets import (
+    ProtectedMap,
+    Snapshots,
+    at_snapshot,
+    require_zero_adapters,
+    resolve_targets,
+    snapshot_of,
+)
 
 
 @dataclass
@@ -38,11 +43,20 @@ class MapGroup:
     weight_O: Tensor  # 1 / O of its map for every stacked output, over the number of maps if normalised
 
 
+@dataclass
+class ProjectedGroup:
+    """Maps that read the same retain input: one projection, one stacked product."""
+
+    maps: list[ProtectedMap]
+    projection: RetainProjection
+
+
 class Barrier:
     """Protects some linear maps of a model while a base objective trains them.
 
     Everything else is frozen at once. If the maps carry a peft LoRA adapter, only the adapter trains and the base
-    weights are the snapshot.
+    weights are the snapshot. With a projection the maps' biases are frozen too: a bias acts on every input alike, so
+    any drift of it would reach the retain inputs whatever directions they span.
 
     Args:
         model: a network whose targets are Linear or Conv2d modules.
@@ -57,10 +71,12 @@ class Barrier:
         if config.targets is None:
             raise ValueError("the config names no targets: set targets=[...], e.g. ['attn2.to_q', 'attn2.to_k']")
         self.maps = resolve_targets(model, config.targets, config.blocks)
-        for entry in self.maps:
-            check_reduced_dim(config, entry.num_features, entry.name)
+        if config.has_penalty:
+            for entry in self.maps:
+                check_reduced_dim(config, entry.num_features, entry.name)
         self.groups: list[MapGroup] = []
-        self._snapshots: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self.projected: list[ProjectedGroup] = []
+        self._snapshots: Snapshots = {}
         self._requires_grad: dict[nn.Parameter, bool] = {}
         self._freeze_the_rest()
 
@@ -78,7 +94,8 @@ class Barrier:
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The parameters the optimizer may change."""
-        return [parameter for entry in self.maps for parameter in entry.trainable()]
+        bias = not self.config.has_projection
+        return [parameter for entry in self.maps for parameter in entry.trainable(bias)]
 
     @property
     def num_trainable(self) -> int:
@@ -87,53 +104,79 @@ class Barrier:
 
     @property
     def regions(self) -> dict[str, ForgetRegion]:
-        """Map name -> region; maps that read the same input share one object."""
+        """Map name -> region; maps that read the same input share one object. Empty with constraint "projection"."""
         found = {entry.name: group.region for group in self.groups for entry in group.maps}
         return {entry.name: found[entry.name] for entry in self.maps if entry.name in found}
 
-    def setup_protection(self, forget_loader: Any, forward_fn: ForwardFn, retain_loader: Any = None) -> None:
-        """Fit the regions and take the snapshot: two passes over the forget data, one over the retain data if needed.
+    @property
+    def projections(self) -> dict[str, RetainProjection]:
+        """Map name -> projection; maps that read the same retain input share one object. Empty without projection."""
+        found = {entry.name: group.projection for group in self.projected for entry in group.maps}
+        return {entry.name: found[entry.name] for entry in self.maps if entry.name in found}
+
+    def setup_protection(
+        self,
+        forget_loader: Any,
+        forward_fn: ForwardFn,
+        retain_loader: Any = None,
+        retain_inputs: Mapping[str, Iterable[Tensor]] | None = None,
+    ) -> None:
+        """Fit what the constraint needs and take the snapshot: two passes over the forget data for the protection
+        loss, one over the retain data if needed.
 
         All passes start from the random state of the caller, who gets it back unchanged, so that a forward function
         that draws noise draws the same in each. In a distributed run each process passes its own share of the data.
+        With a projection, a LoRA adapter's factor A is moved out of the span; the adapter stays zero, as B is.
 
         Args:
-            forget_loader, retain_loader: re-iterable batches, e.g. DataLoaders.
+            forget_loader, retain_loader: re-iterable batches, e.g. DataLoaders. The forget data is not read with
+                constraint "projection" (pass None), the retain data not where `retain_inputs` covers all maps.
             forward_fn: `forward_fn(model, batch)` runs the model once.
+            retain_inputs: target -> the tensors that reach its maps on retain data, taken instead of recording; see
+                `RetainInputs`. E.g. `{"attn2.to_k": embeddings, "attn2.to_v": embeddings}` with the text embeddings of
+                retain prompts (padding tokens included, as the maps read them) needs no retain image.
 
         Raises:
-            ValueError: no retain data although an option needs it; empty or one-shot loaders; non-finite activations;
-                a LoRA adapter that is not zero at the start.
+            ValueError: no forget or retain data although an option needs it; empty or one-shot loaders; non-finite
+                activations; a LoRA adapter that is not zero at the start; retain inputs that leave no map a direction
+                to move in.
         """
-        if self.config.needs_retain_data and retain_loader is None:
-            raise ValueError("use_actual_bounds and residual_source='retain' / 'both' need a retain_loader")
+        config = self.config
+        given = RetainInputs(retain_inputs or {}, self.maps)
+        if retain_inputs and not config.needs_retain_data:
+            raise ValueError("retain_inputs is given, but no option needs retain data")
+        if config.has_penalty and forget_loader is None:
+            raise ValueError("the protection loss needs a forget_loader; only constraint='projection' goes without")
+        if config.needs_retain_data and retain_loader is None and not given.covers(self.maps):
+            raise ValueError(
+                "use_actual_bounds, residual_source='retain' / 'both' and a projection need a retain_loader, or "
+                "retain_inputs for all maps"
+            )
         self._freeze_the_rest()
-        self._require_zero_drift()
-        fitted = fit_regions(self.model, self.maps, self.config, forget_loader, forward_fn, retain_loader)
-        self._install(fitted)
-        self._snapshots = {} if self.uses_adapter else {entry.name: snapshot_of(entry.layer) for entry in self.maps}
-
-    def _require_zero_drift(self) -> None:
+        require_zero_adapters(self.maps)
+        fitted = fit_protection(self.model, self.maps, config, forget_loader, forward_fn, retain_loader, given)
+        snapshots = {} if self.uses_adapter else {entry.name: snapshot_of(entry.layer) for entry in self.maps}
+        self._install(BarrierState(self._weights, fitted.regions, fitted.projections, snapshots))
         if self.uses_adapter:
-            for entry in self.maps:
-                factors = entry.lora()
-                if factors.lora_B_OR.abs().max() * factors.lora_A_RD.abs().max() != 0:
-                    raise ValueError(
-                        f"the LoRA adapter of {entry.name} already changes the model; the protection is measured from "
-                        "the base weights: merge the adapter first, or add a fresh one"
-                    )
+            self.project()
 
-    def _install(self, groups: list[tuple[list[ProtectedMap], ForgetRegion]]) -> None:
+    def _install(self, state: BarrierState) -> None:
         self.groups = []
         share = 1 / len(self.maps) if self.config.normalize_protection else 1.0
-        for maps, region in groups:
+        for maps, region in state.regions:
             rows = [torch.full((entry.num_outputs,), share / entry.num_outputs) for entry in maps]
-            device = maps[0].layer.weight.device
-            self.groups.append(MapGroup(maps, region.to(device), torch.cat(rows).to(device)))
+            self.groups.append(MapGroup(maps, region, torch.cat(rows)))
+        self.projected = [ProjectedGroup(maps, projection) for maps, projection in state.projections]
+        self._snapshots = state.snapshots
+        self._move(self._device)
 
     def _require_setup(self) -> None:
-        if not self.groups:
-            raise RuntimeError("there are no regions yet: call setup_protection, or load a saved barrier")
+        if not self.groups and not self.projected:
+            raise RuntimeError("nothing is fitted yet: call setup_protection, or load a saved barrier")
+
+    @property
+    def _device(self) -> torch.device:
+        return self.maps[0].layer.weight.device
 
     def drift(self, entry: ProtectedMap) -> Drift:
         """How far a map has drifted from its snapshot, with gradient.
@@ -143,9 +186,7 @@ class Barrier:
             ValueError: an adapter was added or removed since then.
         """
         self._require_setup()
-        if entry.has_adapter != self.uses_adapter:
-            change = "removed from" if self.uses_adapter else "added to"
-            raise ValueError(f"an adapter was {change} {entry.name} after setup_protection: call it again")
+        self._require_same_adapter(entry)
         if self.uses_adapter:
             factors = entry.lora()
             return LoraDrift(factors.lora_A_RD, factors.lora_B_OR, factors.scaling)
@@ -153,16 +194,21 @@ class Barrier:
         weight0, bias0 = self._snapshots[entry.name]
         return full_drift(layer.weight, weight0, layer.bias, bias0)
 
+    def _require_same_adapter(self, entry: ProtectedMap) -> None:
+        if entry.has_adapter != self.uses_adapter:
+            change = "removed from" if self.uses_adapter else "added to"
+            raise ValueError(f"an adapter was {change} {entry.name} after setup_protection: call it again")
+
     def compute_protection_loss(self) -> Tensor:
         """lambda_interval * protection loss (METHOD section 2): a float32 scalar, 0 before any step.
+
+        With constraint "projection" it is an exact 0 without graph, whatever lambda_interval is.
 
         Raises:
             RuntimeError: setup_protection was not called.
         """
         self._require_setup()
-        device = self.groups[0].maps[0].layer.weight.device
-        if self.groups[0].region.mean.device != device:
-            self._move(device)
+        device = self._follow_model()
         total = torch.zeros((), device=device)
         with torch.autocast(device.type, enabled=False):
             for group in self.groups:
@@ -175,9 +221,45 @@ class Barrier:
                 total = total + terms_O @ group.weight_O
         return self.config.lambda_interval * total
 
+    def project(self) -> None:
+        """Take the drift out of the retain inputs' span (METHOD section 7); call it after each optimizer step.
+
+        dW <- dW (I - P P^T), or A <- A (I - P P^T) with LoRA, in place and in float32; see `project_out` for what
+        half-precision weights leave. Does nothing with constraint "penalty".
+
+        Raises:
+            RuntimeError: setup_protection was not called.
+            ValueError: an adapter was added or removed since then.
+        """
+        if not self.config.has_projection:
+            return
+        self._require_setup()
+        device = self._follow_model()
+        with torch.autocast(device.type, enabled=False):
+            for group in self.projected:
+                for entry in group.maps:
+                    self._require_same_adapter(entry)
+                if self.uses_adapter:
+                    factors = [entry.lora().parameters[0] for entry in group.maps]
+                    project_out(factors, [None] * len(factors), group.projection.basis)
+                else:
+                    weights = [entry.layer.weight for entry in group.maps]
+                    origins = [self._snapshots[entry.name][0] for entry in group.maps]
+                    project_out(weights, origins, group.projection.basis)
+
+    def _follow_model(self) -> torch.device:
+        """Move what was fitted to the model's device if that has changed."""
+        device = self._device
+        held = self.projected[0].projection.basis if self.projected else self.groups[0].region.mean
+        if held.device != device:
+            self._move(device)
+        return device
+
     def _move(self, device: torch.device) -> None:
         for group in self.groups:
             group.region, group.weight_O = group.region.to(device), group.weight_O.to(device)
+        for projected in self.projected:
+            projected.projection = projected.projection.to(device)
         self._snapshots = {
             name: (weight.to(device), None if bias is None else bias.to(device))
             for name, (weight, bias) in self._snapshots.items()
@@ -197,109 +279,55 @@ class Barrier:
         self, held_out_loader: Any, forward_fn: ForwardFn, quantile: float = 0.99, confidence: float = 0.95
     ) -> Certificate:
         """What is guaranteed on retain inputs like the held-out ones (METHOD section 6); these must not have been used
-        for fitting or training.
+        for fitting or training. With a projection its span takes the place of the forget region: the drift inside is
+        0, and the bounds speak of the part outside.
 
         Raises:
             RuntimeError: setup_protection was not called.
             ValueError: quantile or confidence outside (0, 1), or unusable data.
         """
         self._require_setup()
-        order_statistic(1, quantile, confidence)
-        observers = {
-            entry.name: MapObserver(
-                entry.name,
-                self.drift(entry),
-                group.region,
-                entry.layer.weight,
-                entry.layer.bias,
-                self.uses_adapter,
-                quantile,
-            )
-            for group in self.groups
-            for entry in group.maps
-        }
-        members = {group.maps[0].name: group.maps for group in self.groups}
-        leader_of = {entry.name: leader for leader, maps in members.items() for entry in maps}
+        self._follow_model()
+        regions = [(group.maps, group.projection.as_region()) for group in self.projected]
+        regions = regions or [(group.maps, group.region) for group in self.groups]
+        return certify(
+            self.model,
+            regions=[(entry, region) for maps, region in regions for entry in maps],
+            drift=self.drift,
+            base_is_current=self.uses_adapter,
+            snapshot_weights=self.snapshot_weights,
+            loader=held_out_loader,
+            forward_fn=forward_fn,
+            quantile=quantile,
+            confidence=confidence,
+        )
 
-        def observe(leader: str, rows_BLD: Tensor) -> None:
-            for entry in members[leader]:
-                observers[entry.name].update(rows_BLD)
-
-        with kept_random_state(self.model, held_out_loader):
-            record_inputs(
-                self.model, self.maps, held_out_loader, forward_fn, observe, what="held-out", leader_of=leader_of
-            )
-        network = self._network_drift(held_out_loader, forward_fn, quantile, confidence)
-        return Certificate([o.result(quantile, confidence) for o in observers.values()], network, quantile, confidence)
-
-    @torch.no_grad()
-    def _network_drift(
-        self, loader: Any, forward_fn: ForwardFn, quantile: float, confidence: float
-    ) -> RelativeDrift | None:
-        """Relative change ||f(x) - f0(x)|| / ||f0(x)|| of the network's output per sample; None without a tensor."""
-        changes = []
-        with evaluation_mode(self.model):
-            for batch in loader:
-                with kept_random_state(self.model):
-                    now = first_tensor(forward_fn(self.model, batch))
-                if now is None:
-                    return None
-                with self.snapshot_weights():
-                    before = first_tensor(forward_fn(self.model, batch))
-                assert before is not None
-                change, size = ((now - before).float().flatten(1), before.float().flatten(1))
-                changes.append((change.norm(dim=1) / size.norm(dim=1).clamp_min(1e-30)).cpu())
-        return distribution_free(torch.cat(changes), quantile, confidence)
-
-    @contextmanager
-    def snapshot_weights(self) -> Iterator[None]:
-        """The model as it was at the snapshot, for the duration of the block."""
-        layers = {entry.name: entry.layer for entry in self.maps}
-        trained = {name: snapshot_of(layer) for name, layer in layers.items()} if not self.uses_adapter else {}
-        adapted: list[Any] = [entry.module for entry in self.maps] if self.uses_adapter else []
-        flags = {parameter: parameter.requires_grad for module in adapted for parameter in module.parameters()}
-        try:
-            for name in trained:
-                restore(layers[name], self._snapshots[name])
-            for module in adapted:
-                module.enable_adapters(False)
-            yield
-        finally:
-            for name, values in trained.items():
-                restore(layers[name], values)
-            for module in adapted:
-                module.enable_adapters(True)
-            for parameter, requires_grad in flags.items():  # enable_adapters changes them
-                parameter.requires_grad_(requires_grad)
+    def snapshot_weights(self) -> AbstractContextManager[None]:
+        """The model as it was at the snapshot, for the duration of a block."""
+        return at_snapshot(self.maps, self._snapshots)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write barrier_config.json, the regions (each once) and, for full weights, the snapshot; no pickle.
+        """Write barrier_config.json, regions and projections (each once) and, for full weights, the snapshot.
 
         Raises:
             RuntimeError: there is nothing fitted to save.
         """
         self._require_setup()
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"{i}.{k}": v for i, group in enumerate(self.groups) for k, v in group.region.to_tensors().items()}
-        names = json.dumps([[entry.name for entry in group.maps] for group in self.groups])
-        save_tensors(folder / REGIONS_NAME, tensors, {"maps": names, "weights": self._weights})
-        if self._snapshots:
-            parts = {f"{name}.weight": weight for name, (weight, _) in self._snapshots.items()}
-            biases = {f"{name}.bias": bias for name, (_, bias) in self._snapshots.items() if bias is not None}
-            save_tensors(folder / SNAPSHOT_NAME, {**parts, **biases}, {})
-        self.config.save_pretrained(folder)
+        regions = [(group.maps, group.region) for group in self.groups]
+        projections = [(group.maps, group.projection) for group in self.projected]
+        state = BarrierState(self._weights, regions, projections, self._snapshots)
+        save_state(Path(folder), self.config, state)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, model: nn.Module) -> Barrier:
-        """Load what `save_pretrained` wrote, for a model with the same targets.
+        """Load what `save_pretrained` wrote, for a model with the same targets, whose weights are left as they are.
 
         Raises:
-            ValueError: missing files, or regions and snapshot that do not fit the model.
+            ValueError: missing files, or files that do not fit the model.
         """
         barrier = cls(model, BarrierConfig.from_pretrained(folder))
         try:
-            barrier._load(Path(folder))
+            barrier._install(load_state(Path(folder), barrier.config, barrier.maps, barrier._weights))
         except BaseException:
             barrier.remove()
             raise
@@ -309,42 +337,9 @@ class Barrier:
     def _weights(self) -> str:
         return "adapter" if self.uses_adapter else "full"
 
-    def _load(self, folder: Path) -> None:
-        tensors, metadata = load_tensors(folder / REGIONS_NAME)
-        if metadata["weights"] != self._weights:
-            raise ValueError(
-                f"{str(folder)!r} was saved for {metadata['weights']} weights; this model trains {self._weights} ones"
-            )
-        by_name = {entry.name: entry for entry in self.maps}
-        groups = []
-        names: list[list[str]] = json.loads(metadata["maps"])
-        if sorted(name for group in names for name in group) != sorted(by_name):
-            raise ValueError(f"the regions in {str(folder)!r} belong to other maps than the targets of this model")
-        for index, group_names in enumerate(names):
-            prefix = f"{index}."
-            fields = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            region = ForgetRegion.from_tensors(fields)
-            for name in group_names:
-                if by_name[name].num_features != len(region.mean):
-                    raise ValueError(
-                        f"the region of {name} has {len(region.mean)} input features, "
-                        f"but the map has {by_name[name].num_features}"
-                    )
-            groups.append(([by_name[name] for name in group_names], region))
-        if not self.uses_adapter:
-            saved, _ = load_tensors(folder / SNAPSHOT_NAME)
-            for name, entry in by_name.items():
-                weight0, bias0 = saved.get(f"{name}.weight"), saved.get(f"{name}.bias")
-                shapes = [None if value is None else value.shape for value in (weight0, bias0)]
-                expected = [None if value is None else value.shape for value in (entry.layer.weight, entry.layer.bias)]
-                if weight0 is None or shapes != expected:
-                    raise ValueError(f"the snapshot in {str(folder)!r} does not fit {name}")
-                self._snapshots[name] = (weight0, bias0)
-        self._install(groups)
-        self._move(self.maps[0].layer.weight.device)
-
     def remove(self) -> None:
-        """Undo what was done to the model: every parameter's requires_grad is as it was. Trained weights stay."""
+        """Undo what was done to the model: every parameter's requires_grad is as it was. Trained weights stay, and so
+        does a LoRA factor A that a projection moved."""
         for parameter, requires_grad in self._requires_grad.items():
             parameter.requires_grad_(requires_grad)
-        self.groups, self._snapshots, self._requires_grad = [], {}, {}
+        self.groups, self.projected, self._snapshots, self._requires_grad = [], [], {}, {}

@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 CONFIG_NAME = "barrier_config.json"
+PENALTY_CHOICES = (  # of the protection loss; its numbers have a value anyway, and are not read without it
+    *("region", "decomposition", "interval", "remove_top_directions", "include_bias_drift"),
+    *("use_actual_bounds", "normalize_protection", "residual_weighting", "residual_source"),
+)
 
 
 @dataclass
@@ -41,6 +45,10 @@ class BarrierConfig:
     # per_sample: mean over rows; singular_values: the paper's code, grows with the number of rows
     residual_weighting: Literal["per_sample", "singular_values"] = "per_sample"
     residual_source: Literal["forget", "retain", "both"] = "forget"  # whose covariance fills the residual term
+    # penalty: the protection loss; projection: updates are kept out of the directions of the retain inputs, and
+    # lambda_interval, reduced_dim, the percentiles and infinity_scale play no part; both: projection and loss
+    constraint: Literal["penalty", "projection", "both"] = "penalty"
+    projection_energy: float = 0.999  # (0, 1]; share of the retain inputs' energy E|x|^2 that updates may not touch
 
     def __post_init__(self) -> None:
         self._check_ranges()
@@ -62,16 +70,19 @@ class BarrierConfig:
         for name in ("infinity_scale", "lambda_interval"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be >= 0")
+        if not 0 < self.projection_energy <= 1:
+            raise ValueError(f"projection_energy is {self.projection_energy}, but must be > 0 and <= 1")
 
     def _check_choices(self) -> None:
         hints = get_type_hints(type(self))
-        for name in ("region", "decomposition", "residual_weighting", "residual_source"):
+        for name in ("region", "decomposition", "residual_weighting", "residual_source", "constraint"):
             choices = get_args(hints[name])
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but must be one of {', '.join(choices)}")
 
     def _check_contradictions(self) -> None:
         none = self.decomposition == "none"
+        defaults = {entry.name: entry.default for entry in fields(self)}
         mean_and_residual_only = not self.interval or self.remove_top_directions
         contradictions = {
             "decomposition='none' has no leading directions, so remove_top_directions has nothing to remove": none
@@ -86,6 +97,16 @@ class BarrierConfig:
                 and (self.region != "two_corner" or self.include_bias_drift or self.use_actual_bounds)
             ),
         }
+        contradictions |= {
+            f"constraint='projection' has no protection loss: {', '.join(PENALTY_CHOICES)} must keep their defaults": (
+                not self.has_penalty and any(getattr(self, name) != defaults[name] for name in PENALTY_CHOICES)
+            ),
+            "constraint='both' with lambda_interval=0 has no protection loss: set constraint='projection'": (
+                self.constraint == "both" and self.lambda_interval == 0
+            ),
+            "projection_energy needs constraint='projection' or 'both'": not self.has_projection
+            and self.projection_energy != defaults["projection_energy"],
+        }
         for message, holds in contradictions.items():
             if holds:
                 raise ValueError(message)
@@ -96,9 +117,36 @@ class BarrierConfig:
         return self.interval and not self.remove_top_directions
 
     @property
-    def needs_retain_data(self) -> bool:
-        """Whether fitting the regions takes a pass over retain data."""
+    def has_penalty(self) -> bool:
+        """Whether there is a protection loss, hence regions of the forget inputs."""
+        return self.constraint != "projection"
+
+    @property
+    def has_projection(self) -> bool:
+        """Whether updates are kept out of the retain inputs' directions."""
+        return self.constraint != "penalty"
+
+    @property
+    def protects(self) -> bool:
+        """Whether anything is protected at all: lambda_interval = 0 switches the penalty off."""
+        return self.has_projection or self.lambda_interval > 0
+
+    @property
+    def region_needs_retain_data(self) -> bool:
+        """Whether the regions of the protection loss take a pass over retain data."""
         return self.use_actual_bounds or self.residual_source != "forget"
+
+    @property
+    def needs_retain_data(self) -> bool:
+        """Whether setting up the protection takes a pass over retain data."""
+        return self.region_needs_retain_data or self.has_projection
+
+    @property
+    def summary(self) -> str:
+        """The protection in a few words, for tables and model cards."""
+        penalty = f"protection weight {self.lambda_interval:g}" if self.protects else "no protection"
+        projection = f"projection at energy {self.projection_energy:g}"
+        return {"penalty": penalty, "projection": projection, "both": f"{penalty}, {projection}"}[self.constraint]
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain Python values."""

@@ -1,4 +1,4 @@
-"""From data to regions: the passes over forget and retain batches that the protection is fitted with.
+"""From data to regions and projections: the passes over forget and retain batches that the protection is fitted with.
 
 Shapes: B batch, L rows of a sample, D input features.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from barrier_diffusers.config import BarrierConfig
+from barrier_diffusers.projection import RetainProjection, SecondMoment, fit_projection
 from barrier_diffusers.recorder import OnRows, record_inputs
 from barrier_diffusers.region import Directions, ForgetRegion, fit_directions, fit_region
+from barrier_diffusers.retain_inputs import RetainInputs
 from barrier_diffusers.statistics import Moments, ProjectionSketch, is_distributed
 from barrier_diffusers.targets import ProtectedMap
 
@@ -84,6 +87,17 @@ def into_moments(moments: dict[str, Moments]) -> OnRows:
     return update
 
 
+def into_second_moments(gathered: dict[str, SecondMoment]) -> OnRows:
+    """Adds recorded rows to the second moment of their input."""
+
+    def update(leader: str, rows_BLD: Tensor) -> None:
+        if leader not in gathered:
+            gathered[leader] = SecondMoment(rows_BLD.shape[-1], rows_BLD.device)
+        gathered[leader].update(rows_BLD.flatten(0, 1))
+
+    return update
+
+
 def into_sketches(sketches: dict[str, ProjectionSketch], directions: dict[str, Directions]) -> OnRows:
     """Projects recorded rows on the directions of their input and adds them to its sketch."""
 
@@ -96,66 +110,120 @@ def into_sketches(sketches: dict[str, ProjectionSketch], directions: dict[str, D
     return update
 
 
-def fit_regions(
+@dataclass
+class Fitted:
+    """One entry per distinct input: the maps that read it, the one that runs first in front, and what was fitted."""
+
+    regions: list[tuple[list[ProtectedMap], ForgetRegion]] = field(default_factory=list)
+    projections: list[tuple[list[ProtectedMap], RetainProjection]] = field(default_factory=list)
+
+
+@dataclass
+class Passes:
+    """The passes over the data, each from the random state of the caller, who gets it back unchanged.
+
+    A forward function that draws noise draws the same noise in every pass over the same data.
+    """
+
+    model: nn.Module
+    maps: Sequence[ProtectedMap]
+    forward_fn: ForwardFn
+
+    def record(
+        self, loader: Any, what: str, on_rows: OnRows, leader_of: dict[str, str] | None = None
+    ) -> dict[str, str]:
+        """Run the model over the loader; map name -> its leader (see `record_inputs`)."""
+        return self._guarded(loader, lambda: self._record(self.maps, loader, what, on_rows, leader_of))
+
+    def retain(
+        self, loader: Any, given: RetainInputs, on_rows: OnRows, leader_of: dict[str, str] | None
+    ) -> dict[str, str]:
+        """The retain rows of every map: read from what is given where it covers the map, else recorded."""
+
+        def run() -> dict[str, str]:
+            leaders = given.read(on_rows, leader_of)
+            recorded = [entry for entry in self.maps if entry.name not in leaders]
+            if recorded:
+                leaders |= self._record(recorded, loader, "retain", on_rows, leader_of)
+            return leaders
+
+        return self._guarded(loader, run)
+
+    def _record(
+        self, maps: Sequence[ProtectedMap], loader: Any, what: str, on_rows: OnRows, leader_of: dict[str, str] | None
+    ) -> dict[str, str]:
+        return record_inputs(self.model, maps, loader, self.forward_fn, on_rows, what=what, leader_of=leader_of)
+
+    def _guarded(self, loader: Any, run: Callable[[], dict[str, str]]) -> dict[str, str]:
+        with kept_random_state(self.model, loader):
+            return in_all_processes(run, next(self.model.parameters()).device)
+
+    def readers(self, leader: str, leader_of: dict[str, str]) -> list[ProtectedMap]:
+        """The maps that `leader` leads, itself in front."""
+        return sorted(
+            (entry for entry in self.maps if leader_of[entry.name] == leader), key=lambda e: e.name != leader
+        )
+
+
+def fit_protection(
     model: nn.Module,
     maps: Sequence[ProtectedMap],
     config: BarrierConfig,
     forget_loader: Any,
     forward_fn: ForwardFn,
     retain_loader: Any = None,
-) -> list[tuple[list[ProtectedMap], ForgetRegion]]:
-    """Two passes over the forget data (moments; percentiles along the leading directions), one over the retain data.
-
-    Each pass starts from the random state of the caller, who gets it back unchanged: a forward function that draws
-    noise draws the same noise in both forget passes.
-
-    Returns:
-        One entry per distinct input: the maps that read it, the one that runs first in front, and its region.
+    retain_inputs: RetainInputs | None = None,
+) -> Fitted:
+    """The regions of the protection loss take two passes over the forget data (moments; percentiles along the leading
+    directions); a projection takes none. One pass over the retain data serves both.
 
     Raises:
-        ValueError: see `record_inputs`; in a distributed run the other processes raise a RuntimeError.
+        ValueError: see `record_inputs` and `RetainInputs.read`, where the other processes of a distributed run raise a
+            RuntimeError; retain inputs that leave no map a direction to move in.
     """
-    device = next(model.parameters()).device
-
-    def one_pass(what: str, on_rows: OnRows, leader_of: dict[str, str] | None = None) -> dict[str, str]:
-        loader = forget_loader if what == "forget" else retain_loader
-        with kept_random_state(model, loader):
-            return in_all_processes(
-                lambda: record_inputs(model, maps, loader, forward_fn, on_rows, what=what, leader_of=leader_of), device
-            )
-
+    passes = Passes(model, maps, forward_fn)
     moments: dict[str, Moments] = {}
-    leader_of = one_pass("forget", into_moments(moments))
-    for gathered in moments.values():
-        gathered.all_reduce()
-    directions = {name: fit_directions(entry, config, name) for name, entry in moments.items()}
-
-    def sketches() -> dict[str, ProjectionSketch]:
-        return {name: ProjectionSketch(entry.eigenvalues_K.sqrt()) for name, entry in directions.items()}
-
-    forget = sketches()
-    one_pass("forget", into_sketches(forget, directions), leader_of)
-    retain: dict[str, ProjectionSketch] = {}
-    retain_moments: dict[str, Moments] = {}
+    directions: dict[str, Directions] = {}
+    forget: dict[str, ProjectionSketch] = {}
+    leader_of: dict[str, str] | None = None
+    if config.has_penalty:
+        leader_of = passes.record(forget_loader, "forget", into_moments(moments))
+        for seen in moments.values():
+            seen.all_reduce()
+        directions = {name: fit_directions(seen, config, name) for name, seen in moments.items()}
+        forget = {name: ProjectionSketch(known.eigenvalues_K.sqrt()) for name, known in directions.items()}
+        passes.record(forget_loader, "forget", into_sketches(forget, directions), leader_of)
+    retain: dict[str, SecondMoment] = {}
+    sketches: dict[str, ProjectionSketch] = {}
+    retain_leader_of: dict[str, str] = {}
     if config.needs_retain_data:
-        retain = sketches()
-        update_moments, update_sketches = into_moments(retain_moments), into_sketches(retain, directions)
+        updates = [into_second_moments(retain)]
+        if config.region_needs_retain_data:
+            sketches = {name: ProjectionSketch(known.eigenvalues_K.sqrt()) for name, known in directions.items()}
+            updates.append(into_sketches(sketches, directions))
 
         def update(leader: str, rows_BLD: Tensor) -> None:
-            update_moments(leader, rows_BLD)
-            update_sketches(leader, rows_BLD)
+            for each in updates:
+                each(leader, rows_BLD)
 
-        one_pass("retain", update, leader_of)
-    for name in moments:
-        forget[name].all_reduce()
-        if config.needs_retain_data:
-            retain[name].all_reduce()
-            retain_moments[name].all_reduce()
-    fitted = []
-    for name in moments:
-        region = fit_region(
-            moments[name], directions[name], forget[name], config, retain_moments.get(name), retain.get(name)
-        )
-        readers = sorted((entry for entry in maps if leader_of[entry.name] == name), key=lambda e: e.name != name)
-        fitted.append((readers, region))
+        given = retain_inputs or RetainInputs({}, maps)
+        retain_leader_of = passes.retain(retain_loader, given, update, leader_of)
+    gathered: list[ProjectionSketch | SecondMoment] = [*forget.values(), *sketches.values(), *retain.values()]
+    for entry in gathered:
+        entry.all_reduce()
+    fitted = Fitted()
+    if leader_of is not None:
+        for name, seen in moments.items():
+            retain_moments = retain[name].moments if name in retain else None
+            region = fit_region(seen, directions[name], forget[name], config, retain_moments, sketches.get(name))
+            fitted.regions.append((passes.readers(name, leader_of), region))
+    if config.has_projection:
+        for name, rows in retain.items():
+            projection = fit_projection(rows, config.projection_energy)
+            fitted.projections.append((passes.readers(name, retain_leader_of), projection))
+        if all(projection.rank == projection.num_features for _, projection in fitted.projections):
+            raise ValueError(
+                "the retain inputs span all directions of every map, so nothing could be trained: lower "
+                f"projection_energy (now {config.projection_energy:g}) or pass fewer kinds of retain inputs"
+            )
     return fitted

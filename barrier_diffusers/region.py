@@ -49,6 +49,11 @@ class ForgetRegion:
         return replace(self, **moved)
 
     @property
+    def num_features(self) -> int:
+        """D."""
+        return len(self.mean)
+
+    @property
     def num_bytes(self) -> int:
         """Memory the tensors take."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.to_tensors().values())
@@ -137,7 +142,7 @@ def fit_region(
     Raises:
         ValueError: an option that needs retain rows, and none were recorded.
     """
-    if config.needs_retain_data and (retain_moments is None or retain_sketch is None):
+    if config.region_needs_retain_data and (retain_moments is None or retain_sketch is None):
         raise ValueError("use_actual_bounds and residual_source='retain' / 'both' need a retain_loader")
     z_lower, z_upper = forget_sketch.quantile(config.lower_percentile), forget_sketch.quantile(config.upper_percentile)
     if config.use_actual_bounds:

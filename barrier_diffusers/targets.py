@@ -6,7 +6,8 @@ Shapes: B batch, C channels, H and W image side, O output features, D input feat
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ from barrier_diffusers.blocks import is_inside, named_blocks
 PEFT_PREFIX = "base_model.model."  # of the module paths inside a PeftModel
 PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")  # what fusing replaces
 TYPES = ("Linear", "Conv2d", "Conv2d1x1")
+
+Snapshots = dict[str, tuple[Tensor, Tensor | None]]  # map name -> its weight and bias
 
 
 @dataclass(frozen=True)
@@ -99,12 +102,13 @@ class ProtectedMap:
         factors = (down.weight.flatten(1), up.weight.flatten(1))
         return LoraFactors(*factors, float(module.scaling[name]), (down.weight, up.weight))
 
-    def trainable(self) -> list[nn.Parameter]:
-        """The parameters that train: the adapter's if there is one, else weight and bias."""
+    def trainable(self, bias: bool = True) -> list[nn.Parameter]:
+        """The parameters that train: the adapter's if there is one, else weight and (unless it is frozen) bias."""
         if self.has_adapter:
             return list(self.lora().parameters)
         layer = self.layer
-        return [parameter for parameter in (layer.weight, layer.bias) if isinstance(parameter, nn.Parameter)]
+        both = (layer.weight, layer.bias if bias else None)
+        return [parameter for parameter in both if isinstance(parameter, nn.Parameter)]
 
 
 def _is_map(module: nn.Module) -> bool:
@@ -127,7 +131,8 @@ def linear_maps(model: nn.Module) -> list[ProtectedMap]:
     return maps
 
 
-def _matches(entry: ProtectedMap, target: str) -> bool:
+def matches(entry: ProtectedMap, target: str) -> bool:
+    """Whether a target names the map: a type, its full name, or a whole dotted suffix of it."""
     if target in TYPES:
         layer = entry.layer
         if target == "Conv2d1x1":
@@ -148,7 +153,7 @@ def resolve_targets(
             the targets; a quantised or tied weight; fused q/k/v.
     """
     maps = linear_maps(model)
-    found = {target: [entry for entry in maps if _matches(entry, target)] for target in targets}
+    found = {target: [entry for entry in maps if matches(entry, target)] for target in targets}
     for target, matched in found.items():
         if not matched:
             raise ValueError(_no_match(model, maps, target))
@@ -178,7 +183,7 @@ def maps_in_blocks(
             raise ValueError(f"block {block!r} holds none of the targets {', '.join(targets)}; it has {listed}")
     kept = [entry for entry in maps if any(is_inside(entry.name, block) for block in names)]
     for target in targets:
-        if not any(_matches(entry, target) for entry in kept):
+        if not any(matches(entry, target) for entry in kept):
             raise ValueError(f"target {target!r} lies in none of the blocks {', '.join(names)}")
     return kept
 
@@ -206,6 +211,18 @@ def _is_fused(module: nn.Module) -> bool:
     if not getattr(module, "fused_projections", False):
         return False
     return not isinstance(module, Attention) or type(module.processor).__name__.startswith("Fused")
+
+
+def require_zero_adapters(maps: Sequence[ProtectedMap]) -> None:
+    """ValueError if a map carries a LoRA adapter that is not zero, or one that is not supported."""
+    for entry in maps:
+        if entry.has_adapter:
+            factors = entry.lora()
+            if factors.lora_B_OR.abs().max() * factors.lora_A_RD.abs().max() != 0:
+                raise ValueError(
+                    f"the LoRA adapter of {entry.name} already changes the model; the protection is measured from "
+                    "the base weights: merge the adapter first, or add a fresh one"
+                )
 
 
 def _refuse_unsupported(model: nn.Module, maps: list[ProtectedMap]) -> None:
@@ -274,3 +291,25 @@ def restore(layer: nn.Linear | nn.Conv2d, values: tuple[Tensor, Tensor | None]) 
     layer.weight.copy_(values[0])
     if layer.bias is not None and values[1] is not None:
         layer.bias.copy_(values[1])
+
+
+@contextmanager
+def at_snapshot(maps: Sequence[ProtectedMap], snapshots: Snapshots) -> Iterator[None]:
+    """Give the maps their snapshots' values and switch their adapters off, for the duration of the block."""
+    layers = {entry.name: entry.layer for entry in maps if entry.name in snapshots}
+    trained = {name: snapshot_of(layer) for name, layer in layers.items()}
+    adapted: list[Any] = [entry.module for entry in maps if entry.has_adapter]
+    flags = {parameter: parameter.requires_grad for module in adapted for parameter in module.parameters()}
+    try:
+        for name, layer in layers.items():
+            restore(layer, snapshots[name])
+        for module in adapted:
+            module.enable_adapters(False)
+        yield
+    finally:
+        for name, values in trained.items():
+            restore(layers[name], values)
+        for module in adapted:
+            module.enable_adapters(True)
+        for parameter, requires_grad in flags.items():  # enable_adapters changes them
+            parameter.requires_grad_(requires_grad)
