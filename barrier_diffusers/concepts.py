@@ -57,6 +57,7 @@ class ConceptConfig:
     generation: SamplingConfig = field(default_factory=SamplingConfig)  # of those images
     max_forget_images: int | None = None  # None: all
     max_retain_images: int | None = None
+    retain_concepts: list[str] | None = None  # values of concept_column whose rows are retained; None: all others
     protect_erased: bool = True  # keep what earlier runs erased from this pipeline erased (see erased.py)
 
     @property
@@ -86,6 +87,8 @@ class ConceptConfig:
             folder = getattr(self, name)
             if folder and not Path(folder).expanduser().is_dir():
                 raise ValueError(f"{name} {folder!r} does not exist")
+        if self.retain_concepts is not None and self.source is None:
+            raise ValueError("retain_concepts are values of a concept column: set train_data_dir or dataset_name")
         if self.source is None:
             self.forget_prompts = self.forget_prompts or list(self.concepts)
             concepts_of(self.forget_prompts, self.concepts)
@@ -133,6 +136,7 @@ class ConceptData:
     retain: Dataset
     concepts: list[str]  # what each forget row is to be forgotten for
     labels: list[str]  # other values of the concept column; empty where there is no column
+    retain_captions: list[str]  # distinct ones, whether or not the rows were chosen
     config: ConceptConfig
 
     def anchors(self, anchor: str | list[str] | None, anchor_prompt: str | None, seed: int) -> list[str]:
@@ -177,8 +181,11 @@ def load_concepts(
         forget, retain = split_concepts(dataset, config.concept_column, config.concepts)
         concepts = list(forget[config.concept_column])
     retain = retain.select(rows_about_others(list(retain[caption]), erased))
+    retain_captions = sorted({*retain[caption], *captions_of(erased)})
     if config.source is not None:
         labels = sorted(set(retain[config.concept_column]))
+        if config.retain_concepts is not None:
+            retain, _ = split_concepts(retain, config.concept_column, config.retain_concepts, "retain")
     kept = take_evenly(range(len(forget)), config.max_forget_images, seed)
     forget, concepts = forget.select(kept), [concepts[index] for index in kept]
     retain = retain.select(take_evenly(range(len(retain)), config.max_retain_images, seed))
@@ -190,7 +197,7 @@ def load_concepts(
             now = illustrate(config, pipeline, cache, base_hash, prompts, 2)
         retain = retain.select_columns(columns)
         retain = concatenate_datasets([retain, now.select_columns(columns).cast(retain.features)])
-    return ConceptData(forget, retain, concepts, labels, config)
+    return ConceptData(forget, retain, concepts, labels, retain_captions, config)
 
 
 def cycle(prompts: Sequence[str], count: int) -> list[str]:

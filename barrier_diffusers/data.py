@@ -127,8 +127,10 @@ def tokenize(tokenizer: Any, captions: Sequence[str]) -> Tensor:
     ).input_ids
 
 
-def split_concepts(dataset: Dataset, column: str, concepts: Sequence[str]) -> tuple[Dataset, Dataset]:
-    """(forget rows, whose `column` is one of `concepts`; retain rows, all others).
+def split_concepts(
+    dataset: Dataset, column: str, concepts: Sequence[str], role: str = "forget"
+) -> tuple[Dataset, Dataset]:
+    """(rows whose `column` is one of `concepts`, which are the `role` rows; all others).
 
     Raises:
         ValueError: a missing column, or a concept no row has (zero forget images).
@@ -139,7 +141,7 @@ def split_concepts(dataset: Dataset, column: str, concepts: Sequence[str]) -> tu
     known = sorted(set(values))
     for concept in concepts:
         if concept not in known:
-            raise ValueError(f"zero forget images: no row has {column} = {concept!r}; known are {', '.join(known)}")
+            raise ValueError(f"zero {role} images: no row has {column} = {concept!r}; known are {', '.join(known)}")
     wanted = set(concepts)
     forget = [index for index, value in enumerate(values) if value in wanted]
     retain = [index for index, value in enumerate(values) if value not in wanted]

@@ -25,7 +25,7 @@ NOT_UPLOADED = ("checkpoints/**", "cache/**", "logs/**", ".*")
 CARD = """# {title}
 
 This is [{base}]({base}) after unlearning **{forgotten}** with [BARRIER](https://arxiv.org/abs/2605.15737)
-(objective `{objective}`, protection weight {weight}).
+(objective `{objective}`, {protection}).
 
 ## Load it
 
@@ -208,7 +208,7 @@ def save_model_card(
     base: str,
     forgotten: list[str],
     objective: str,
-    weight: float,
+    protection: str,
     adapter: bool,
     metrics: dict[str, Any],
     absent: Sequence[str] = (),
@@ -227,7 +227,7 @@ def save_model_card(
         base=base,
         forgotten=", ".join(forgotten),
         objective=objective,
-        weight=weight,
+        protection=protection,
         loading=loading,
         results=results_table(metrics),
         count=metrics.get("num_images", 0),

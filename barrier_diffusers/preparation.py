@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
+from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from barrier_diffusers.architectures import Diffusion
@@ -17,6 +18,7 @@ from barrier_diffusers.objectives import DiffusionStep, Objective, ObjectiveConf
 from barrier_diffusers.reference import FrozenReference
 from barrier_diffusers.saliency import SaliencyMask, saliency_scores
 from barrier_diffusers.sampling import PartialSampler
+from barrier_diffusers.settings import UnlearnConfig
 from barrier_diffusers.training import StepMaker
 
 
@@ -38,6 +40,28 @@ def sampler_and_reference(
     if "reference" in objective.needs:
         reference = FrozenReference(barrier.model, barrier.trainable_parameters())
     return sampler, reference
+
+
+def maps_of_prompts(config: UnlearnConfig, diffusion: Diffusion) -> list[str]:
+    """The targets whose retain inputs are the text embeddings of the retain prompts; none unless the settings say so.
+
+    Raises:
+        ValueError: no target reads the prompt and nothing else.
+    """
+    if config.retain_statistics != "prompts":
+        return []
+    reads = diffusion.architecture.targets
+    targets = [target for target in config.barrier.targets or [] if reads.get(target) == "prompt"]
+    if not targets:
+        known = ", ".join(target for target, what in reads.items() if what == "prompt") or "none in this architecture"
+        raise ValueError(f"retain_statistics='prompts' is for maps that read the prompt alone ({known})")
+    return targets
+
+
+def prompt_inputs(targets: Sequence[str], pipeline: Any, prompts: Sequence[str]) -> dict[str, list[Tensor]]:
+    """What reaches these targets on the prompts, padding included, in the form `Barrier.setup_protection` takes."""
+    embeddings = list(encode_prompts(pipeline, prompts)["encoder_hidden_states"].split(64))
+    return {target: embeddings for target in targets}
 
 
 def attach_saliency_mask(

@@ -56,6 +56,9 @@ class UnlearnConfig(ConceptConfig):
     push_to_hub: bool = False  # upload output_dir at the end, without checkpoints, cache and logs
     hub_model_id: str | None = None  # repository; default: output_dir's name in the account of the token
     hub_private: bool = False  # a repository that is created is private
+    # what the protection knows of retain inputs: recorded from images, or (keys and values of cross-attention, which
+    # read nothing else) the text embeddings of the retain captions and prompts; other maps are recorded either way
+    retain_statistics: Literal["images", "prompts"] = "images"
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     barrier: BarrierConfig = field(default_factory=BarrierConfig)  # lambda_interval 0 switches the protection off
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -71,7 +74,13 @@ class UnlearnConfig(ConceptConfig):
         if self.saliency_mask is not None and not 0 < self.saliency_mask <= 1:
             raise ValueError(f"saliency_mask is {self.saliency_mask}, but must be a fraction in (0, 1]")
         if self.needs_retain and not self.has_retain_rows:
-            raise ValueError("alpha > 0, use_actual_bounds and residual_source need retain data: set retain_prompts")
+            raise ValueError(
+                "alpha > 0, use_actual_bounds, residual_source and a projection need retain data: set retain_prompts"
+            )
+        if self.saliency_mask is not None and self.barrier.has_projection:
+            raise ValueError("saliency_mask holds entries that a projection has to move: use one of the two")
+        if self.retain_statistics == "prompts" and not self.barrier.needs_retain_data:
+            raise ValueError("retain_statistics='prompts', but the protection reads no retain data")
 
     @property
     def repo_id(self) -> str:
@@ -80,8 +89,8 @@ class UnlearnConfig(ConceptConfig):
 
     @property
     def protected(self) -> bool:
-        """Whether the protection loss takes part."""
-        return self.barrier.lambda_interval > 0
+        """Whether a protection loss or a projection takes part."""
+        return self.barrier.protects
 
     @property
     def needs_retain(self) -> bool:
@@ -112,15 +121,19 @@ def chosen_objective(config: UnlearnConfig) -> Objective:
         if config.protected:
             raise ValueError(
                 f"objective {objective.name!r} runs no training step that the protection could act on: "
-                "set barrier.lambda_interval to 0"
+                "set barrier.lambda_interval to 0 and leave barrier.constraint at penalty"
             )
     return objective
 
 
-def data_needs(config: UnlearnConfig, objective: Objective) -> DataNeeds:
-    """What a run reads of its data: an objective that works from prompts alone has no forget image."""
+def data_needs(config: UnlearnConfig, objective: Objective, prompts_suffice: bool = False) -> DataNeeds:
+    """What a run reads of its data: an objective that works from prompts alone has no forget image.
+
+    `prompts_suffice` says that text embeddings are all the retain statistics of all maps need.
+    """
     forget_images = not objective.own_samples or config.saliency_mask is not None
-    retain_images = config.objective.alpha > 0 or (config.needs_retain and not objective.own_samples)
+    recorded = config.needs_retain and not objective.own_samples and not prompts_suffice
+    retain_images = config.objective.alpha > 0 or recorded
     return DataNeeds(
         forget_images=forget_images and objective.edit is None,
         retain_images=retain_images,

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,33 +12,13 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
+from short_runs import BASE, ROOT, flags, main, run
 
 from barrier_diffusers import Barrier, BarrierConfig
 from barrier_diffusers.settings import UnlearnConfig
-from barrier_diffusers.training import parse_config, run_script
+from barrier_diffusers.training import run_script
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "train_scripts"))
-
-from unlearn_sd import main
-
-ROOT = Path(__file__).resolve().parent.parent
-BASE = ROOT / "assets" / "fashion_sd"
-SHORT = {
-    "max_train_steps": 3,
-    "evaluation.images_per_label": 2,
-    "evaluation.sampling.num_inference_steps": 2,
-    "report_to": "none",
-    "barrier.reduced_dim": 4,
-    "max_retain_images": 64,
-}
 GA = {"objective.name": "ga", "objective.anchor": "null"}
-
-
-def flags(output, **changes):
-    """Command-line words of a short run."""
-    settings = {**SHORT, "output_dir": output, **changes}
-    words = ["--config", str(ROOT / "train_scripts/configs/fashion_class.yaml")]
-    return words + [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
 
 @pytest.fixture(autouse=True)
@@ -58,11 +37,6 @@ def fresh_accelerator_state():
 def shared_cache(tmp_path_factory):
     """Latents, embeddings and "before" images are the same for all tests of this file."""
     return tmp_path_factory.mktemp("cache")
-
-
-def run(output, cache, **changes):
-    main(parse_config(UnlearnConfig, flags(output, cache_dir=cache, **changes)))
-    return json.loads((output / "metrics.json").read_text()), json.loads((output / "manifest.json").read_text())
 
 
 def sample(pipeline, **settings):

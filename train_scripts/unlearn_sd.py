@@ -45,7 +45,14 @@ from barrier_diffusers.hub import (
     save_model_card,
     save_pipeline,
 )
-from barrier_diffusers.preparation import apply_edit, attach_saliency_mask, every_row, sampler_and_reference
+from barrier_diffusers.preparation import (
+    apply_edit,
+    attach_saliency_mask,
+    every_row,
+    maps_of_prompts,
+    prompt_inputs,
+    sampler_and_reference,
+)
 from barrier_diffusers.sampling import PartialSampler, sampled_batches
 from barrier_diffusers.settings import UnlearnConfig, chosen_objective, data_needs
 from barrier_diffusers.training import (
@@ -79,6 +86,7 @@ def set_up_protection(
     diffusion: Diffusion,
     data: EncodedConcepts,
     sampler: PartialSampler | None,
+    retain_inputs: dict[str, list[Tensor]],
 ) -> None:
     """Record the forget inputs (and the retain inputs, where the options ask for them).
 
@@ -92,12 +100,15 @@ def set_up_protection(
         size = config.train_batch_size * accelerator.num_processes
         return NoisedBatches(images, diffusion, size, seed, accelerator.device, **share)
 
-    retain = data.retain if config.barrier.needs_retain_data else None
+    forget, retain = data.forget, data.retain if config.barrier.needs_retain_data else None
+    if retain is not None and set(retain_inputs) == set(config.barrier.targets or []):
+        retain = None
     with accelerator.autocast():
         barrier.setup_protection(
-            loader(data.forget, config.seed),
+            loader(forget, config.seed) if config.barrier.has_penalty else None,
             diffusion.predict_batch,
             loader(retain, config.seed + 1) if retain is not None else None,
+            retain_inputs,
         )
 
 
@@ -130,7 +141,7 @@ def finish(job: Job, results: dict[str, Any]) -> None:
     """Save the weights first, then look at what they do: images after, metrics, pictures, model card, manifest."""
     config, output, pipeline, questions = job.config, job.output, job.pipeline, job.questions
     job.denoiser.eval()
-    (job.barrier if job.barrier.groups else config.barrier).save_pretrained(output)
+    (job.barrier if config.protected else config.barrier).save_pretrained(output)
     job.barrier.remove()
     if config.rank:
         save_adapter(pipeline, output)
@@ -154,10 +165,10 @@ def finish(job: Job, results: dict[str, Any]) -> None:
         metrics = {**scores, **facts}
         print_metrics(metrics, attribute, questions.forgotten)
     write_json(output / METRICS_NAME, metrics)
-    objective, weight = config.objective.name, config.barrier.lambda_interval
+    objective, protection = config.objective.name, config.barrier.summary
     base, adapter = config.pretrained_model_name_or_path, config.rank > 0
     absent = [part for part in get_architecture(type(pipeline).__name__).optional if getattr(pipeline, part) is None]
-    save_model_card(output, base, questions.forgotten, objective, weight, adapter, metrics, absent)
+    save_model_card(output, base, questions.forgotten, objective, protection, adapter, metrics, absent)
     parts = {name: module_hash(part) for name, part in components(pipeline).items()}
     write_json(output / MANIFEST_NAME, manifest(config, {"base_denoiser": job.base_hash, **parts}, **results))
     print(f"{'adapter' if adapter else 'pipeline'}: {output}\npicture:  {output / 'before_after.png'}")
@@ -213,7 +224,8 @@ def main(config: UnlearnConfig) -> None:
     if objective.check_maps is not None:
         objective.check_maps(barrier.maps)
 
-    steer, needs = config.objective, data_needs(config, objective)
+    by_prompts = maps_of_prompts(config, diffusion)
+    steer, needs = config.objective, data_needs(config, objective, set(by_prompts) == set(config.barrier.targets))
     with accelerator.main_process_first():  # the others find the cache filled
         erased = read_erased(config.pretrained_model_name_or_path, config.revision)
         kept = erased if config.protect_erased else []
@@ -236,12 +248,12 @@ def main(config: UnlearnConfig) -> None:
         return
 
     sampler, reference = sampler_and_reference(objective, steer, barrier, diffusion, config.resolution)
-    protected = config.barrier.lambda_interval > 0
-    if protected and checkpoint:
+    if config.protected and checkpoint:
         barrier.remove()
         job.barrier = barrier = Barrier.from_pretrained(checkpoint / "barrier", denoiser)
-    elif protected:
-        set_up_protection(barrier, accelerator, config, diffusion, data, sampler)
+    elif config.protected:
+        given = prompt_inputs(by_prompts, pipeline, concepts.retain_captions) if by_prompts else {}
+        set_up_protection(barrier, accelerator, config, diffusion, data, sampler, given)
 
     parameters = barrier.trainable_parameters()
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.adam_weight_decay)
@@ -284,7 +296,7 @@ def main(config: UnlearnConfig) -> None:
                 terms = {"objective": objective.loss(make_step(next(forget_batches)))}
                 if retain_batches:
                     terms["retain"] = steer.alpha * make_retain_step(next(retain_batches)).ordinary_loss()
-                if protected:
+                if config.protected:
                     terms["protection"] = barrier.compute_protection_loss()
                 for name, value in terms.items():
                     losses[name] += value.item() / micro_steps
@@ -294,6 +306,8 @@ def main(config: UnlearnConfig) -> None:
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
                 optimizer.step()
+                if config.protected and accelerator.sync_gradients:
+                    barrier.project()
                 schedule.step()
                 optimizer.zero_grad()
         history.append(**losses)
@@ -301,7 +315,7 @@ def main(config: UnlearnConfig) -> None:
         progress.set_postfix({name: f"{value:.4g}" for name, value in losses.items()})
         if config.checkpointing_steps and (step + 1) % config.checkpointing_steps == 0 and step + 1 < max_steps:
             save_checkpoint(
-                accelerator, output, step + 1, config.checkpoints_total_limit, barrier if protected else None
+                accelerator, output, step + 1, config.checkpoints_total_limit, barrier if config.protected else None
             )
         if config.validation_prompt and (step + 1) % config.validation_steps == 0 and accelerator.is_main_process:
             denoiser.eval()

@@ -1,0 +1,39 @@
+"""Short runs of train_scripts/unlearn_sd.py on the embedded pipeline, in this process."""
+
+import json
+import sys
+from pathlib import Path
+
+from accelerate.state import AcceleratorState
+
+from barrier_diffusers.settings import UnlearnConfig
+from barrier_diffusers.training import parse_config
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "train_scripts"))
+
+from unlearn_sd import main
+
+BASE = ROOT / "assets" / "fashion_sd"
+SHORT = {
+    "max_train_steps": 3,
+    "evaluation.images_per_label": 2,
+    "evaluation.sampling.num_inference_steps": 2,
+    "report_to": "none",
+    "barrier.reduced_dim": 4,
+    "max_retain_images": 64,
+}
+
+
+def flags(output, **changes):
+    """Command-line words of a short run."""
+    settings = {**SHORT, "output_dir": output, **changes}
+    words = ["--config", str(ROOT / "train_scripts/configs/fashion_class.yaml")]
+    return words + [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+
+def run(output, cache, **changes):
+    """(metrics, manifest) of one run; accelerate forgets the last run's precision first."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    main(parse_config(UnlearnConfig, flags(output, cache_dir=cache, **changes)))
+    return json.loads((output / "metrics.json").read_text()), json.loads((output / "manifest.json").read_text())
