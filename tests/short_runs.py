@@ -9,11 +9,11 @@ from accelerate.state import AcceleratorState
 from barrier_diffusers.settings import UnlearnConfig
 from barrier_diffusers.training import parse_config
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "train_scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "train_scripts"))
 
 from unlearn_sd import main
 
+ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "assets" / "fashion_sd"
 SHORT = {
     "max_train_steps": 3,
