@@ -14,11 +14,7 @@ from barrier_diffusers.data import encode_prompts
 
 BARE = {"objective.anchor": "null", "objective.alpha": 0, "barrier.lambda_interval": 0}
 KEYS = {"barrier.targets": "[attn2.to_k,attn2.to_v]"}
-PROJECTION = {
-    "barrier.constraint": "projection",
-    "barrier.use_actual_bounds": "false",
-    "barrier.projection_energy": 0.99,
-}
+PROJECTION = {"barrier.constraint": "projection", "barrier.use_actual_bounds": "false"}
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
