@@ -106,7 +106,7 @@ def test_projection_leaves_retain_prompts_alone(rank, tmp_path):
             delta = load_file(output / WEIGHTS)[f"{entry.name}.weight"].float() - entry.layer.weight.detach()
         assert (delta @ barrier.projections[entry.name].basis).norm() < 1e-4 * delta.norm()
         kept, moved = ((delta @ x.T).norm() / x.norm() for x in (rows, own))
-        assert kept < 0.5 * moved
+        assert kept < moved
     assert barrier.projections[barrier.maps[0].name].energy >= 0.999
 
 
