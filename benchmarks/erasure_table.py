@@ -1,190 +1,163 @@
-"""The README's table: every class erased with and without protection; finished rows are not run again.
+"""The README's tables: one run of train_scripts/unlearn_sd.py per row; rows that are finished are not run again.
 
-    python benchmarks/erasure_table.py                # all rows, into docs/erasure_table.md and .json as they finish
-    python benchmarks/erasure_table.py --only sneaker # the rows of one class
+    python benchmarks/erasure_table.py                     # all tables, into docs/tables as the rows finish
+    python benchmarks/erasure_table.py --tables '[classes]' # one of them
 
-Each row is one run of train_scripts/unlearn_sd.py with the settings of its manifest.json under runs/table: the default
-configuration, but for the flags of `Row.overrides` and shorter (100 steps on a cosine schedule, 30 images a class).
+A row counts as finished if the table's JSON file in docs/tables holds it with the same flags and the same
+configuration file; `--again true` runs every row anew.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import shutil
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from rows import TABLES, Row, Table
 from tqdm.auto import tqdm
 
 from barrier_diffusers.settings import UnlearnConfig
-from barrier_diffusers.training import parse_config, run_script
+from barrier_diffusers.training import parse_config, run_script, write_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "train_scripts"))
 
 from unlearn_sd import main
 
 CONFIG = Path("train_scripts/configs/fashion_class.yaml")
-# The class whose pictures are nearest: what the erased class's prompt shows instead.
-ANCHORS = {
-    "bag": "boot",
-    "boot": "sneaker",
-    "coat": "pullover",
-    "dress": "shirt",
-    "pullover": "coat",
-    "sandal": "sneaker",
-    "shirt": "t-shirt",
-    "sneaker": "boot",
-    "t-shirt": "shirt",
-    "trouser": "dress",
-}
-SHORT_LIST = ("sneaker", "dress", "bag")  # classes of the ga and LoRA rows
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table."""
-
-    concept: str
-    objective: str
-    weights: str  # full, or "LoRA 16"
-    alpha: float
-    weight: float  # lambda_interval; 0 = no protection
-
-    @property
-    def folder(self) -> str:
-        """Name of the run's folder."""
-        weights = self.weights.replace(" ", "").lower()
-        return f"{self.concept}-{self.objective}-{weights}-alpha{self.alpha:g}-lambda{self.weight:g}"
-
-    def overrides(self) -> list[str]:
-        """The flags that turn the default configuration into this row."""
-        flags = {
-            "concept": self.concept,
-            "objective.name": self.objective,
-            "objective.anchor": ANCHORS[self.concept] if self.objective == "rl" else "null",
-            "objective.alpha": self.alpha,
-            "barrier.lambda_interval": self.weight,
-            "max_train_steps": 100,
-            "lr_scheduler": "cosine",
-            "evaluation.images_per_label": 30,
-        }
-        if self.weights != "full":
-            flags |= {"rank": self.weights.split()[1], "learning_rate": LORA_LEARNING_RATE}
-        if self.objective == "ga":
-            flags |= {"max_train_steps": GA_STEPS, "learning_rate": GA_LEARNING_RATE}
-        return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-
-
-WEIGHTS = {0.0: 1.0, 1.0: 0.1}  # alpha -> lambda_interval of the protected rows
-LORA_LEARNING_RATE = 1e-3
-GA_STEPS = 40
-GA_LEARNING_RATE = 1e-4
-
-
-def all_rows() -> list[Row]:
-    """Ten classes with rl and full weights, three with ga and with LoRA; each with and without protection."""
-    rows = []
-    for alpha, weight in WEIGHTS.items():
-        for lambda_interval in (0.0, weight):
-            rows += [Row(concept, "rl", "full", alpha, lambda_interval) for concept in ANCHORS]
-    for alpha, weight in WEIGHTS.items():
-        for lambda_interval in (0.0, weight):
-            rows += [Row(concept, "ga", "full", alpha, lambda_interval) for concept in SHORT_LIST]
-            rows += [Row(concept, "rl", "LoRA 16", alpha, lambda_interval) for concept in SHORT_LIST]
-    return rows
+KEPT = ("unlearning_accuracy", "retain_accuracy_after")  # metrics whose count and 95 % interval stay in the JSON file
 
 
 @dataclass
 class TableConfig:
-    """Which rows, where."""
+    """Which tables, where."""
 
-    output_dir: str = "runs/table"
-    markdown: str = "docs/erasure_table.md"
-    only: str | None = None  # a class name: just its rows, nothing written to docs
-    workers: int = 2  # rows run at once, each with its share of the cores
+    tables: list[str] = field(default_factory=lambda: list(TABLES))
+    docs: str = "docs/tables"  # Markdown and JSON of each table
+    output_dir: str = "runs/tables"  # logs, caches and the runs
+    workers: int = 2  # chains of rows run at once, each with its share of the cores
+    again: bool = False  # run finished rows, too
+
+    def __post_init__(self) -> None:
+        for name in self.tables:
+            if name not in TABLES:
+                raise ValueError(f"unknown table {name!r}; known are {', '.join(TABLES)}")
 
 
-def run_row(row: Row, output_dir: str, threads: int) -> dict[str, Any]:
-    """Run one row unless its metrics are there with the same settings; returns the metrics."""
+def run_chain(rows: Sequence[Row], output_dir: str, threads: int) -> list[dict[str, Any]]:
+    """The metrics of each row, run one after another; what they print goes into log files."""
     torch.set_num_threads(threads)
-    folder = Path(output_dir) / row.folder
-    fixed = ["--output_dir", str(folder), "--cache_dir", str(Path(output_dir) / "cache"), "--report_to", "none"]
-    fixed += ["--overwrite_output_dir", "true"]
-    config = parse_config(UnlearnConfig, ["--config", str(CONFIG), *fixed, *row.overrides()])
-    manifest = folder / "manifest.json"
-    if manifest.is_file() and json.loads(manifest.read_text())["settings"] == json.loads(json.dumps(asdict(config))):
-        return json.loads((folder / "metrics.json").read_text())
-    main(config)
-    for heavy in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):  # the table needs the numbers only
-        shutil.rmtree(folder / heavy, ignore_errors=True)
-    return json.loads((folder / "metrics.json").read_text())
+    results, base = [], None
+    for row in rows:
+        folder, log = Path(output_dir) / row.name, Path(output_dir) / "logs" / f"{row.name}.log"
+        flags = {**row.flags, "output_dir": folder, "cache_dir": Path(output_dir) / "cache", "report_to": "none"}
+        flags |= {"overwrite_output_dir": True} | ({"pretrained_model_name_or_path": base} if base else {})
+        words = ["--config", str(CONFIG), *(word for name, value in flags.items() for word in as_flag(name, value))]
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("w") as file:
+            sys.stdout = sys.stderr = file
+            try:
+                main(parse_config(UnlearnConfig, words))
+            finally:
+                sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+        metrics, base = json.loads((folder / "metrics.json").read_text()), folder
+        intervals = {key: metrics["details"][key] for key in KEPT}
+        results.append({**{key: value for key, value in metrics.items() if key != "details"}, "intervals": intervals})
+    for row in rows:  # the table needs the numbers and the pictures only
+        for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+            shutil.rmtree(Path(output_dir) / row.name / part, ignore_errors=True)
+    return results
 
 
-def run_quietly(arguments: tuple[Row, str, int]) -> dict[str, Any]:
-    """`run_row` with its output in the row's own log file."""
-    row, output_dir, threads = arguments
-    log = Path(output_dir) / "logs" / f"{row.folder}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as file:
-        sys.stdout = sys.stderr = file
-        try:
-            return run_row(row, output_dir, threads)
-        finally:
-            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+def as_flag(name: str, value: Any) -> tuple[str, str]:
+    """A setting as two words of a command line."""
+    return f"--{name}", "null" if value is None else str(value)
 
 
-def markdown_table(results: list[tuple[Row, dict[str, Any]]]) -> str:
-    """One line per row of the table, means of the ten-class blocks below."""
-    lines = [
-        "| class | objective | weights | alpha | lambda | UA | retain before | retain after | drop | seconds |",
-        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    blocks: dict[tuple, list[dict[str, Any]]] = {}
-    for row, metrics in results:
-        key = (row.objective, row.weights, row.alpha, row.weight)
-        blocks.setdefault(key, []).append(metrics)
-        lines.append(table_line(row.concept, key, [metrics]))
-    lines += [table_line(f"**mean of {len(block)}**", key, block) for key, block in blocks.items()]
+def finished(path: Path) -> dict[str, dict[str, Any]]:
+    """Row name -> its entry in the table's JSON file, of rows run with today's configuration file."""
+    entries = json.loads(path.read_text()) if path.is_file() else []
+    return {entry["name"]: entry for entry in entries if entry["config"] == config_hash()}
+
+
+def config_hash() -> str:
+    """SHA-256 of the configuration file, whose settings hold where a row has no flag of its own."""
+    return hashlib.sha256(CONFIG.read_bytes()).hexdigest()[:16]
+
+
+def value_of(metrics: dict[str, Any], key: str) -> float | None:
+    """A metric, or the difference "a - b" of two; None where the run has none."""
+    names = key.split(" - ")
+    if any(name not in metrics for name in names):
+        return None
+    values = [metrics[name] for name in names]
+    return values[0] if len(values) == 1 else values[0] - values[1]
+
+
+def line(cells: Sequence[str], table: Table, group: Sequence[dict[str, Any]]) -> str:
+    """A line with the means of the rows' metrics."""
+    numbers = []
+    for key in (*table.metrics.values(), "seconds_training"):
+        values = [value for metrics in group if (value := value_of(metrics, key)) is not None]
+        digits = 0 if key == "seconds_training" else 1
+        numbers.append(f"{sum(values) / len(values) + 0.0:.{digits}f}" if values else "")
+    return "| " + " | ".join([*cells, *numbers]) + " |"
+
+
+def markdown(table: Table, entries: dict[str, dict[str, Any]]) -> str:
+    """The finished rows as a Markdown table, means of the blocks below."""
+    rows = [row for chain in table.chains for row in chain if row.name in entries]
+    headings = list(rows[0].cells)
+    lines = ["| " + " | ".join([*headings, *table.metrics, "seconds"]) + " |"]
+    lines.append("|" + "---|" * len(headings) + "---:|" * (len(table.metrics) + 1))
+    blocks: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        metrics = entries[row.name]["metrics"]
+        lines.append(line(list(row.cells.values()), table, [metrics]))
+        if table.mean_over:
+            key = tuple(value for heading, value in row.cells.items() if heading != table.mean_over)
+            blocks.setdefault(key, []).append(metrics)
+    place = headings.index(table.mean_over) if table.mean_over else 0
+    for key, group in blocks.items():
+        lines.append(line([*key[:place], f"**mean of {len(group)}**", *key[place:]], table, group))
     return "\n".join(lines) + "\n"
 
 
-def table_line(name: str, key: tuple, metrics: list[dict[str, Any]]) -> str:
-    """A line with the means of the metrics."""
-    columns = ("unlearning_accuracy", "retain_accuracy_before", "retain_accuracy_after", "retain_accuracy_drop")
-    means = [sum(entry[column] for entry in metrics) / len(metrics) for column in columns]
-    seconds = sum(entry["seconds_training"] for entry in metrics) / len(metrics)
-    objective, weights, alpha, weight = key
-    settings = f"{objective} | {weights} | {alpha:g} | {weight:g}"
-    return f"| {name} | {settings} | " + " | ".join(f"{value:.1f}" for value in means) + f" | {seconds:.0f} |"
-
-
-def write_table(results: list[tuple[Row, dict[str, Any]]], path: Path) -> None:
-    """The finished rows as Markdown, and with all their metrics as JSON beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(markdown_table(results))
-    content = [{**asdict(row), "metrics": entry} for row, entry in results]
-    path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+def write(name: str, table: Table, entries: dict[str, dict[str, Any]], docs: Path) -> None:
+    """The finished rows, in the table's order, as JSON and as Markdown."""
+    docs.mkdir(parents=True, exist_ok=True)
+    order = [row.name for chain in table.chains for row in chain if row.name in entries]
+    write_json(docs / f"{name}.json", [entries[row] for row in order])
+    (docs / f"{name}.md").write_text(markdown(table, entries))
 
 
 def build(config: TableConfig) -> None:
-    """Run what is missing, write the table."""
-    rows = [row for row in all_rows() if config.only in (None, row.concept)]
-    if not rows:
-        raise SystemExit(f"error: no row for class {config.only!r}; the classes are {', '.join(ANCHORS)}")
+    """Run what is missing, write each table as its rows finish, print them."""
     threads = max(1, torch.get_num_threads() // config.workers)
-    jobs = [(row, config.output_dir, threads) for row in rows]
+    docs = Path(config.docs)
+    tables = {name: TABLES[name]() for name in config.tables}
+    done = {name: {} if config.again else finished(docs / f"{name}.json") for name in tables}
+    jobs = {}
     with ProcessPoolExecutor(config.workers, multiprocessing.get_context("spawn")) as pool:
-        results = []
-        for row, metrics in zip(rows, tqdm(pool.map(run_quietly, jobs), total=len(jobs), desc="rows"), strict=True):
-            results.append((row, metrics))
-            if config.only is None:
-                write_table(results, Path(config.markdown))
-    print(markdown_table(results))
+        for name, table in tables.items():
+            for chain in table.chains:
+                if any(done[name].get(row.name, {}).get("flags") != row.flags for row in chain):
+                    jobs[pool.submit(run_chain, chain, config.output_dir, threads)] = name, chain
+        for job in tqdm(as_completed(jobs), total=len(jobs), desc="rows"):
+            name, chain = jobs[job]
+            for row, metrics in zip(chain, job.result(), strict=True):
+                known = {"name": row.name, "config": config_hash(), "cells": row.cells, "flags": row.flags}
+                done[name][row.name] = {**known, "metrics": metrics}
+            write(name, tables[name], done[name], docs)
+    for name, table in tables.items():
+        print(f"{name}\n\n{markdown(table, done[name])}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,83 @@
+"""The rows of the README's tables: each is train_scripts/configs/fashion_class.yaml with a few flags changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+# The class whose pictures are nearest: what the erased class's prompt shows instead.
+ANCHORS = {
+    "bag": "boot",
+    "boot": "sneaker",
+    "coat": "pullover",
+    "dress": "shirt",
+    "pullover": "coat",
+    "sandal": "sneaker",
+    "shirt": "t-shirt",
+    "sneaker": "boot",
+    "t-shirt": "shirt",
+    "trouser": "dress",
+}
+SHORT_LIST = ("sneaker", "dress", "bag")  # classes of the ga and LoRA rows
+SHORT = {"max_train_steps": 100, "lr_scheduler": "cosine", "evaluation.images_per_label": 30}
+BARE = {"objective.alpha": 0.0, "barrier.lambda_interval": 0.0}
+KEYS_AND_VALUES = {"barrier.targets": "[attn2.to_k,attn2.to_v]"}
+PROJECTION = {"barrier.constraint": "projection", "barrier.use_actual_bounds": False, "learning_rate": 1e-3}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table."""
+
+    cells: dict[str, str]  # heading -> what tells this line from the others
+    flags: dict[str, Any]  # dotted settings that differ from the configuration file
+
+    @property
+    def name(self) -> str:
+        """Of the run's folder and log."""
+        return "-".join(value.replace(" ", "_").replace("/", "_") for value in self.cells.values() if value)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Chains of rows: within one, each row starts from the pipeline that the row before it saved."""
+
+    chains: list[list[Row]]
+    metrics: dict[str, str] = field(
+        default_factory=lambda: {
+            "UA": "unlearning_accuracy",
+            "retain before": "retain_accuracy_before",
+            "retain after": "retain_accuracy_after",
+            "drop": "retain_accuracy_drop",
+        }
+    )  # heading -> key of metrics.json; "a - b" is a difference
+    mean_over: str | None = None  # heading whose rows are averaged below the table
+
+
+def class_row(concept: str, objective: str, rank: int, alpha: float, protection: str) -> Row:
+    """One class; `protection` is "none", "penalty <lambda>" or "projection"; rank 0 trains full weights."""
+    cells = {"class": concept, "objective": objective, "weights": f"LoRA {rank}" if rank else "full"}
+    cells |= {"alpha": f"{alpha:g}", "protection": protection}
+    flags = {**SHORT, "concept": concept, "objective.name": objective, "objective.alpha": alpha}
+    flags |= {"objective.anchor": ANCHORS[concept] if objective == "rl" else None}
+    if rank:
+        flags |= {"rank": rank, "learning_rate": 1e-3}
+    if objective == "ga":
+        flags |= {"learning_rate": 5e-4}
+    if protection == "projection":
+        flags |= PROJECTION
+    else:
+        flags |= {"barrier.lambda_interval": float(protection.removeprefix("penalty ").replace("none", "0"))}
+    return Row(cells, flags)
+
+
+def classes() -> Table:
+    """Ten classes with rl and full weights, three with ga and with LoRA; each with and without protection."""
+    rows = []
+    settings = [(0.0, "none"), (0.0, "penalty 1"), (0.0, "projection"), (1.0, "none"), (1.0, "penalty 0.1")]
+    for kind, names in ((("rl", 0), tuple(ANCHORS)), (("rl", 16), SHORT_LIST), (("ga", 0), SHORT_LIST)):
+        rows += [class_row(name, *kind, *setting) for setting in settings for name in names]
+    return Table([[row] for row in rows], mean_over="class")
+
+
+TABLES = {"classes": classes}
