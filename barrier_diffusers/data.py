@@ -263,6 +263,21 @@ class EncodedImages(TorchDataset):
         return row
 
 
+def encode_images(
+    pipeline: Any, images: Sequence[Any], captions: Sequence[str], anchors: Sequence[str] | None = None
+) -> EncodedImages:
+    """PIL images with a caption each (and an anchor prompt each, for objectives that take one), all in memory.
+
+    Images are scaled and cropped to the side of the first one. The script's own way, `encode_concepts`, keeps a cache.
+    """
+    rows = Dataset.from_dict({"image": list(images)})
+    moments = encode_moments(pipeline.vae, rows, "image", images[0].width)
+    prompts = sorted({*captions, *(anchors or [])})
+    position = {text: index for index, text in enumerate(prompts)}
+    ids = [torch.tensor([position[text] for text in texts]) for texts in (captions, anchors or captions)]
+    return EncodedImages(moments, ids[0], ids[1], encode_prompts(pipeline, prompts))
+
+
 @dataclass
 class NoisedBatches:
     """Re-iterable batches of noised latents for recording: the same noise and timesteps at every pass.

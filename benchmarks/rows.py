@@ -18,6 +18,7 @@ ANCHORS = {
     "t-shirt": "shirt",
     "trouser": "dress",
 }
+COLOURS = ("black", "blue", "green", "purple", "red", "yellow")
 SHORT_LIST = ("sneaker", "dress", "bag")  # classes of the ga and LoRA rows
 SHORT = {"max_train_steps": 100, "lr_scheduler": "cosine", "evaluation.images_per_label": 30}
 BARE = {"objective.alpha": 0.0, "barrier.lambda_interval": 0.0}
@@ -80,4 +81,48 @@ def classes() -> Table:
     return Table([[row] for row in rows], mean_over="class")
 
 
-TABLES = {"classes": classes}
+def objectives() -> Table:
+    """Every objective and baseline on one class, bare and with what protects it."""
+    anchored = {"objective.anchor": "boot"}
+    edit = {**BARE, **KEYS_AND_VALUES, "barrier.use_actual_bounds": False, **anchored}
+    rows = [
+        Row({"method": "UCE", "alpha": "0", "protection": "none"}, {**edit, "objective.name": "uce"}),
+        Row(
+            {"method": "SalUn mask 0.5 on rl", "alpha": "1", "protection": "none"}, {"saliency_mask": 0.5, **anchored}
+        ),
+    ]
+    return Table([[row] for row in rows])
+
+
+def concepts() -> Table:
+    """A style, a colour, two classes, one after another, and a concept from prompts alone."""
+    style = {"concept": "pencil sketch", "concept_column": "style", "objective.anchor": "photo"}
+    style |= {"evaluation.images_per_label": 150}
+    colour = {"concept": "red", "concept_column": "colour", "objective.anchor": "blue"}
+    two = {"concept": "[sneaker,bag]", "objective.anchor": "[boot,coat]", "evaluation.images_per_label": 30}
+    first = {"evaluation.images_per_label": 30}
+    captions = [f"a {kind} of a {tint} {{}}" for kind in ("photo", "pencil sketch") for tint in COLOURS]
+    prompts = {
+        "train_data_dir": None,
+        "concept": "sneaker",
+        "forget_prompts": [text.format("sneaker") for text in captions],
+        "retain_prompts": [text.format(name) for name in sorted(ANCHORS) if name != "sneaker" for text in captions],
+        "num_generated_images": 432,
+        "evaluation.images_per_label": 216,
+    }
+    chains = [
+        [Row({"erased": "style: pencil sketch"}, style)],
+        [Row({"erased": "colour: red"}, colour)],
+        [Row({"erased": "classes: sneaker and bag"}, two)],
+        [Row({"erased": "class: sneaker"}, first), Row({"erased": "then style: pencil sketch"}, style)],
+        [Row({"erased": "sneaker, from prompts alone"}, prompts)],
+    ]
+    metrics = {"UA": "unlearning_accuracy", "retain drop": "retain_accuracy_drop"}
+    for name in ("class", "colour", "style"):
+        metrics[f"{name} drop"] = f"{name}_accuracy_before - {name}_accuracy_after"
+    for when in ("before", "after"):
+        metrics[f"UA of the class, {when}"] = f"erased_before_unlearning_accuracy_{when}"
+    return Table(chains, metrics)
+
+
+TABLES = {"classes": classes, "objectives": objectives, "concepts": concepts}

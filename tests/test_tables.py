@@ -1,0 +1,72 @@
+"""The README's tables: rows that parse, and a runner that does not run a finished row again."""
+
+import json
+from pathlib import Path
+
+import erasure_table
+import pytest
+from rows import TABLES, Row, Table
+from short_runs import ROOT, SHORT
+
+from barrier_diffusers.settings import UnlearnConfig, chosen_objective
+from barrier_diffusers.training import parse_config
+
+
+@pytest.fixture(autouse=True)
+def in_repository(monkeypatch):
+    """Relative paths of the configuration start at the repository."""
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_row_is_a_valid_run_with_a_name_of_its_own(name):
+    rows = [row for chain in TABLES[name]().chains for row in chain]
+    assert len({row.name for row in rows}) == len(rows) > 0
+    for row in rows:
+        assert json.loads(json.dumps(row.flags)) == row.flags  # else the row would never count as finished
+        words = [word for key, value in row.flags.items() for word in erasure_table.as_flag(key, value)]
+        chosen_objective(parse_config(UnlearnConfig, ["--config", str(erasure_table.CONFIG), *words]))
+
+
+def tiny_table():
+    few = {**SHORT, "objective.alpha": 0, "barrier.use_actual_bounds": False, "max_train_steps": 1}
+    del few["report_to"]
+    style = {**few, "concept": "pencil sketch", "concept_column": "style", "objective.anchor": "photo"}
+    style["evaluation.images_per_label"] = 8  # in the order of captions, the eighth is about sneakers
+    chain = [Row({"erased": "sneaker"}, few), Row({"erased": "then sketches"}, style)]
+    return Table([chain], {"UA": "unlearning_accuracy", "drop": "retain_accuracy_before - retain_accuracy_after"})
+
+
+def test_finished_rows_are_not_run_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(TABLES, "tiny", tiny_table)
+    config = erasure_table.TableConfig(["tiny"], str(tmp_path / "docs"), str(tmp_path / "runs"), workers=1)
+    erasure_table.build(config)
+    entries = json.loads((tmp_path / "docs/tiny.json").read_text())
+    assert [entry["name"] for entry in entries] == ["sneaker", "then_sketches"]
+    assert "erased_before_unlearning_accuracy_after" in entries[1]["metrics"]
+    table = (tmp_path / "docs/tiny.md").read_text()
+    assert table.splitlines()[0] == "| erased | UA | drop | seconds |" and table in capsys.readouterr().out
+    assert not (tmp_path / "runs/sneaker/unet").exists() and (tmp_path / "runs/sneaker/before_after.png").is_file()
+    monkeypatch.setattr(erasure_table, "run_chain", lambda *_: pytest.fail("a finished row ran again"))
+    erasure_table.build(config)
+    assert json.loads((tmp_path / "docs/tiny.json").read_text()) == entries
+    other = Path(tmp_path / "other.yaml")
+    other.write_text(erasure_table.CONFIG.read_text() + "seed: 1\n")
+    monkeypatch.setattr(erasure_table, "CONFIG", other)
+    assert erasure_table.finished(tmp_path / "docs/tiny.json") == {}
+
+
+def test_means():
+    rows = [Row({"class": name, "kind": kind}, {}) for kind in "ab" for name in ("bag", "boot")]
+    table = Table([[row] for row in rows], {"UA": "ua"}, mean_over="class")
+    entries = {
+        row.name: {"metrics": {"ua": float(index), "seconds_training": 2.0}} for index, row in enumerate(rows[:3])
+    }
+    lines = erasure_table.markdown(table, entries).splitlines()
+    assert lines[2] == "| bag | a | 0.0 | 2 |"
+    assert lines[5:] == ["| **mean of 2** | a | 0.5 | 2 |", "| **mean of 1** | b | 2.0 | 2 |"]
+
+
+def test_unknown_table():
+    with pytest.raises(ValueError, match="unknown table 'all'; known are classes"):
+        erasure_table.TableConfig(["all"])
