@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,18 @@ SHORT_LIST = ("sneaker", "dress", "bag")  # classes of the ga and LoRA rows
 SHORT = {"max_train_steps": 100, "lr_scheduler": "cosine", "evaluation.images_per_label": 30}
 BARE = {"objective.alpha": 0.0, "barrier.lambda_interval": 0.0}
 KEYS_AND_VALUES = {"barrier.targets": "[attn2.to_k,attn2.to_v]"}
-PROJECTION = {"barrier.constraint": "projection", "barrier.use_actual_bounds": False, "learning_rate": 1e-3}
+# An update that is confined to a few directions takes longer: more and larger steps than the penalty's rows.
+PROJECTION = {"barrier.constraint": "projection", "barrier.use_actual_bounds": False, "objective.alpha": 0.0}
+PROJECTION |= {"learning_rate": 1e-3, "max_train_steps": 150, "lr_scheduler": "constant"}
+
+
+METRICS = {
+    "UA": "unlearning_accuracy",
+    "retain before": "retain_accuracy_before",
+    "retain after": "retain_accuracy_after",
+    "drop": "retain_accuracy_drop",
+}
+OTHER_DROPS = {f"{name} drop": f"{name}_accuracy_before - {name}_accuracy_after" for name in ("colour", "style")}
 
 
 @dataclass(frozen=True)
@@ -36,7 +48,7 @@ class Row:
     @property
     def name(self) -> str:
         """Of the run's folder and log."""
-        return "-".join(value.replace(" ", "_").replace("/", "_") for value in self.cells.values() if value)
+        return re.sub(r"[^\w.-]+", "_", "-".join(self.cells.values()))
 
 
 @dataclass(frozen=True)
@@ -44,14 +56,7 @@ class Table:
     """Chains of rows: within one, each row starts from the pipeline that the row before it saved."""
 
     chains: list[list[Row]]
-    metrics: dict[str, str] = field(
-        default_factory=lambda: {
-            "UA": "unlearning_accuracy",
-            "retain before": "retain_accuracy_before",
-            "retain after": "retain_accuracy_after",
-            "drop": "retain_accuracy_drop",
-        }
-    )  # heading -> key of metrics.json; "a - b" is a difference
+    metrics: dict[str, str] = field(default_factory=lambda: METRICS)  # heading -> key in metrics.json, or "a - b"
     mean_over: str | None = None  # heading whose rows are averaged below the table
 
 
@@ -64,7 +69,7 @@ def class_row(concept: str, objective: str, rank: int, alpha: float, protection:
     if rank:
         flags |= {"rank": rank, "learning_rate": 1e-3}
     if objective == "ga":
-        flags |= {"learning_rate": 5e-4}
+        flags |= {"learning_rate": 1e-3}
     if protection == "projection":
         flags |= PROJECTION
     else:
@@ -81,17 +86,49 @@ def classes() -> Table:
     return Table([[row] for row in rows], mean_over="class")
 
 
+def objective_row(method: str, protection: str, flags: dict[str, Any]) -> Row:
+    """One objective on the class sneaker without retain loss."""
+    flags = {**SHORT, "objective.anchor": None, **BARE, **flags}
+    if protection == "projection":
+        del flags["barrier.lambda_interval"]
+        flags |= PROJECTION
+    elif protection != "none":
+        flags["barrier.lambda_interval"] = float(protection.removeprefix("penalty "))
+    return Row({"method": method, "protection": protection}, flags)
+
+
 def objectives() -> Table:
-    """Every objective and baseline on one class, bare and with what protects it."""
-    anchored = {"objective.anchor": "boot"}
-    edit = {**BARE, **KEYS_AND_VALUES, "barrier.use_actual_bounds": False, **anchored}
-    rows = [
-        Row({"method": "UCE", "alpha": "0", "protection": "none"}, {**edit, "objective.name": "uce"}),
-        Row(
-            {"method": "SalUn mask 0.5 on rl", "alpha": "1", "protection": "none"}, {"saliency_mask": 0.5, **anchored}
-        ),
+    """Every objective and baseline on one class: bare, and with what protects the rest."""
+    methods = {
+        "ga": {"objective.name": "ga", "learning_rate": 1e-3},
+        "rl": {"objective.anchor": "boot"},
+        "concept": {"objective.name": "concept", "objective.anchor_prompt": "a photo of a boot"},
+        "kl": {"objective.name": "kl"},
+        "esd": {"objective.name": "esd", "objective.num_inference_steps": 10},
+    }
+    rows = [objective_row(name, how, flags) for name, flags in methods.items() for how in ("none", "projection")]
+    rows.insert(3, objective_row("rl", "penalty 1", methods["rl"]))
+    rows.append(objective_row("rl, SalUn mask 0.5", "none", {**methods["rl"], "saliency_mask": 0.5}))
+    edit = {"objective.name": "uce", "objective.anchor": "boot", "barrier.use_actual_bounds": False}
+    rows.append(objective_row("UCE", "none", {**edit, **KEYS_AND_VALUES}))
+    return Table([[row] for row in rows], {**METRICS, **OTHER_DROPS})
+
+
+def projection() -> Table:
+    """Where the retain statistics of a projection come from (METHOD section 7)."""
+    two, prompts = {"retain_concepts": "[boot,bag]"}, {"retain_statistics": "prompts"}
+    cases = [
+        ("q, k, v", "images of all classes", "sneaker", {}),
+        ("q, k, v", "images of two classes", "sneaker", two),
+        ("q, k, v", "images of two classes for q, prompts for k, v", "sneaker", {**two, **prompts}),
+        *(("k, v", "prompts", name, {**prompts, **KEYS_AND_VALUES}) for name in ("sneaker", "dress", "t-shirt")),
     ]
-    return Table([[row] for row in rows])
+    rows = []
+    for maps, source, name, flags in cases:
+        flags = {**flags, **PROJECTION, "concept": name, "objective.anchor": ANCHORS[name]}
+        flags |= {"evaluation.images_per_label": 30}
+        rows.append(Row({"maps": maps, "retain statistics": source, "erased": name}, flags))
+    return Table([[row] for row in rows], {**METRICS, **OTHER_DROPS})
 
 
 def concepts() -> Table:
@@ -117,12 +154,15 @@ def concepts() -> Table:
         [Row({"erased": "class: sneaker"}, first), Row({"erased": "then style: pencil sketch"}, style)],
         [Row({"erased": "sneaker, from prompts alone"}, prompts)],
     ]
-    metrics = {"UA": "unlearning_accuracy", "retain drop": "retain_accuracy_drop"}
-    for name in ("class", "colour", "style"):
-        metrics[f"{name} drop"] = f"{name}_accuracy_before - {name}_accuracy_after"
+    metrics = {
+        "UA": METRICS["UA"],
+        "drop": METRICS["drop"],
+        "class drop": "class_accuracy_before - class_accuracy_after",
+    }
+    metrics |= OTHER_DROPS
     for when in ("before", "after"):
         metrics[f"UA of the class, {when}"] = f"erased_before_unlearning_accuracy_{when}"
     return Table(chains, metrics)
 
 
-TABLES = {"classes": classes, "objectives": objectives, "concepts": concepts}
+TABLES = {"classes": classes, "objectives": objectives, "projection": projection, "concepts": concepts}
