@@ -41,6 +41,7 @@ class TableConfig:
 
     tables: list[str] = field(default_factory=lambda: list(TABLES))
     docs: str = "docs/tables"  # Markdown and JSON of each table
+    readme: str = "README.md"  # gets each table between its marks
     output_dir: str = "runs/tables"  # logs, caches and the runs
     workers: int = 2  # chains of rows run at once, each with its share of the cores
     again: bool = False  # run finished rows, too
@@ -130,12 +131,55 @@ def markdown(table: Table, entries: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(name: str, table: Table, entries: dict[str, dict[str, Any]], docs: Path) -> None:
-    """The finished rows, in the table's order, as JSON and as Markdown."""
+def short_form(table: Table, entries: dict[str, dict[str, Any]]) -> str:
+    """The headings of `table.across` as columns; each cell is unlearning accuracy / retain accuracy after."""
+    rows = [row for chain in table.chains for row in chain if row.name in entries]
+    down = [heading for heading in rows[0].cells if heading not in table.across]
+    columns = list(dict.fromkeys(tuple(row.cells[heading] for heading in table.across) for row in rows))
+    groups: dict[tuple[str, ...], dict[tuple[str, ...], list[dict[str, Any]]]] = {}
+    for kind in ("rows", "means"):  # the means of the rows' blocks come last
+        for row in rows:
+            key = tuple(row.cells[heading] for heading in down)
+            if kind == "means":
+                key = tuple("**mean**" if heading == table.mean_over else row.cells[heading] for heading in down)
+            column = tuple(row.cells[heading] for heading in table.across)
+            groups.setdefault(key, {}).setdefault(column, []).append(entries[row.name]["metrics"])
+    titles = [
+        ", ".join(f"{head} {value}" for head, value in zip(table.across, column, strict=True)) for column in columns
+    ]
+    lines = ["| " + " | ".join([*down, "retain before", *titles]) + " |"]
+    lines.append("|" + "---|" * len(down) + "---:|" * (len(columns) + 1))
+    for key, found in groups.items():
+        every = [metrics for group in found.values() for metrics in group]
+        cells = [*key, f"{mean(every, 'retain_accuracy_before'):.1f}"]
+        for column in columns:
+            pair = ("unlearning_accuracy", "retain_accuracy_after")
+            cells.append(" / ".join(f"{mean(found[column], name):.1f}" for name in pair) if column in found else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def mean(group: Sequence[dict[str, Any]], key: str) -> float:
+    """Mean of a metric over runs."""
+    return sum(metrics[key] for metrics in group) / len(group)
+
+
+def into_page(page: Path, name: str, text: str) -> None:
+    """Put a table between its two marks in a Markdown page, if the page has them."""
+    begin, end = f"<!-- table {name} -->\n", f"<!-- end of table {name} -->"
+    content = page.read_text(encoding="utf-8")
+    if begin in content:
+        head, rest = content.split(begin, 1)
+        page.write_text(head + begin + text + end + rest.split(end, 1)[1], encoding="utf-8")
+
+
+def write(name: str, table: Table, entries: dict[str, dict[str, Any]], docs: Path, page: Path) -> None:
+    """The finished rows, in the table's order, as JSON and as Markdown, and in the README."""
     docs.mkdir(parents=True, exist_ok=True)
     order = [row.name for chain in table.chains for row in chain if row.name in entries]
     write_json(docs / f"{name}.json", [entries[row] for row in order])
-    (docs / f"{name}.md").write_text(markdown(table, entries))
+    (docs / f"{name}.md").write_text(markdown(table, entries), encoding="utf-8")
+    into_page(page, name, short_form(table, entries) if table.across else markdown(table, entries))
 
 
 def build(config: TableConfig) -> None:
@@ -155,8 +199,9 @@ def build(config: TableConfig) -> None:
             for row, metrics in zip(chain, job.result(), strict=True):
                 known = {"name": row.name, "config": config_hash(), "cells": row.cells, "flags": row.flags}
                 done[name][row.name] = {**known, "metrics": metrics}
-            write(name, tables[name], done[name], docs)
+            write(name, tables[name], done[name], docs, Path(config.readme))
     for name, table in tables.items():
+        write(name, table, done[name], docs, Path(config.readme))
         print(f"{name}\n\n{markdown(table, done[name])}")
 
 

@@ -58,6 +58,7 @@ class Table:
     chains: list[list[Row]]
     metrics: dict[str, str] = field(default_factory=lambda: METRICS)  # heading -> key in metrics.json, or "a - b"
     mean_over: str | None = None  # heading whose rows are averaged below the table
+    across: tuple[str, ...] = ()  # headings that run across the page in the README's short form
 
 
 def class_row(concept: str, objective: str, rank: int, alpha: float, protection: str) -> Row:
@@ -83,7 +84,7 @@ def classes() -> Table:
     settings = [(0.0, "none"), (0.0, "penalty 1"), (0.0, "projection"), (1.0, "none"), (1.0, "penalty 0.1")]
     for kind, names in ((("rl", 0), tuple(ANCHORS)), (("rl", 16), SHORT_LIST), (("ga", 0), SHORT_LIST)):
         rows += [class_row(name, *kind, *setting) for setting in settings for name in names]
-    return Table([[row] for row in rows], mean_over="class")
+    return Table([[row] for row in rows], mean_over="class", across=("alpha", "protection"))
 
 
 def objective_row(method: str, protection: str, flags: dict[str, Any]) -> Row:

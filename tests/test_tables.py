@@ -39,13 +39,18 @@ def tiny_table():
 
 def test_finished_rows_are_not_run_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(TABLES, "tiny", tiny_table)
-    config = erasure_table.TableConfig(["tiny"], str(tmp_path / "docs"), str(tmp_path / "runs"), workers=1)
+    page = tmp_path / "page.md"
+    page.write_text("Above.\n<!-- table tiny -->\nold\n<!-- end of table tiny -->\nBelow.\n")
+    folders = {"docs": str(tmp_path / "docs"), "output_dir": str(tmp_path / "runs"), "readme": str(page)}
+    config = erasure_table.TableConfig(["tiny"], workers=1, **folders)
     erasure_table.build(config)
     entries = json.loads((tmp_path / "docs/tiny.json").read_text())
     assert [entry["name"] for entry in entries] == ["sneaker", "then_sketches"]
     assert "erased_before_unlearning_accuracy_after" in entries[1]["metrics"]
     table = (tmp_path / "docs/tiny.md").read_text()
     assert table.splitlines()[0] == "| erased | UA | drop | seconds |" and table in capsys.readouterr().out
+    begin, end = "<!-- table tiny -->\n", "<!-- end of table tiny -->"
+    assert page.read_text() == f"Above.\n{begin}{table}{end}\nBelow.\n"
     assert not (tmp_path / "runs/sneaker/unet").exists() and (tmp_path / "runs/sneaker/before_after.png").is_file()
     monkeypatch.setattr(erasure_table, "run_chain", lambda *_: pytest.fail("a finished row ran again"))
     erasure_table.build(config)
@@ -65,6 +70,20 @@ def test_means():
     lines = erasure_table.markdown(table, entries).splitlines()
     assert lines[2] == "| bag | a | 0.0 | 2 |"
     assert lines[5:] == ["| **mean of 2** | a | 0.5 | 2 |", "| **mean of 1** | b | 2.0 | 2 |"]
+
+
+def test_short_form():
+    rows = [Row({"class": name, "alpha": alpha}, {}) for alpha in "01" for name in ("bag", "boot")]
+    table = Table([[row] for row in rows], mean_over="class", across=("alpha",))
+    numbers = {"unlearning_accuracy": 90.0, "retain_accuracy_before": 97.0, "retain_accuracy_after": 96.0}
+    entries = {row.name: {"metrics": {**numbers, "unlearning_accuracy": 80.0 + i}} for i, row in enumerate(rows[:3])}
+    assert erasure_table.short_form(table, entries).splitlines() == [
+        "| class | retain before | alpha 0 | alpha 1 |",
+        "|---|---:|---:|---:|",
+        "| bag | 97.0 | 80.0 / 96.0 | 82.0 / 96.0 |",
+        "| boot | 97.0 | 81.0 / 96.0 |  |",
+        "| **mean** | 97.0 | 80.5 / 96.0 | 82.0 / 96.0 |",
+    ]
 
 
 def test_unknown_table():
