@@ -38,7 +38,7 @@ test: $(READY) ## lint, types and all fast tests, in parallel
 test-slow: $(READY) ## the slow tests as well
 	$(BIN)/pytest -n 2
 
-table: $(READY) ## all rows of the README's table; finished rows are not run again
+table: $(READY) ## all rows of the README's tables; finished rows are not run again
 	$(BIN)/python benchmarks/erasure_table.py
 
 embedded-model: $(READY) ## train everything in assets/ again (Debian package dataset-fashion-mnist needed)
