@@ -45,7 +45,7 @@ hash in `manifest.json`.
 - Forgetting is measured by a classifier on generated images. It is no proof that the concept cannot be brought back by
   fine-tuning, by a learned token embedding or by an adversarial prompt.
 - The protection covers the maps in `barrier_config.json` and the data it was set up with.
-- The licence of the base model applies to these weights too.
+- The licence of the base model applies to these weights too{licence}.
 """
 LOAD_PIPELINE = """from diffusers import DiffusionPipeline
 
@@ -203,6 +203,15 @@ def results_table(metrics: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def licence_of(base: str) -> str | None:
+    """The licence that the model card of a pipeline folder or hub repository names; None without card or licence."""
+    card = Path(base).expanduser() / "README.md"
+    try:
+        return ModelCard.load(card if card.parent.exists() else base).data.license
+    except (OSError, ValueError):  # no card, not reachable, or not readable
+        return None
+
+
 def save_model_card(
     output: Path,
     base: str,
@@ -214,7 +223,9 @@ def save_model_card(
     absent: Sequence[str] = (),
 ) -> None:
     """Write README.md with the metadata the hub reads and the numbers of this run; `absent` parts load as None."""
+    licence = licence_of(base)
     data = ModelCardData(
+        license=licence,
         base_model=base if not Path(base).exists() else None,
         library_name="diffusers",
         tags=["text-to-image", "machine-unlearning", "barrier", *(["lora"] if adapter else [])],
@@ -232,6 +243,7 @@ def save_model_card(
         results=results_table(metrics),
         count=metrics.get("num_images", 0),
         metrics=METRICS_NAME,
+        licence=f": {licence}" if licence else "; it was not found with the weights",
     )
     picture = "\n![before and after](before_after.png)\n" if (output / "before_after.png").is_file() else ""
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}{picture}").save(output / "README.md")

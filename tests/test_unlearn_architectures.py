@@ -152,6 +152,20 @@ def test_half_precision_beside_full_weights(name, folders, tmp_path):
     assert np.isfinite(sample(load(tmp_path / "run"))).all()
 
 
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
+def test_own_samples_and_projection(name, folders, tmp_path):
+    """ESD needs no forget image; at SDXL's keys and values prompts are all the retain statistics need."""
+    settings = {"objective.name": "esd", "objective.num_inference_steps": 2, "objective.anchor": "null"}
+    settings |= {"objective.alpha": 0, "barrier.constraint": "both", "barrier.projection_energy": 0.9}
+    if name == "sdxl":
+        settings |= {"barrier.targets": "[attn2.to_k,attn2.to_v]", "retain_statistics": "prompts"}
+    content = unlearn(folders[name], tmp_path / "run", **settings)
+    assert min(content["history"]["objective"]) > 0 and np.isfinite(sample(load(tmp_path / "run"))).all()
+    assert not list((tmp_path / "run" / "cache").glob("latents-*"))
+    found = load_file(tmp_path / "run" / "barrier_projections.safetensors")
+    assert all(0 < len(value.T) < len(value) for key, value in found.items() if key.endswith(".basis"))
+
+
 def test_unknown_pipelines_and_files_are_refused_before_loading(folders, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
