@@ -93,7 +93,8 @@ def test_launched_as_users_launch_it(tmp_path):
     assert changed and all(".attn2.to_" in name and "to_out" not in name for name in changed)
     assert np.isfinite(sample(load(output))).all()
     card = (output / "README.md").read_text()
-    assert card.startswith("---\n") and "license: mit\n" in card and "without sneaker" in card and "unlearning accuracy" in card
+    assert card.startswith("---\n") and "license: mit\n" in card
+    assert "without sneaker" in card and "unlearning accuracy" in card
     assert "applies to these weights too: mit." in card
 
 
