@@ -133,33 +133,34 @@ def projection() -> Table:
 
 
 def concepts() -> Table:
-    """A style, a colour, two classes, one after another, and a concept from prompts alone."""
-    style = {"concept": "pencil sketch", "concept_column": "style", "objective.anchor": "photo"}
+    """A style, a colour, two classes, one after another, and a concept from prompts alone; all with a projection."""
+    style = {**PROJECTION, "concept": "pencil sketch", "concept_column": "style", "objective.anchor": "photo"}
     style |= {"evaluation.images_per_label": 150}
-    colour = {"concept": "red", "concept_column": "colour", "objective.anchor": "blue"}
-    two = {"concept": "[sneaker,bag]", "objective.anchor": "[boot,coat]", "evaluation.images_per_label": 30}
-    first = {"evaluation.images_per_label": 30}
+    colour = {**PROJECTION, "concept": "red", "concept_column": "colour", "objective.anchor": "blue"}
+    colour |= {"barrier.projection_energy": 0.98, "learning_rate": 3e-3}  # at 0.999 the other colours span red
+    first = {**PROJECTION, "evaluation.images_per_label": 30}
+    two = {**first, "concept": "[sneaker,bag]", "objective.anchor": "[boot,coat]", "max_train_steps": 250}
     captions = [f"a {kind} of a {tint} {{}}" for kind in ("photo", "pencil sketch") for tint in COLOURS]
     prompts = {
+        **PROJECTION,
+        **KEYS_AND_VALUES,
+        "retain_statistics": "prompts",
         "train_data_dir": None,
         "concept": "sneaker",
         "forget_prompts": [text.format("sneaker") for text in captions],
         "retain_prompts": [text.format(name) for name in sorted(ANCHORS) if name != "sneaker" for text in captions],
-        "num_generated_images": 432,
+        "num_generated_images": 216,
         "evaluation.images_per_label": 216,
     }
     chains = [
-        [Row({"erased": "style: pencil sketch"}, style)],
-        [Row({"erased": "colour: red"}, colour)],
-        [Row({"erased": "classes: sneaker and bag"}, two)],
         [Row({"erased": "class: sneaker"}, first), Row({"erased": "then style: pencil sketch"}, style)],
+        [Row({"erased": "classes: sneaker and bag"}, two)],
+        [Row({"erased": "colour: red"}, colour)],
+        [Row({"erased": "style: pencil sketch"}, style)],
         [Row({"erased": "sneaker, from prompts alone"}, prompts)],
     ]
-    metrics = {
-        "UA": METRICS["UA"],
-        "drop": METRICS["drop"],
-        "class drop": "class_accuracy_before - class_accuracy_after",
-    }
+    metrics = {"UA": METRICS["UA"], "drop": METRICS["drop"]}
+    metrics["class drop"] = "class_accuracy_before - class_accuracy_after"
     metrics |= OTHER_DROPS
     for when in ("before", "after"):
         metrics[f"UA of the class, {when}"] = f"erased_before_unlearning_accuracy_{when}"
