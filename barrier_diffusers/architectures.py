@@ -241,8 +241,8 @@ class Diffusion:
             embeddings = self.architecture.encode(pipeline, [""]).get("encoder_hidden_states")
         if isinstance(wanted, int) and embeddings is not None and embeddings.shape[-1] != wanted:
             raise ValueError(
-                f"the text encoder gives {embeddings.shape[-1]} features per token, but the {self.architecture.denoiser} "
-                f"reads {wanted}: they do not belong together; take both from one pipeline"
+                f"the text encoder gives {embeddings.shape[-1]} features per token, but the denoiser reads {wanted}: "
+                "they do not belong together; take both from one pipeline"
             )
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:

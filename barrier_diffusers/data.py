@@ -113,8 +113,9 @@ def unreadable_image(dataset: Dataset, image_column: str, rows: Iterable[int]) -
             dataset[row][image_column].load()
         except Exception as error:
             path = undecoded[row][image_column]["path"]
-            file = f" ({path})" if path else ""
-            return ValueError(f"the image of row {row}{file} cannot be read: {error}. Replace it or leave the row out")
+            number = row if dataset._indices is None else dataset._indices.column(0)[row].as_py()
+            name = f"{number} ({path})" if path else number
+            return ValueError(f"the image of row {name} cannot be read: {error}. Replace it or leave the row out")
     return None
 
 
