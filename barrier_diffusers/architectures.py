@@ -233,6 +233,18 @@ class Diffusion:
             name = self.architecture.pipeline_class.__name__
             raise ValueError(f"resolution is {resolution}, but must be a multiple of {unit} for this {name}")
 
+    def check_text_encoder(self, pipeline: Any) -> None:
+        """A ValueError if the prompts' embeddings are not as wide as the denoiser's attention reads them."""
+        config = self.denoiser.config
+        wanted = config.get("cross_attention_dim") or config.get("joint_attention_dim")
+        with torch.no_grad():
+            embeddings = self.architecture.encode(pipeline, [""]).get("encoder_hidden_states")
+        if isinstance(wanted, int) and embeddings is not None and embeddings.shape[-1] != wanted:
+            raise ValueError(
+                f"the text encoder gives {embeddings.shape[-1]} features per token, but the denoiser reads {wanted}: "
+                "they do not belong together; take both from one pipeline"
+            )
+
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(c, h, w) of the latents of square images."""
         side = resolution // self.facts.vae_scale_factor

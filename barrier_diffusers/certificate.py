@@ -19,6 +19,7 @@ from scipy.stats import binom
 from torch import Tensor, nn
 
 from barrier_diffusers.drift import Drift
+from barrier_diffusers.files import written_whole
 from barrier_diffusers.fitting import ForwardFn, first_tensor, kept_random_state
 from barrier_diffusers.loss import interval_ends
 from barrier_diffusers.recorder import evaluation_mode, record_inputs
@@ -212,10 +213,8 @@ class Certificate:
 
     def save_json(self, path: str | os.PathLike) -> None:
         """Write the certificate whole or not at all."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        with written_whole(Path(path)) as temporary:
+            temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     def __str__(self) -> str:
         worst = max(self.maps, key=lambda entry: entry.relative.largest)

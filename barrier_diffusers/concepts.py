@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -30,6 +28,7 @@ from barrier_diffusers.data import (
     take_evenly,
 )
 from barrier_diffusers.erased import ErasedConcepts, captions_of, rows_about_others
+from barrier_diffusers.files import written_whole
 from barrier_diffusers.generation import SamplingConfig, generate
 from barrier_diffusers.training import module_hash, write_json
 
@@ -252,17 +251,15 @@ def illustrate(
 
 def write_image_folder(folder: Path, images_NHWC: np.ndarray, columns: dict[str, list[str]]) -> None:
     """PNG files and a metadata.csv, the layout `datasets` calls imagefolder; whole or not at all."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     names = [f"{index:05d}.png" for index in range(len(images_NHWC))]
-    for name, image in zip(names, images_NHWC, strict=True):
-        Image.fromarray(image).save(temporary / name, optimize=True)
-    with (temporary / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file_name", *columns])
-        writer.writerows(zip(names, *columns.values(), strict=True))
-    os.replace(temporary, folder)
+    with written_whole(folder) as temporary:
+        temporary.mkdir(parents=True)
+        for name, image in zip(names, images_NHWC, strict=True):
+            Image.fromarray(image).save(temporary / name, optimize=True)
+        with (temporary / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["file_name", *columns])
+            writer.writerows(zip(names, *columns.values(), strict=True))
 
 
 @dataclass

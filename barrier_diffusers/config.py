@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
+from barrier_diffusers.files import written_whole
+
 CONFIG_NAME = "barrier_config.json"
 PENALTY_CHOICES = (  # of the protection loss; its numbers have a value anyway, and are not read without it
     *("region", "decomposition", "interval", "remove_top_directions", "include_bias_drift"),
@@ -167,9 +169,8 @@ class BarrierConfig:
         """Write barrier_config.json into `folder`, whole or not at all."""
         path = Path(folder) / CONFIG_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{CONFIG_NAME}.{os.getpid()}")
-        temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        with written_whole(path) as temporary:
+            temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> BarrierConfig:

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging as diffusers_logging
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
@@ -30,6 +29,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from barrier_diffusers.architectures import Diffusion, count_cut, get_architecture
+from barrier_diffusers.files import written_whole
 from barrier_diffusers.objectives.base import Condition
 
 
@@ -88,14 +88,35 @@ def fingerprint(*parts: Any) -> str:
 
 
 def cached_tensors(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Read tensors from `path`, or compute them once and write them there, whole or not at all."""
+    """Read tensors from `path`, or compute them once and write them there, whole or not at all.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file({key: value.contiguous() for key, value in compute().items()}, temporary)
-        os.replace(temporary, path)
-    with safe_open(path, "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        tensors = {key: value.contiguous() for key, value in compute().items()}
+        with written_whole(path) as temporary:
+            save_file(tensors, temporary)
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"cache file {str(path)!r} is damaged ({error}): delete it") from error
+
+
+def unreadable_image(dataset: Dataset, image_column: str, rows: Iterable[int]) -> ValueError | None:
+    """The error that names the first of these rows, and its file, whose image cannot be decoded; None if all can."""
+    undecoded = dataset.select_columns([image_column]).cast_column(image_column, Image(decode=False))
+    for row in rows:
+        try:
+            dataset[row][image_column].load()
+        except Exception as error:
+            path = undecoded[row][image_column]["path"]
+            number = row if dataset._indices is None else dataset._indices.column(0)[row].as_py()
+            name = f"{number} ({path})" if path else number
+            return ValueError(f"the image of row {name} cannot be read: {error}. Replace it or leave the row out")
+    return None
 
 
 @torch.no_grad()
@@ -108,7 +129,10 @@ def encode_moments(vae: Any, dataset: Dataset, image_column: str, resolution: in
     chunks = []
     for start in tqdm(range(0, len(rows), batch_size), desc="VAE latents", leave=False):
         stop = min(start + batch_size, len(rows))
-        pixels = default_collate(rows.__getitems__(list(range(start, stop))))["pixels"]
+        try:
+            pixels = default_collate(rows.__getitems__(list(range(start, stop))))["pixels"]
+        except Exception as error:
+            raise unreadable_image(dataset, image_column, range(start, stop)) or error from error
         posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
         chunks.append(posterior.parameters.float().cpu())
     if upcast:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +15,7 @@ from peft import LoraConfig
 
 from barrier_diffusers.architectures import components, get_architecture
 from barrier_diffusers.config import BarrierConfig
+from barrier_diffusers.files import remove, removed_on_failure, written_whole
 from barrier_diffusers.targets import resolve_targets
 from barrier_diffusers.training import METRICS_NAME, move_into
 
@@ -155,21 +154,22 @@ def widened(pipeline: Any) -> Iterator[None]:
 
 def save_pipeline(pipeline: Any, output: Path) -> None:
     """Write the pipeline into `output`, in one precision; a killed write leaves no half-written model_index.json."""
-    temporary = output / f".pipeline-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    with widened(pipeline):
+    temporary = output / ".pipeline"
+    with removed_on_failure(temporary, output), widened(pipeline):
+        remove(temporary)
         pipeline.save_pretrained(temporary, safe_serialization=True)
-    move_into(temporary, output, last="model_index.json")
+        move_into(temporary, output, last="model_index.json")
 
 
 def save_adapter(pipeline: Any, output: Path) -> None:
     """Write the denoiser's LoRA as pytorch_lora_weights.safetensors, the file `load_lora_weights` looks for."""
     row = get_architecture(type(pipeline).__name__)
     layers = {f"{row.denoiser}_lora_layers": row.adapter_layers(getattr(pipeline, row.denoiser))}
-    temporary = output / f".adapter-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    pipeline.save_lora_weights(temporary, safe_serialization=True, **layers)
-    move_into(temporary, output, last="pytorch_lora_weights.safetensors")
+    temporary = output / ".adapter"
+    with removed_on_failure(temporary, output):
+        remove(temporary)
+        pipeline.save_lora_weights(temporary, safe_serialization=True, **layers)
+        move_into(temporary, output, last="pytorch_lora_weights.safetensors")
 
 
 def claim_repo(repo_id: str, private: bool) -> str:
@@ -246,4 +246,5 @@ def save_model_card(
         licence=f": {licence}" if licence else "; it was not found with the weights",
     )
     picture = "\n![before and after](before_after.png)\n" if (output / "before_after.png").is_file() else ""
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}{picture}").save(output / "README.md")
+    with written_whole(output / "README.md") as temporary:
+        ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}{picture}").save(temporary)

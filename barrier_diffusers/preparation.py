@@ -84,7 +84,6 @@ def attach_saliency_mask(
         with accelerator.autocast():
             mask.choose(saliency_scores(barrier.maps, steps, accelerator.reduce), fraction)
     mask.attach(optimizer)
-    accelerator.register_for_checkpointing(mask)
     return mask
 
 

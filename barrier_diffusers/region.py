@@ -5,7 +5,6 @@ Shapes: D input features, K kept directions.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from barrier_diffusers.config import BarrierConfig
+from barrier_diffusers.files import written_whole
 from barrier_diffusers.statistics import Moments, ProjectionSketch
 
 
@@ -189,9 +189,8 @@ def _singular_value_weight(count: int, num_features: int, reduced_dim: int) -> f
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary, metadata)
-    os.replace(temporary, path)
+    with written_whole(path) as temporary:
+        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary, metadata)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,4 +1,4 @@
-"""What the accelerate scripts share: command line, output folder, data order, checkpoints, manifest."""
+"""What the accelerate scripts share: command line, output folder, data order, manifest."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, skip_first_batches
+from accelerate import skip_first_batches
 from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from barrier_diffusers.architectures import Diffusion
-from barrier_diffusers.barrier import Barrier
 from barrier_diffusers.config import CONFIG_NAME
+from barrier_diffusers.files import written_whole
 from barrier_diffusers.objectives import DiffusionStep, ObjectiveConfig
 from barrier_diffusers.objectives.base import Condition
 from barrier_diffusers.reference import FrozenReference
@@ -47,6 +47,9 @@ def run_script(main: Callable[[Any], None], config_class: type) -> None:
         raise SystemExit(_fail(error, 2)) from error
     try:
         main(config)
+    except KeyboardInterrupt as error:  # while training, Ctrl-C ends the step first (interruption.py)
+        print("stopped by SIGINT, not while training: start it again", file=sys.stderr)
+        raise SystemExit(130) from error
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("BARRIER_TRACEBACK"):
             raise
@@ -71,9 +74,8 @@ def _fail(error: BaseException, status: int) -> int:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def claim_output_dir(output_dir: str, overwrite: bool, resume: bool) -> Path:
@@ -206,50 +208,3 @@ class History:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.values = state["values"]
-
-
-def checkpoint_folders(output: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    found = [path for path in (output / "checkpoints").glob("step-*") if path.name.removeprefix("step-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def find_checkpoint(output: Path, name: str | None) -> Path | None:
-    """The checkpoint to resume from: a folder, or the newest one for "latest" (None if there is none yet).
-
-    Raises:
-        ValueError: a named checkpoint that does not exist.
-    """
-    if name is None:
-        return None
-    if name == "latest":
-        folders = checkpoint_folders(output)
-        return folders[-1] if folders else None
-    for candidate in (Path(name), output / "checkpoints" / name):
-        if candidate.is_dir():
-            return candidate
-    raise ValueError(
-        f"no checkpoint {name!r}; {output / 'checkpoints'} has {[p.name for p in checkpoint_folders(output)]}"
-    )
-
-
-def save_checkpoint(
-    accelerator: Accelerator, output: Path, step: int, limit: int | None, barrier: Barrier | None
-) -> None:
-    """Save training state and regions as checkpoints/step-N, whole or not at all; drop the oldest beyond `limit`."""
-    folder = output / "checkpoints" / f"step-{step}"
-    temporary = folder.with_name(f".step-{step}")
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary), safe_serialization=True)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        if barrier is not None:
-            barrier.save_pretrained(temporary / "barrier")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-        for old in checkpoint_folders(output)[: -limit if limit else 0]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()

@@ -13,18 +13,14 @@ from torch.utils.data import DataLoader
 
 from barrier_diffusers import BarrierConfig
 from barrier_diffusers.training import (
-    History,
-    checkpoint_folders,
     claim_output_dir,
     endless,
-    find_checkpoint,
     freeze_normalisation,
     manifest,
     module_hash,
     move_into,
     parse_config,
     run_script,
-    save_checkpoint,
     write_json,
 )
 
@@ -154,28 +150,6 @@ def test_batches_reshuffle_and_continue_where_a_run_stopped():
     torch.manual_seed(0)
     stream = endless(prepared_loader(), batches_done=6)
     assert [next(stream).tolist() for _ in range(6)] == whole[6:]
-
-
-def test_checkpoints_rotate_and_are_found(tmp_path):
-    accelerator = Accelerator(cpu=True)
-    model = accelerator.prepare(nn.Linear(2, 2))
-    history = History()
-    accelerator.register_for_checkpointing(history)
-    for step in (1, 2, 10):
-        history.append(objective=float(step))
-        save_checkpoint(accelerator, tmp_path, step, 2, None)
-    assert [path.name for path in checkpoint_folders(tmp_path)] == ["step-2", "step-10"]
-    latest = find_checkpoint(tmp_path, "latest")
-    assert latest == tmp_path / "checkpoints" / "step-10" == find_checkpoint(tmp_path, "step-10")
-    history.values = {}
-    weight = model.weight.detach().clone()
-    with torch.no_grad():
-        model.weight += 1
-    accelerator.load_state(str(latest))
-    assert history.values == {"objective": [1.0, 2.0, 10.0]} and torch.equal(model.weight, weight)
-    assert find_checkpoint(tmp_path / "new", "latest") is None and find_checkpoint(tmp_path, None) is None
-    with pytest.raises(ValueError, match="no checkpoint 'step-7'"):
-        find_checkpoint(tmp_path, "step-7")
 
 
 def test_manifest_is_complete():

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from barrier_diffusers import Barrier
 from barrier_diffusers.architectures import Diffusion, components, get_architecture
+from barrier_diffusers.checkpoints import Checkpoints
 from barrier_diffusers.concepts import EncodedConcepts, encode_concepts, load_concepts
 from barrier_diffusers.data import EncodedImages, NoisedBatches
 from barrier_diffusers.erased import ERASED_NAME, ErasedConcepts, as_json, read_erased
@@ -45,6 +46,7 @@ from barrier_diffusers.hub import (
     save_model_card,
     save_pipeline,
 )
+from barrier_diffusers.interruption import Interruption
 from barrier_diffusers.preparation import (
     apply_edit,
     attach_saliency_mask,
@@ -62,12 +64,10 @@ from barrier_diffusers.training import (
     StepMaker,
     claim_output_dir,
     endless,
-    find_checkpoint,
     freeze_normalisation,
     manifest,
     module_hash,
     run_script,
-    save_checkpoint,
     write_json,
 )
 
@@ -193,7 +193,8 @@ def main(config: UnlearnConfig) -> None:
         if config.push_to_hub:
             claim_repo(config.repo_id, config.hub_private)
     accelerator.wait_for_everyone()
-    checkpoint = find_checkpoint(output, config.resume_from_checkpoint)
+    checkpoints = Checkpoints(accelerator, output, config, config.checkpoints_total_limit)
+    checkpoint = checkpoints.find(config.resume_from_checkpoint)
     set_seed(config.seed)
     frozen_dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
     pipeline = load_pipeline(
@@ -207,6 +208,7 @@ def main(config: UnlearnConfig) -> None:
     )
     diffusion = Diffusion(pipeline, config.guidance_scale)
     diffusion.check_resolution(config.resolution)
+    diffusion.check_text_encoder(pipeline)
     config.barrier.targets = config.barrier.targets or list(diffusion.architecture.targets)
     denoiser = diffusion.denoiser
     if config.enable_xformers_memory_efficient_attention:
@@ -259,7 +261,10 @@ def main(config: UnlearnConfig) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.adam_weight_decay)
     if config.saliency_mask is not None:
         rows = (StepMaker(denoiser, diffusion), data.forget, config.train_batch_size)
-        attach_saliency_mask(config.saliency_mask, barrier, optimizer, *rows, accelerator, checkpoint is not None)
+        resumed = checkpoint is not None
+        checkpoints.states["saliency_mask"] = attach_saliency_mask(
+            config.saliency_mask, barrier, optimizer, *rows, accelerator, resumed
+        )
     forget_loader = batches(data.forget, config, config.seed)
     retain_loader = batches(data.retain, config, config.seed + 1) if steer.alpha > 0 and data.retain else None
     model, optimizer, forget_loader, retain_loader = accelerator.prepare(
@@ -274,13 +279,9 @@ def main(config: UnlearnConfig) -> None:
         num_training_steps=max_steps * accelerator.num_processes,
     )
     schedule = accelerator.prepare(schedule)
-    history = History()
-    accelerator.register_for_checkpointing(history)
+    checkpoints.states["history"] = history = History()
     accelerator.init_trackers("logs")
-    first = 0
-    if checkpoint:
-        accelerator.load_state(str(checkpoint))
-        first = int(checkpoint.name.removeprefix("step-"))
+    first = checkpoints.load(checkpoint, max_steps) if checkpoint else 0
 
     make_step = StepMaker(model, diffusion, steer, reference, sampler)
     make_retain_step = StepMaker(model, diffusion)
@@ -289,38 +290,41 @@ def main(config: UnlearnConfig) -> None:
     retain_batches = endless(retain_loader, first * micro_steps) if retain_loader else None
     progress = tqdm(range(first, max_steps), desc="unlearning", disable=not accelerator.is_local_main_process)
     start = time.perf_counter()
-    for step in progress:
-        losses = {"objective": 0.0, "retain": 0.0, "protection": 0.0}
-        for _ in range(micro_steps):
-            with accelerator.accumulate(model):
-                terms = {"objective": objective.loss(make_step(next(forget_batches)))}
-                if retain_batches:
-                    terms["retain"] = steer.alpha * make_retain_step(next(retain_batches)).ordinary_loss()
-                if config.protected:
-                    terms["protection"] = barrier.compute_protection_loss()
-                for name, value in terms.items():
-                    losses[name] += value.item() / micro_steps
-                if not np.isfinite(list(losses.values())).all():
-                    raise FloatingPointError(f"non-finite loss at step {step + 1} ({losses}): lower learning_rate")
-                accelerator.backward(torch.stack(list(terms.values())).sum())
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-                optimizer.step()
-                if config.protected and accelerator.sync_gradients:
-                    barrier.project()
-                schedule.step()
-                optimizer.zero_grad()
-        history.append(**losses)
-        accelerator.log({f"loss/{name}": value for name, value in losses.items()}, step=step + 1)
-        progress.set_postfix({name: f"{value:.4g}" for name, value in losses.items()})
-        if config.checkpointing_steps and (step + 1) % config.checkpointing_steps == 0 and step + 1 < max_steps:
-            save_checkpoint(
-                accelerator, output, step + 1, config.checkpoints_total_limit, barrier if config.protected else None
-            )
-        if config.validation_prompt and (step + 1) % config.validation_steps == 0 and accelerator.is_main_process:
-            denoiser.eval()
-            validate(accelerator, pipeline, config, output, step + 1)
-            freeze_normalisation(model)
+    with Interruption(accelerator) as interruption:
+        for step in progress:
+            losses = {"objective": 0.0, "retain": 0.0, "protection": 0.0}
+            for _ in range(micro_steps):
+                with accelerator.accumulate(model):
+                    terms = {"objective": objective.loss(make_step(next(forget_batches)))}
+                    if retain_batches:
+                        terms["retain"] = steer.alpha * make_retain_step(next(retain_batches)).ordinary_loss()
+                    if config.protected:
+                        terms["protection"] = barrier.compute_protection_loss()
+                    for name, value in terms.items():
+                        losses[name] += value.item() / micro_steps
+                    checkpoints.check_losses(losses, step + 1)
+                    accelerator.backward(torch.stack(list(terms.values())).sum())
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+                    optimizer.step()
+                    if config.protected and accelerator.sync_gradients:
+                        barrier.project()
+                    schedule.step()
+                    optimizer.zero_grad()
+            history.append(**losses)
+            accelerator.log({f"loss/{name}": value for name, value in losses.items()}, step=step + 1)
+            progress.set_postfix({name: f"{value:.4g}" for name, value in losses.items()})
+            stop = interruption.requested
+            due = config.checkpointing_steps and (step + 1) % config.checkpointing_steps == 0 and step + 1 < max_steps
+            if stop or due:
+                saved = checkpoints.save(step + 1, parameters, barrier if config.protected else None)
+            if stop:
+                interruption.leave(saved)
+            if config.validation_prompt and (step + 1) % config.validation_steps == 0 and accelerator.is_main_process:
+                denoiser.eval()
+                validate(accelerator, pipeline, config, output, step + 1)
+                freeze_normalisation(model)
+        checkpoints.check_weights(parameters, max_steps)
 
     seconds = time.perf_counter() - start
     accelerator.wait_for_everyone()

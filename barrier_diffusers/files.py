@@ -1,0 +1,80 @@
+"""Files and folders that are written whole or not at all, and one clear message where they cannot be."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+class WriteError(OSError):
+    """Something could not be written; the target is as it was before."""
+
+    def __init__(self, path: Path, reason: str, advice: str = "free disk space, or check the rights of its folder"):
+        super().__init__(f"cannot write {str(path)!r} ({reason}): {advice}")
+        self.reason = reason
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def put_in_place(temporary: Path, target: Path) -> None:
+    """Give a finished file or folder its name; what has that name is replaced, and is never half there."""
+    if target.is_dir():
+        old = target.with_name(f".old-{target.name}")
+        remove(old)
+        os.replace(target, old)
+        os.replace(temporary, target)
+        remove(old)
+    else:
+        os.replace(temporary, target)
+
+
+@contextmanager
+def removed_on_failure(temporary: Path, target: Path) -> Iterator[None]:
+    """Delete `temporary` if the block, which does nothing but write it, does not end well.
+
+    Raises:
+        WriteError: a failed write. torch.save reports one as a RuntimeError, safetensors as an error of its own.
+    """
+    try:
+        yield
+    except BaseException as error:
+        try:
+            remove(temporary)
+        except OSError:  # a read-only file system: there is nothing to delete then
+            pass
+        if isinstance(error, OSError | RuntimeError | SafetensorError):
+            raise WriteError(target, _reason(error)) from error
+        raise
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, WriteError):
+        return error.reason
+    if "inline_container" in str(error):  # torch.save tells a line of its source instead of the system's answer
+        return "the file could not be written to its end, as on a full disk"
+    return getattr(error, "strerror", None) or str(error).split("\n")[0]
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """The path of a temporary file or folder beside `target`, which gets the name of `target` when the block ends.
+
+    Raises:
+        WriteError: it cannot be written; nothing is left of it, and `target` is as it was.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    with removed_on_failure(temporary, target):
+        remove(temporary)
+        yield temporary
+        put_in_place(temporary, target)
