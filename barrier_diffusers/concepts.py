@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, Features, Value, concatenate_datasets
 from PIL import Image
 
 from barrier_diffusers.architectures import components
@@ -52,8 +52,9 @@ class ConceptConfig:
     retain_data_dir: str | None = None  # and of other things; without captions, retain_prompts in turn
     forget_prompts: list[str] = field(default_factory=list)  # without images: prompts the model itself illustrates
     retain_prompts: list[str] = field(default_factory=list)
-    num_generated_images: int = 200  # of each of the two prompt lists, and of the concepts erased before
-    generation: SamplingConfig = field(default_factory=SamplingConfig)  # of those images
+    # of each of the two prompt lists, and of the concepts erased before; at least one for each prompt
+    num_generated_images: int = 200
+    generation: SamplingConfig = field(default_factory=lambda: SamplingConfig(seed=0))  # of those images
     max_forget_images: int | None = None  # None: all
     max_retain_images: int | None = None
     retain_concepts: list[str] | None = None  # values of concept_column whose rows are retained; None: all others
@@ -120,6 +121,7 @@ class DataNeeds:
     retain_images: bool = True  # False: the retain prompts only
     retain: bool = True  # False: nothing of the retain rows is read
     unconditional: bool = False  # the empty prompt's embedding
+    edit: bool = False  # captions only, for a closed-form edit: nothing is encoded
 
     @property
     def images(self) -> list[str]:
@@ -140,14 +142,8 @@ class ConceptData:
 
     def anchors(self, anchor: str | list[str] | None, anchor_prompt: str | None, seed: int) -> list[str]:
         """The anchor prompt of every forget row."""
-        if not self.labels and anchor is None and anchor_prompt is None:
-            raise ValueError("without a concept column there is no other label: set objective.anchor or anchor_prompt")
         captions = list(self.forget[self.config.caption_column])
         if isinstance(anchor, list):
-            if len(anchor) != len(self.config.concepts):
-                raise ValueError(
-                    f"objective.anchor lists {len(anchor)} words for {len(self.config.concepts)} concepts"
-                )
             words = dict(zip(self.config.concepts, anchor, strict=True))
             return [swap_concept(text, own, words[own]) for text, own in zip(captions, self.concepts, strict=True)]
         return anchor_captions(captions, self.concepts, anchor, anchor_prompt, self.labels, seed)
@@ -180,18 +176,19 @@ def load_concepts(
         forget, retain = split_concepts(dataset, config.concept_column, config.concepts)
         concepts = list(forget[config.concept_column])
     retain = retain.select(rows_about_others(list(retain[caption]), erased))
-    retain_captions = sorted({*retain[caption], *captions_of(erased)})
     if config.source is not None:
         labels = sorted(set(retain[config.concept_column]))
         if config.retain_concepts is not None:
             retain, _ = split_concepts(retain, config.concept_column, config.retain_concepts, "retain")
+    replayed = captions_of(erased, ErasedConcepts(config.concepts, list(forget[caption])))
+    retain_captions = sorted({*retain[caption], *replayed})
     kept = take_evenly(range(len(forget)), config.max_forget_images, seed)
     forget, concepts = forget.select(kept), [concepts[index] for index in kept]
     retain = retain.select(take_evenly(range(len(retain)), config.max_retain_images, seed))
-    if erased and needs.retain:
-        prompts = cycle(captions_of(erased), config.num_generated_images)
+    if replayed and (needs.retain or needs.edit):
+        prompts = cycle(replayed, max(config.num_generated_images, len(replayed)))
         columns = [image, caption] if needs.retain_images else [caption]
-        now = Dataset.from_dict({caption: prompts})
+        now = captions_only(caption, prompts)
         if needs.retain_images:
             now = illustrate(config, pipeline, cache, base_hash, prompts, 2)
         retain = retain.select_columns(columns)
@@ -202,6 +199,11 @@ def load_concepts(
 def cycle(prompts: Sequence[str], count: int) -> list[str]:
     """`count` prompts, the list repeated in order."""
     return [prompts[index % len(prompts)] for index in range(count)] if prompts else []
+
+
+def captions_only(column: str, captions: list[str]) -> Dataset:
+    """Rows without images."""
+    return Dataset.from_dict({column: captions}, Features({column: Value("string")}))
 
 
 def rows_of_prompts(
@@ -221,11 +223,11 @@ def rows_of_prompts(
                 found = found.add_column(config.caption_column, cycle(lists[role], len(found)))
             rows.append(found.select_columns([config.image_column, config.caption_column]))
             continue
-        prompts = cycle(lists[role], config.num_generated_images)
+        prompts = cycle(lists[role], max(config.num_generated_images, len(lists[role])))
         if role in with_images and prompts:
             rows.append(illustrate(config, pipeline, cache, base_hash, prompts, len(rows)))
         else:
-            rows.append(Dataset.from_dict({config.caption_column: prompts}))
+            rows.append(captions_only(config.caption_column, prompts))
     return rows
 
 
@@ -234,10 +236,10 @@ def illustrate(
 ) -> Dataset:
     """(image, caption) rows that the model makes of the prompts, once per model, prompts and sampler settings.
 
-    They stay in the cache as a folder of PNG files with metadata.csv, beside a manifest of how they were made. No two
-    `part`s of a run (0 forget, 1 retain, 2 erased before) start from the same seeds.
+    They stay in the cache as a folder of PNG files with metadata.jsonl, beside a manifest of how they were made. No
+    two `part`s of a run (0 forget, 1 retain, 2 erased before) start from the same seeds.
     """
-    sampling = replace(config.generation, seed=config.generation.seed + part * config.num_generated_images)
+    sampling = replace(config.generation, seed=config.generation.seed + part * 1_000_000)
     made_from = {"denoiser": base_hash, "prompts": prompts, "sampling": asdict(sampling)}
     folder = cache / f"generated-{fingerprint(made_from)}"
     if not (folder / "images").is_dir():
@@ -250,16 +252,16 @@ def illustrate(
 
 
 def write_image_folder(folder: Path, images_NHWC: np.ndarray, columns: dict[str, list[str]]) -> None:
-    """PNG files and a metadata.csv, the layout `datasets` calls imagefolder; whole or not at all."""
+    """PNG files and a metadata.jsonl, the layout `datasets` calls imagefolder; whole or not at all."""
     names = [f"{index:05d}.png" for index in range(len(images_NHWC))]
     with written_whole(folder) as temporary:
         temporary.mkdir(parents=True)
         for name, image in zip(names, images_NHWC, strict=True):
             Image.fromarray(image).save(temporary / name, optimize=True)
-        with (temporary / "metadata.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["file_name", *columns])
-            writer.writerows(zip(names, *columns.values(), strict=True))
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        rows = rows or [{} for _ in names]
+        lines = [json.dumps({"file_name": name, **row}) for name, row in zip(names, rows, strict=True)]
+        (temporary / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 @dataclass
@@ -290,7 +292,7 @@ def encode_concepts(
     embeddings = cached_tensors(cache / f"text-{text_key}.safetensors", lambda: encode_prompts(pipeline, prompts))
     vae_hash = module_hash(pipeline.vae)
 
-    def encode(role: str, targets: list[str]) -> EncodedImages:
+    def encode(role: str, targets: list[str] | None) -> EncodedImages:
         dataset, moments = rows[role], None
         if role in needs.images:
             key = fingerprint(dataset._fingerprint, vae_hash, resolution, config.image_column)
@@ -298,8 +300,8 @@ def encode_concepts(
                 cache / f"latents-{key}.safetensors",
                 lambda: {"moments": encode_moments(pipeline.vae, dataset, config.image_column, resolution)},
             )["moments"]
-        ids = [torch.tensor([position[text] for text in texts]) for texts in (captions[role], targets)]
-        return EncodedImages(moments, ids[0], ids[1], embeddings, position[""] if empty else None)
+        ids = [torch.tensor([position[text] for text in texts]) for texts in (captions[role], targets or [])]
+        anchor_ids = ids[1] if targets else None
+        return EncodedImages(moments, ids[0], anchor_ids, embeddings, position[""] if empty else None)
 
-    forget = encode("forget", anchors or captions["forget"])
-    return EncodedConcepts(forget, encode("retain", captions["retain"]) if needs.retain else None)
+    return EncodedConcepts(encode("forget", anchors), encode("retain", None) if needs.retain else None)

@@ -196,7 +196,7 @@ def swap_concept(caption: str, concept: str, replacement: str) -> str:
     'a photo of a red boot'
     """
     swapped, count = re.subn(
-        rf"(?<!\w){re.escape(concept)}(?!\w)", lambda _: replacement, caption, flags=re.IGNORECASE
+        rf"(?<![\w-]){re.escape(concept)}(?![\w-])", lambda _: replacement, caption, flags=re.IGNORECASE
     )
     if count == 0:
         raise ValueError(
@@ -263,7 +263,7 @@ class EncodedImages(TorchDataset):
 
     moments: Tensor | None  # VAE posteriors (N, 2 c, h, w); None for rows that are prompts only
     caption_ids: Tensor  # row of `embeddings` for each image's caption (N,)
-    anchor_ids: Tensor  # row of `embeddings` for each image's anchor prompt (N,); the caption's where there is none
+    anchor_ids: Tensor | None  # row of `embeddings` for each image's anchor prompt (N,); None: no anchors
     embeddings: Condition  # one row per distinct prompt in every tensor (P, ...)
     empty_id: int | None = None  # row of `embeddings` for the empty prompt, where one is needed
 
@@ -278,8 +278,9 @@ class EncodedImages(TorchDataset):
         row: dict[str, Any] = {
             "index": torch.tensor(index),
             "condition": self.condition(self.caption_ids[index]),
-            "anchor": self.condition(self.anchor_ids[index]),
         }
+        if self.anchor_ids is not None:
+            row["anchor"] = self.condition(self.anchor_ids[index])
         if self.moments is not None:
             row["moments"] = self.moments[index]
         if self.empty_id is not None:
@@ -298,8 +299,8 @@ def encode_images(
     moments = encode_moments(pipeline.vae, rows, "image", images[0].width)
     prompts = sorted({*captions, *(anchors or [])})
     position = {text: index for index, text in enumerate(prompts)}
-    ids = [torch.tensor([position[text] for text in texts]) for texts in (captions, anchors or captions)]
-    return EncodedImages(moments, ids[0], ids[1], encode_prompts(pipeline, prompts))
+    ids = [torch.tensor([position[text] for text in texts]) for texts in (captions, anchors or [])]
+    return EncodedImages(moments, ids[0], ids[1] if anchors else None, encode_prompts(pipeline, prompts))
 
 
 @dataclass

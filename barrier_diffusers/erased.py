@@ -32,7 +32,7 @@ def read_erased(pipeline: str, revision: str | None = None) -> list[ErasedConcep
     """What was erased from a pipeline folder or hub repository so far, oldest first; empty if it says nothing.
 
     Raises:
-        ValueError: a file that is not what `write_erased` writes.
+        ValueError: a file that does not hold what `as_json` gives.
     """
     path = Path(pipeline).expanduser() / ERASED_NAME
     if not path.parent.exists():
@@ -53,9 +53,10 @@ def as_json(erased: Sequence[ErasedConcepts]) -> list[dict[str, list[str]]]:
     return [asdict(entry) for entry in erased]
 
 
-def captions_of(erased: Sequence[ErasedConcepts]) -> list[str]:
-    """All distinct captions."""
-    return list(dict.fromkeys(caption for entry in erased for caption in entry.captions))
+def captions_of(erased: Sequence[ErasedConcepts], now: ErasedConcepts | None = None) -> list[str]:
+    """All distinct captions, without those about what is to be forgotten `now`."""
+    captions = list(dict.fromkeys(caption for entry in erased for caption in entry.captions))
+    return captions if now is None else [captions[row] for row in rows_about_others(captions, [now])]
 
 
 def rows_about_others(captions: Sequence[str], erased: Sequence[ErasedConcepts]) -> list[int]:

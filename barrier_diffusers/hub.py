@@ -186,9 +186,8 @@ def claim_repo(repo_id: str, private: bool) -> str:
         ) from error
 
 
-def push_folder(output: Path, repo_id: str) -> str:
-    """Upload a finished run in one commit; the address of the repository."""
-    full_name = create_repo(repo_id, exist_ok=True).repo_id
+def push_folder(output: Path, full_name: str) -> str:
+    """Upload a finished run in one commit to the repository of `claim_repo`; its address."""
     message = "Upload with barrier_diffusers"
     upload_folder(repo_id=full_name, folder_path=output, ignore_patterns=list(NOT_UPLOADED), commit_message=message)
     return HfApi().endpoint + "/" + full_name
@@ -214,6 +213,7 @@ def licence_of(base: str) -> str | None:
 
 def save_model_card(
     output: Path,
+    where: str,
     base: str,
     forgotten: list[str],
     objective: str,
@@ -222,7 +222,10 @@ def save_model_card(
     metrics: dict[str, Any],
     absent: Sequence[str] = (),
 ) -> None:
-    """Write README.md with the metadata the hub reads and the numbers of this run; `absent` parts load as None."""
+    """Write README.md with the metadata the hub reads and the numbers of this run.
+
+    `where` is what a user loads, a folder or hub repository; `absent` parts load as None.
+    """
     licence = licence_of(base)
     data = ModelCardData(
         license=licence,
@@ -231,7 +234,7 @@ def save_model_card(
         tags=["text-to-image", "machine-unlearning", "barrier", *(["lora"] if adapter else [])],
     )
     loading = (LOAD_ADAPTER if adapter else LOAD_PIPELINE).format(
-        folder=output, base=base, absent="".join(f", {part}=None" for part in absent)
+        folder=where, base=base, absent="".join(f", {part}=None" for part in absent)
     )
     body = CARD.format(
         title=f"{Path(base).name} without {', '.join(forgotten)}",

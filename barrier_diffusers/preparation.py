@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor
@@ -12,12 +13,12 @@ from torch.utils.data import DataLoader, Subset
 
 from barrier_diffusers.architectures import Diffusion
 from barrier_diffusers.barrier import Barrier
-from barrier_diffusers.concepts import ConceptData
-from barrier_diffusers.data import EncodedImages, encode_prompts
+from barrier_diffusers.concepts import ConceptData, EncodedConcepts
+from barrier_diffusers.data import EncodedImages, NoisedBatches, encode_prompts
 from barrier_diffusers.objectives import DiffusionStep, Objective, ObjectiveConfig, PromptEdit
 from barrier_diffusers.reference import FrozenReference
 from barrier_diffusers.saliency import SaliencyMask, saliency_scores
-from barrier_diffusers.sampling import PartialSampler
+from barrier_diffusers.sampling import PartialSampler, SampledBatches
 from barrier_diffusers.settings import UnlearnConfig
 from barrier_diffusers.training import StepMaker
 
@@ -27,6 +28,49 @@ def every_row(images: EncodedImages, batch_size: int, accelerator: Accelerator) 
     rows = range(accelerator.process_index, len(images), accelerator.num_processes)
     for batch in DataLoader(Subset(images, rows), batch_size=batch_size):
         yield send_to_device(batch, accelerator.device)
+
+
+def batches(images: EncodedImages, config: UnlearnConfig, seed: int, num_processes: int) -> DataLoader:
+    """Shuffled batches of cached images, in an order that depends on the seed alone."""
+    size = min(config.train_batch_size, len(images) // num_processes)
+    if size == 0:
+        raise ValueError(f"{len(images)} images cannot be shared between {num_processes} processes: use fewer")
+    generator = torch.Generator().manual_seed(seed)
+    return DataLoader(images, batch_size=size, shuffle=True, drop_last=True, generator=generator)
+
+
+def set_up_protection(
+    barrier: Barrier,
+    accelerator: Accelerator,
+    config: UnlearnConfig,
+    diffusion: Diffusion,
+    data: EncodedConcepts,
+    sampler: PartialSampler | None,
+    retain_inputs: dict[str, list[Tensor]],
+) -> None:
+    """Record the forget inputs (and the retain inputs, where the options ask for them).
+
+    The x_t are of the kind that the objective trains on: noised images, or with `sampler` the model's own samples.
+    """
+
+    def loader(images: EncodedImages, seed: int) -> NoisedBatches | SampledBatches:
+        if sampler is not None:  # small batches, as each has one timestep
+            rows = every_row(images, min(config.train_batch_size, 8), accelerator)
+            return SampledBatches(rows, sampler, accelerator.device)
+        share = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
+        size = config.train_batch_size * accelerator.num_processes
+        return NoisedBatches(images, diffusion, size, seed, accelerator.device, **share)
+
+    forget, retain = data.forget, data.retain if config.barrier.needs_retain_data else None
+    if retain is not None and set(retain_inputs) == set(config.barrier.targets or []):
+        retain = None
+    with accelerator.autocast():
+        barrier.setup_protection(
+            loader(forget, config.seed) if config.barrier.has_penalty else None,
+            diffusion.predict_batch,
+            loader(retain, config.seed + 1) if retain is not None else None,
+            retain_inputs,
+        )
 
 
 def sampler_and_reference(
@@ -93,7 +137,7 @@ def apply_edit(
     """Run a closed-form objective on the captions of the forget rows, their anchors and the retain captions."""
     assert objective.edit is not None
     forget, retain = (list(rows[concepts.config.caption_column]) for rows in (concepts.forget, concepts.retain))
-    anchors = concepts.anchors(options.anchor, options.anchor_prompt, seed)
+    anchors = concepts.anchors(options.anchor, options.anchor_prompt, seed) if objective.needs_anchor else forget
     tokenizer = pipeline.tokenizer
 
     def tokenize(prompt: str) -> list[int]:

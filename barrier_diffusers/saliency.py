@@ -66,12 +66,15 @@ def saliency_scores(
         with torch.no_grad():
             for factor, gradient in zip(up, up_gradients, strict=True):
                 factor.sub_(size * gradient)
+        torch.clear_autocast_cache()  # it holds a half-precision copy of the old B
         down_gradients = [reduce(total) for total in summed_gradients(down, steps())]
     finally:
         with torch.no_grad():
             for factor, value in zip(up, before, strict=True):
                 factor.copy_(value)
     pairs = ((up, up_gradients), (down, down_gradients))
+    if not any(float(total.abs().max()) for total in down_gradients):
+        raise FloatingPointError("the forget gradient for every LoRA factor A is 0: it cannot be ranked")
     return [[(factor, total.abs()) for factor, total in zip(*pair, strict=True)] for pair in pairs]
 
 

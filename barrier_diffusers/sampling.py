@@ -5,10 +5,11 @@ Shapes: B batch, c latent channels, h and w latent side. Conditions are passed o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from barrier_diffusers.architectures import Diffusion
@@ -60,10 +61,26 @@ class PartialSampler:
         return x, timesteps[stage].expand(size)
 
 
-def sampled_batches(batches: Iterable[dict[str, Any]], sampler: PartialSampler) -> list[dict[str, Any]]:
-    """The sampler's x_t for each batch of prompts, in the form the protection records: noisy, timesteps, condition."""
-    sampled = []
-    for batch in batches:
-        noisy, timesteps = sampler(batch["condition"], batch["unconditional"], batch["index"])
-        sampled.append({"noisy": noisy, "timesteps": timesteps, "condition": batch["condition"]})
-    return sampled
+class SampledBatches:
+    """The sampler's x_t for batches of prompts, in the form the protection records: noisy, timesteps, condition.
+
+    Sampled once, so that every pass sees the same; kept on the CPU.
+
+    Args:
+        batches: conditions, unconditional ones and row numbers, as `EncodedImages` gives them.
+        sampler: draws x_t.
+        device: where a batch is needed.
+    """
+
+    def __init__(self, batches: Iterable[dict[str, Any]], sampler: PartialSampler, device: torch.device):
+        self.device, self.batches = device, []
+        for batch in batches:
+            noisy, timesteps = sampler(batch["condition"], batch["unconditional"], batch["index"])
+            kept = {"noisy": noisy, "timesteps": timesteps, "condition": batch["condition"]}
+            self.batches.append(send_to_device(kept, "cpu"))
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (send_to_device(batch, self.device) for batch in self.batches)

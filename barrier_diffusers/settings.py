@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from barrier_diffusers.concepts import ConceptConfig, DataNeeds
+from barrier_diffusers.concepts import ConceptConfig, DataNeeds, concepts_of
 from barrier_diffusers.config import BarrierConfig
+from barrier_diffusers.data import swap_concept
 from barrier_diffusers.evaluation.erasure import EvaluationConfig
 from barrier_diffusers.objectives import Objective, ObjectiveConfig, get_objective, load_module
 
@@ -108,6 +109,8 @@ def chosen_objective(config: UnlearnConfig) -> Objective:
         load_module(config.objective.module)
     objective = get_objective(config.objective.name)
     objective.check(config.objective)
+    if objective.needs_anchor:
+        check_anchors(config)
     if objective.edit is not None:
         trains = {
             "rank": config.rank > 0,
@@ -126,6 +129,26 @@ def chosen_objective(config: UnlearnConfig) -> Objective:
     return objective
 
 
+def check_anchors(config: UnlearnConfig) -> None:
+    """What can be said about the anchors before any data is read or made.
+
+    Raises:
+        ValueError: a list of the wrong length, an anchor that is to be forgotten itself, none where there is no other
+            label, or words that a forget prompt does not name.
+    """
+    anchor, concepts = config.objective.anchor, config.concepts
+    words = anchor if isinstance(anchor, list) else [anchor] * len(concepts)
+    if len(words) != len(concepts):
+        raise ValueError(f"objective.anchor lists {len(words)} words for {len(concepts)} concepts")
+    for word in set(words) & set(concepts):
+        raise ValueError(f"objective.anchor {word!r} is to be forgotten itself: choose something that is retained")
+    if config.source is None and anchor is None and config.objective.anchor_prompt is None:
+        raise ValueError("without a concept column there is no other label: set objective.anchor or anchor_prompt")
+    if config.source is None and config.forget_data_dir is None and anchor is not None:
+        for prompt, concept in zip(config.forget_prompts, concepts_of(config.forget_prompts, concepts), strict=True):
+            swap_concept(prompt, concept, "")
+
+
 def data_needs(config: UnlearnConfig, objective: Objective, prompts_suffice: bool = False) -> DataNeeds:
     """What a run reads of its data: an objective that works from prompts alone has no forget image.
 
@@ -137,6 +160,7 @@ def data_needs(config: UnlearnConfig, objective: Objective, prompts_suffice: boo
     return DataNeeds(
         forget_images=forget_images and objective.edit is None,
         retain_images=retain_images,
-        retain=config.needs_retain or objective.edit is not None,
+        retain=config.needs_retain,
         unconditional=objective.needs_unconditional,
+        edit=objective.edit is not None,
     )

@@ -189,7 +189,7 @@ class StepMaker:
         else:
             drawn = self.diffusion.noised(batch["moments"])
             noisy, timesteps, target = drawn.noisy, drawn.timesteps, drawn.target
-        prompts = (batch["condition"], batch["anchor"], batch.get("unconditional"))
+        prompts = (batch["condition"], batch.get("anchor"), batch.get("unconditional"))
         return DiffusionStep(self.run, noisy, timesteps, target, *prompts, self.reference, self.options)
 
 

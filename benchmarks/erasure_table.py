@@ -188,7 +188,7 @@ def build(config: TableConfig) -> None:
     docs = Path(config.docs)
     tables = {name: TABLES[name]() for name in config.tables}
     done = {name: {} if config.again else finished(docs / f"{name}.json") for name in tables}
-    jobs = {}
+    jobs, failed = {}, []
     with ProcessPoolExecutor(config.workers, multiprocessing.get_context("spawn")) as pool:
         for name, table in tables.items():
             for chain in table.chains:
@@ -196,10 +196,15 @@ def build(config: TableConfig) -> None:
                     jobs[pool.submit(run_chain, chain, config.output_dir, threads)] = name, chain
         for job in tqdm(as_completed(jobs), total=len(jobs), desc="rows"):
             name, chain = jobs[job]
+            if job.exception() is not None:  # the other rows go on, and theirs are kept
+                failed.append(f"{chain[0].name}: {job.exception()}")
+                continue
             for row, metrics in zip(chain, job.result(), strict=True):
                 known = {"name": row.name, "config": config_hash(), "cells": row.cells, "flags": row.flags}
                 done[name][row.name] = {**known, "metrics": metrics}
             write(name, tables[name], done[name], docs, Path(config.readme))
+    if failed:
+        raise ValueError("rows failed, the others are written; " + "; ".join(failed))
     for name, table in tables.items():
         write(name, table, done[name], docs, Path(config.readme))
         print(f"{name}\n\n{markdown(table, done[name])}")

@@ -42,8 +42,6 @@ def test_several_classes_each_with_its_anchor(load):
     anchors = data.anchors(["boot", "coat"], None, 0)
     for caption, anchor in zip(data.forget["text"], anchors, strict=True):
         assert anchor == caption.replace("sneaker", "boot").replace("bag", "coat")
-    with pytest.raises(ValueError, match="objective.anchor lists 1 words for 2 concepts"):
-        data.anchors(["boot"], None, 0)
 
 
 @pytest.mark.parametrize(
@@ -66,8 +64,6 @@ def test_image_folders(load, tmp_path):
     assert list(data.forget["text"]) == ["a mug", "my mug", "a mug", "my mug", "a mug"]
     assert list(data.retain["text"]) == ["a hat", "a tree", "a hat", "a car"]
     assert data.forget[0]["image"].size == (32, 32) and data.anchors("cup", None, 0)[1] == "my cup"
-    with pytest.raises(ValueError, match="there is no other label"):
-        data.anchors(None, None, 0)
 
 
 def test_a_folder_without_captions_needs_prompts(load, tmp_path):
@@ -78,8 +74,10 @@ def test_a_folder_without_captions_needs_prompts(load, tmp_path):
 
 def test_prompts_alone(load, tmp_path):
     settings = {"concept": ["bag", "boot"], "forget_prompts": ["a red bag", "a boot"], "retain_prompts": ["a dress"]}
+    settings["retain_prompts"] += ["", "NA", "1984", "more prompts than images to make"]
     data = load(**settings, **FEW)
-    assert data.concepts == ["bag", "boot", "bag"] and len(data.retain) == 3
+    assert list(data.retain["text"]) == settings["retain_prompts"]
+    assert data.concepts == ["bag", "boot", "bag"] and len(data.retain) == 5
     folders = sorted((tmp_path / "cache").glob("generated-*"))
     times = [folder.stat().st_mtime_ns for folder in folders]
     assert len(folders) == 2 and "prompts" in json.loads((folders[0] / "manifest.json").read_text())
@@ -105,6 +103,22 @@ def test_what_was_erased_before_is_retained_as_the_model_shows_it_now(load):
     assert list(without_images.retain["text"]) == captions and without_images.retain.column_names == ["text"]
     unread = load(DataNeeds(retain=False), erased=[SKETCHES], **settings)
     assert len(unread.retain) == 10
+
+
+def test_nothing_that_is_to_be_forgotten_now_is_retained(load):
+    settings = {"concept": "bag", "train_data_dir": str(IMAGES), "max_retain_images": 10, **FEW}
+    data = load(erased=[SKETCHES], **settings)
+    assert not set(data.forget["text"]) & {*data.retain["text"], *data.retain_captions}
+    assert set(data.retain["text"][10:]) == {"a pencil sketch of a red boot"}
+    again = load(erased=[ErasedConcepts(["bag"], sorted(set(data.forget["text"])))], **settings)
+    assert len(again.retain) == 10 and not set(again.retain_captions) & set(again.forget["text"])
+
+
+def test_an_edit_reads_captions_alone(load):
+    needs = DataNeeds(forget_images=False, retain_images=False, retain=False, edit=True)
+    data = load(needs, erased=[SKETCHES], concept="hat", forget_prompts=["a hat"], **FEW)
+    assert list(data.forget["text"]) == ["a hat"] * 3
+    assert set(data.retain["text"]) == set(SKETCHES.captions) == set(data.retain_captions)
 
 
 def test_record_of_erased_concepts(tmp_path):

@@ -110,6 +110,7 @@ def test_a_run_is_uploaded_without_checkpoints(hub, tmp_path):
     assert wanted <= set(files)
     assert (output / "checkpoints").is_dir() and not any(path.startswith(("checkpoints", "logs")) for path in files)
     assert all(content == (output / path).read_bytes() for path, content in files.items())
+    assert 'from_pretrained("user/no-boot")' in (output / "README.md").read_text()
     assert "hf_good" not in done.stdout + done.stderr
     assert not any(b"hf_good" in path.read_bytes() for path in output.rglob("*") if path.is_file())
 

@@ -114,6 +114,21 @@ def test_registry():
     for wrong in ({"needs": ("images",)}, {"reads": ("momentum",)}):
         with pytest.raises(ValueError, match="objective 'mine' asks for (images|momentum)"):
             Objective("mine", loss=lambda step: step.target.sum(), **wrong)
+    with pytest.raises(ValueError, match="needs a loss or an edit, and not both"):
+        Objective("mine")
+
+
+def test_a_loss_must_be_a_scalar_with_gradient(step):
+    for value, found in {"vector": "a tensor of shape", "constant": "without gradient", "number": "float"}.items():
+        losses = {"vector": step.prediction().mean(1), "constant": step.target.mean(), "number": 1.0}
+        with pytest.raises(ValueError, match=f"'mine' must return a scalar tensor with gradient, not .*{found}"):
+            Objective("mine", loss=lambda _, v=losses[value]: v).loss_of(step)
+    assert get_objective("ga").loss_of(step).requires_grad
+
+
+def test_a_prompt_that_was_not_asked_for(step):
+    with pytest.raises(ValueError, match="the step has no such prompt"):
+        get_objective("rl").loss(replace(step, anchor=None))
 
 
 @pytest.mark.parametrize(
@@ -153,6 +168,14 @@ def test_documented_example(example, step):
     load_module(str(example))  # a second time changes nothing
     loss = get_objective("repel").loss(step)
     assert loss.item() > 0 and loss.requires_grad
+
+
+def test_module_that_failed_leaves_no_entry(tmp_path, example):
+    example.write_text(example.read_text() + "\n1 / 0\n")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="ZeroDivisionError"):
+            load_module(str(example))
+    assert "repel" not in OBJECTIVES
 
 
 def test_module_that_cannot_be_run(tmp_path):

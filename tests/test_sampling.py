@@ -6,7 +6,7 @@ from pipelines import build
 
 from barrier_diffusers.architectures import Diffusion
 from barrier_diffusers.data import encode_prompts
-from barrier_diffusers.sampling import PartialSampler, sampled_batches
+from barrier_diffusers.sampling import PartialSampler, SampledBatches
 
 PROMPTS = ["a photo of a red boot", "a photo of a blue bag"]
 
@@ -80,5 +80,7 @@ def test_first_stage_is_noise(monkeypatch):
 def test_batches_for_recording():
     _, diffusion, sampler, (condition, empty) = prepared("sd3")
     batches = [{"condition": condition, "unconditional": empty, "index": torch.arange(2)}]
-    (recorded,) = sampled_batches(batches, sampler)
+    stored = SampledBatches(batches, sampler, torch.device("cpu"))
+    (recorded,), (again,) = stored, stored
+    assert len(stored) == 1 and torch.equal(recorded["noisy"], again["noisy"])
     assert diffusion.predict_batch(diffusion.denoiser, recorded).shape == recorded["noisy"].shape

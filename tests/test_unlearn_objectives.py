@@ -15,6 +15,8 @@ from barrier_diffusers.data import encode_prompts
 BARE = {"objective.anchor": "null", "objective.alpha": 0, "barrier.lambda_interval": 0}
 KEYS = {"barrier.targets": "[attn2.to_k,attn2.to_v]"}
 PROJECTION = {"barrier.constraint": "projection", "barrier.use_actual_bounds": "false"}
+PROMPTS = {"train_data_dir": "null", "concept": "bag", "forget_prompts": "[a bag]", "retain_prompts": "[a boot]"}
+PROMPTS |= {"num_generated_images": 1, "generation.num_inference_steps": 1}
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
@@ -131,7 +133,7 @@ def test_one_after_another(tmp_path, cache):
     assert 0 <= metrics["erased_before_unlearning_accuracy_after"] <= 100
     (folder,) = cache.glob("generated-*")
     prompts = json.loads((folder / "manifest.json").read_text())["prompts"]
-    assert len(prompts) == 4 and all("sneaker" in text or "sandal" in text for text in prompts)
+    assert len(prompts) == 12 and all("photo" in text and ("sneaker" in text or "sandal" in text) for text in prompts)
 
 
 @pytest.mark.parametrize(
@@ -147,6 +149,12 @@ def test_one_after_another(tmp_path, cache):
         ({"retain_statistics": "prompts", "barrier.targets": "[attn1.to_k]"}, "read the prompt alone \\(attn2.to_k"),
         ({"retain_concepts": "[hat]"}, "zero retain images: no row has class = 'hat'"),
         ({"objective.module": "/no/such.py"}, "does not exist"),
+        ({"concept": "[sneaker,bag]", "objective.anchor": "[boot]"}, "lists 1 words for 2 concepts"),
+        ({"concept": "[sneaker,bag]", "objective.anchor": "bag"}, "'bag' is to be forgotten itself"),
+        ({**PROMPTS, "objective.anchor": "null"}, "there is no other label"),
+        ({**PROMPTS, "concept": "hat", "objective.anchor": "boot"}, "'a bag' does not name the concept 'hat'"),
+        ({**PROMPTS, "retain_prompts": "[a tree]"}, "no retain prompt of the evaluation names another class"),
+        ({**PROMPTS, "concept": "mug", "forget_prompts": "[a mug]"}, "cannot recognise mug"),
     ],
 )
 def test_contradictions_are_errors(settings, message, tmp_path, cache, monkeypatch):

@@ -18,18 +18,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
 from diffusers.optimization import get_scheduler
-from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from barrier_diffusers import Barrier
 from barrier_diffusers.architectures import Diffusion, components, get_architecture
 from barrier_diffusers.checkpoints import Checkpoints
-from barrier_diffusers.concepts import EncodedConcepts, encode_concepts, load_concepts
-from barrier_diffusers.data import EncodedImages, NoisedBatches
+from barrier_diffusers.concepts import encode_concepts, load_concepts
+from barrier_diffusers.data import fingerprint
 from barrier_diffusers.erased import ERASED_NAME, ErasedConcepts, as_json, read_erased
 from barrier_diffusers.evaluation.erasure import (
     Questions,
+    check_questions,
     evaluate_erasure,
     generate_cached,
     make_questions,
@@ -50,12 +49,12 @@ from barrier_diffusers.interruption import Interruption
 from barrier_diffusers.preparation import (
     apply_edit,
     attach_saliency_mask,
-    every_row,
+    batches,
     maps_of_prompts,
     prompt_inputs,
     sampler_and_reference,
+    set_up_protection,
 )
-from barrier_diffusers.sampling import PartialSampler, sampled_batches
 from barrier_diffusers.settings import UnlearnConfig, chosen_objective, data_needs
 from barrier_diffusers.training import (
     MANIFEST_NAME,
@@ -70,46 +69,6 @@ from barrier_diffusers.training import (
     run_script,
     write_json,
 )
-
-
-def batches(images: EncodedImages, config: UnlearnConfig, seed: int) -> DataLoader:
-    """Shuffled batches of cached images, in an order that depends on the seed alone."""
-    size = min(config.train_batch_size, len(images))
-    generator = torch.Generator().manual_seed(seed)
-    return DataLoader(images, batch_size=size, shuffle=True, drop_last=True, generator=generator)
-
-
-def set_up_protection(
-    barrier: Barrier,
-    accelerator: Accelerator,
-    config: UnlearnConfig,
-    diffusion: Diffusion,
-    data: EncodedConcepts,
-    sampler: PartialSampler | None,
-    retain_inputs: dict[str, list[Tensor]],
-) -> None:
-    """Record the forget inputs (and the retain inputs, where the options ask for them).
-
-    The x_t are of the kind that the objective trains on: noised images, or with `sampler` the model's own samples.
-    """
-
-    def loader(images: EncodedImages, seed: int) -> NoisedBatches | list[dict[str, Tensor]]:
-        if sampler is not None:
-            return sampled_batches(every_row(images, config.train_batch_size, accelerator), sampler)
-        share = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
-        size = config.train_batch_size * accelerator.num_processes
-        return NoisedBatches(images, diffusion, size, seed, accelerator.device, **share)
-
-    forget, retain = data.forget, data.retain if config.barrier.needs_retain_data else None
-    if retain is not None and set(retain_inputs) == set(config.barrier.targets or []):
-        retain = None
-    with accelerator.autocast():
-        barrier.setup_protection(
-            loader(forget, config.seed) if config.barrier.has_penalty else None,
-            diffusion.predict_batch,
-            loader(retain, config.seed + 1) if retain is not None else None,
-            retain_inputs,
-        )
 
 
 def validate(accelerator: Accelerator, pipeline: Any, config: UnlearnConfig, output: Path, step: int) -> None:
@@ -135,6 +94,7 @@ class Job:
     before: np.ndarray  # images (N, H, W, 3) of the questions' prompts
     base_hash: str
     erased: list[ErasedConcepts]  # by earlier runs and this one
+    repo_id: str | None  # hub repository that gets the result
 
 
 def finish(job: Job, results: dict[str, Any]) -> None:
@@ -168,12 +128,13 @@ def finish(job: Job, results: dict[str, Any]) -> None:
     objective, protection = config.objective.name, config.barrier.summary
     base, adapter = config.pretrained_model_name_or_path, config.rank > 0
     absent = [part for part in get_architecture(type(pipeline).__name__).optional if getattr(pipeline, part) is None]
-    save_model_card(output, base, questions.forgotten, objective, protection, adapter, metrics, absent)
+    where = job.repo_id or str(output)
+    save_model_card(output, where, base, questions.forgotten, objective, protection, adapter, metrics, absent)
     parts = {name: module_hash(part) for name, part in components(pipeline).items()}
     write_json(output / MANIFEST_NAME, manifest(config, {"base_denoiser": job.base_hash, **parts}, **results))
     print(f"{'adapter' if adapter else 'pipeline'}: {output}\npicture:  {output / 'before_after.png'}")
     if config.push_to_hub:
-        print(f"hub:      {push_folder(output, config.repo_id)}")
+        print(f"hub:      {push_folder(output, where)}")
 
 
 def main(config: UnlearnConfig) -> None:
@@ -190,8 +151,9 @@ def main(config: UnlearnConfig) -> None:
     output = Path(config.output_dir)
     if accelerator.is_main_process:
         claim_output_dir(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint is not None)
-        if config.push_to_hub:
-            claim_repo(config.repo_id, config.hub_private)
+    repo_id = None
+    if config.push_to_hub and accelerator.is_main_process:
+        repo_id = claim_repo(config.repo_id, config.hub_private)
     accelerator.wait_for_everyone()
     checkpoints = Checkpoints(accelerator, output, config, config.checkpoints_total_limit)
     checkpoint = checkpoints.find(config.resume_from_checkpoint)
@@ -219,6 +181,7 @@ def main(config: UnlearnConfig) -> None:
         module.to(accelerator.device)
         module.requires_grad_(module is denoiser).eval()
     base_hash = module_hash(denoiser)
+    made_by = fingerprint({name: module_hash(part) for name, part in components(pipeline).items()}, str(frozen_dtype))
     cache = Path(config.cache_dir or output / "cache")
     if config.rank:
         add_adapter(denoiser, config.barrier, config.rank)
@@ -227,20 +190,26 @@ def main(config: UnlearnConfig) -> None:
         objective.check_maps(barrier.maps)
 
     by_prompts = maps_of_prompts(config, diffusion)
+    steered = (config.objective.anchor, config.objective.anchor_prompt)
     steer, needs = config.objective, data_needs(config, objective, set(by_prompts) == set(config.barrier.targets))
     with accelerator.main_process_first():  # the others find the cache filled
         erased = read_erased(config.pretrained_model_name_or_path, config.revision)
         kept = erased if config.protect_erased else []
-        concepts = load_concepts(config, pipeline, cache, base_hash, config.seed, needs, kept)
+        concepts = load_concepts(config, pipeline, cache, made_by, config.seed, needs, kept)
         questions = make_questions(config.evaluation, config, erased)
-        anchors = concepts.anchors(steer.anchor, steer.anchor_prompt, config.seed) if objective.needs_anchor else None
-        data = encode_concepts(concepts, anchors, pipeline, cache, config.resolution, needs)
+        check_questions(config.evaluation, questions)
+        data = None
+        if objective.edit is None:
+            anchors = concepts.anchors(*steered, config.seed) if objective.needs_anchor else None
+            data = encode_concepts(concepts, anchors, pipeline, cache, config.resolution, needs)
     before = np.empty(0)
     if accelerator.is_main_process:
-        before = generate_cached(pipeline, questions.prompts, config.evaluation.sampling, cache, base_hash)
+        before = generate_cached(pipeline, questions.prompts, config.evaluation.sampling, cache, made_by)
     accelerator.wait_for_everyone()
+    if accelerator.process_index:  # the first process draws as a single one would, the others their own noise
+        set_seed(config.seed + accelerator.process_index)
     now_erased = [*erased, ErasedConcepts(config.concepts, sorted(set(concepts.forget[config.caption_column])))]
-    job = Job(config, output, pipeline, denoiser, barrier, questions, before, base_hash, now_erased)
+    job = Job(config, output, pipeline, denoiser, barrier, questions, before, base_hash, now_erased, repo_id)
     if objective.edit is not None:
         if accelerator.is_main_process:
             start = time.perf_counter()
@@ -265,8 +234,10 @@ def main(config: UnlearnConfig) -> None:
         checkpoints.states["saliency_mask"] = attach_saliency_mask(
             config.saliency_mask, barrier, optimizer, *rows, accelerator, resumed
         )
-    forget_loader = batches(data.forget, config, config.seed)
-    retain_loader = batches(data.retain, config, config.seed + 1) if steer.alpha > 0 and data.retain else None
+    processes = accelerator.num_processes
+    forget_loader = batches(data.forget, config, config.seed, processes)
+    use_retain = steer.alpha > 0 and data.retain
+    retain_loader = batches(data.retain, config, config.seed + 1, processes) if use_retain else None
     model, optimizer, forget_loader, retain_loader = accelerator.prepare(
         denoiser, optimizer, forget_loader, retain_loader
     )
@@ -295,7 +266,7 @@ def main(config: UnlearnConfig) -> None:
             losses = {"objective": 0.0, "retain": 0.0, "protection": 0.0}
             for _ in range(micro_steps):
                 with accelerator.accumulate(model):
-                    terms = {"objective": objective.loss(make_step(next(forget_batches)))}
+                    terms = {"objective": objective.loss_of(make_step(next(forget_batches)))}
                     if retain_batches:
                         terms["retain"] = steer.alpha * make_retain_step(next(retain_batches)).ordinary_loss()
                     if config.protected:

@@ -82,6 +82,29 @@ def make_questions(
     return Questions(prompts, labels, config.concepts, [concept for entry in erased for concept in entry.concepts])
 
 
+def check_questions(evaluation: EvaluationConfig, questions: Questions) -> None:
+    """Make sure, before any long work, that the classifier can judge the answers.
+
+    Raises:
+        ValueError: it does not know the concepts, or no prompt names one of its labels on either side.
+    """
+    if evaluation.classifier is None:
+        return
+    labels = AttributeClassifier.from_pretrained(evaluation.classifier).attributes
+    attribute = forgotten_attribute(labels, questions.forgotten)
+    asked = labels_in_texts(questions.prompts, labels[attribute])
+    old = [False] * len(asked)
+    for concept in questions.erased_before:
+        named = labels_in_texts(questions.prompts, [concept])
+        old = [before or one is not None for before, one in zip(old, named, strict=True)]
+    pairs = list(zip(asked, old, strict=True))
+    if not any(label in questions.forgotten for label, _ in pairs):
+        raise ValueError(f"no forget prompt of the evaluation names {' or '.join(questions.forgotten)}")
+    if not any(label not in (None, *questions.forgotten) and not before for label, before in pairs):
+        known = ", ".join(labels[attribute])
+        raise ValueError(f"no retain prompt of the evaluation names another {attribute}; the classifier knows {known}")
+
+
 def forgotten_attribute(attributes: Mapping[str, Sequence[str]], forgotten: Sequence[str]) -> str:
     """The classifier's attribute whose labels include all forgotten concepts."""
     for name, labels in attributes.items():

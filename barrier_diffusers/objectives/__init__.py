@@ -6,6 +6,7 @@ from barrier_diffusers.objectives.base import (
     DiffusionStep,
     Objective,
     PromptEdit,
+    enter,
     get_objective,
     register,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "ObjectiveConfig",
     "PromptEdit",
     "concept",
+    "enter",
     "esd",
     "ga",
     "get_objective",

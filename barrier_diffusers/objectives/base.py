@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,20 +40,24 @@ class DiffusionStep:
         return self.predict(self.noisy, self.timesteps, self.condition)
 
     @torch.no_grad()
-    def fixed_prediction(self, condition: Any) -> Tensor:
-        """The training network's prediction for any prompt, as a constant: no graph is built."""
-        return self.predict(self.noisy, self.timesteps, condition)
+    def fixed_prediction(self, condition: Condition | None) -> Tensor:
+        """The training network's prediction for any prompt, as a constant: no graph is built.
+
+        Raises:
+            ValueError: there is no such condition, as the objective did not ask for it or the data has no anchors.
+        """
+        return self.predict(self.noisy, self.timesteps, _given(condition))
 
     @torch.no_grad()
-    def reference_prediction(self, condition: Any) -> Tensor:
+    def reference_prediction(self, condition: Condition | None) -> Tensor:
         """The prediction of the network as it was before training, as a constant.
 
         Raises:
-            ValueError: the objective did not register with needs=("reference", ...).
+            ValueError: the objective did not register with needs=("reference", ...), or there is no such condition.
         """
         if self.reference is None:
             raise ValueError('the objective reads the frozen model: register it with needs=("reference",)')
-        return self.reference(self.noisy, self.timesteps, condition)
+        return self.reference(self.noisy, self.timesteps, _given(condition))
 
     def ordinary_loss(self) -> Tensor:
         """MSE(eps(x_t, c), target): the loss the network was trained with, and the retain loss.
@@ -67,12 +70,21 @@ class DiffusionStep:
         return F.mse_loss(self.prediction().float(), self.target.float())
 
 
+def _given(condition: Condition | None) -> Condition:
+    if condition is None:
+        raise ValueError(
+            "the step has no such prompt: register the objective with needs=('anchor',) or ('unconditional',), "
+            "and give the images anchors"
+        )
+    return condition
+
+
 @dataclass(frozen=True)
 class PromptEdit:
     """What a closed-form edit gets: it changes the maps' weights in place and no training step runs."""
 
     maps: list[ProtectedMap]
-    pairs: list[tuple[str, str]]  # (forget prompt, anchor prompt)
+    pairs: list[tuple[str, str]]  # (forget prompt, anchor prompt; without needs=("anchor",) the prompt itself)
     preserve: list[str]  # retain prompts
     tokenize: Callable[[str], list[int]]  # a prompt's token ids, start and end included, no padding
     embed: Callable[[Sequence[str]], Tensor]  # prompts -> what cross-attention reads (N, L, D)
@@ -107,6 +119,8 @@ class Objective:
     def __post_init__(self) -> None:
         unknown = [need for need in self.needs if need not in NEEDS]
         unknown += [name for name in self.reads if name not in {entry.name for entry in fields(ObjectiveConfig)}]
+        if (self.loss is None) == (self.edit is None):
+            raise ValueError(f"objective {self.name!r} needs a loss or an edit, and not both")
         if unknown:
             raise ValueError(
                 f"objective {self.name!r} asks for {', '.join(unknown)}; needs are {', '.join(NEEDS)}, "
@@ -127,6 +141,21 @@ class Objective:
     def needs_unconditional(self) -> bool:
         """Whether the empty prompt's embedding is read, by the loss or for guidance."""
         return "unconditional" in self.needs or self.own_samples
+
+    def loss_of(self, step: DiffusionStep) -> Tensor:
+        """The loss on a step.
+
+        Raises:
+            ValueError: the function returned anything but a scalar tensor with gradient.
+        """
+        assert self.loss is not None
+        value = self.loss(step)
+        if not isinstance(value, Tensor) or value.dim() != 0 or not value.requires_grad:
+            found = f"{tuple(value.shape)} without gradient" if isinstance(value, Tensor) else type(value).__name__
+            if isinstance(value, Tensor) and value.dim() != 0:
+                found = f"a tensor of shape {tuple(value.shape)}"
+            raise ValueError(f"objective {self.name!r} must return a scalar tensor with gradient, not {found}")
+        return value
 
     def check(self, options: ObjectiveConfig) -> None:
         """Refuse a setting that this objective never reads, and a missing anchor.

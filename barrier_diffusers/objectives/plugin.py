@@ -7,6 +7,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
+from barrier_diffusers.objectives.base import OBJECTIVES
+
 
 def load_module(module: str) -> None:
     """Run the .py file, or import the dotted module name, so that its `@register` lines take effect; once a process.
@@ -21,6 +23,7 @@ def load_module(module: str) -> None:
     name = f"barrier_objective:{path}" if is_file else module
     if name in sys.modules:
         return
+    known = set(OBJECTIVES)
     try:
         if is_file:
             specification = importlib.util.spec_from_file_location(name, path)
@@ -32,5 +35,7 @@ def load_module(module: str) -> None:
             importlib.import_module(name)
     except Exception as error:
         sys.modules.pop(name, None)
+        for entry in set(OBJECTIVES) - known:  # a second try may register them again
+            del OBJECTIVES[entry]
         what = "a .py file or an importable module is needed" if isinstance(error, ImportError) else "it failed"
         raise ValueError(f"objective.module {module!r}: {what} ({type(error).__name__}: {error})") from error
