@@ -92,14 +92,22 @@ def load_pipeline(
     found = DiffusionPipeline.load_config(str(path) if path.is_dir() else name, revision=revision)
     row = get_architecture(found["_class_name"])
     absent = {part: None for part in row.optional if (found.get(part) or [None])[0] is None}
-    return row.pipeline_class.from_pretrained(
-        str(path) if path.is_dir() else name,
-        revision=revision,
-        variant=variant,
-        dtype={"default": dtype, row.denoiser: denoiser_dtype},
-        use_safetensors=True,
-        **absent,
-    )
+    try:
+        return row.pipeline_class.from_pretrained(
+            str(path) if path.is_dir() else name,
+            revision=revision,
+            variant=variant,
+            dtype={"default": dtype, row.denoiser: denoiser_dtype},
+            use_safetensors=True,
+            **absent,
+        )
+    except OSError as error:
+        if "safetensors" not in str(error):
+            raise
+        raise OSError(
+            f"{error} Pickled weights (.bin) are never read, as they can run any code: where you trust them, load and "
+            "save the pipeline with safe_serialization=True"
+        ) from error
 
 
 def load_single_file(path: Path, dtype: torch.dtype, pipeline_config: str | None, original_config: str | None) -> Any:

@@ -51,7 +51,7 @@ class UnlearnConfig(ConceptConfig):
     report_to: Literal["tensorboard", "wandb", "all", "none"] = "tensorboard"
     validation_prompt: list[str] = field(default_factory=list)  # sampled every validation_steps
     validation_steps: int = 100
-    checkpointing_steps: int | None = None  # None: no checkpoint
+    checkpointing_steps: int | None = None  # None: a checkpoint only when a signal stops the run
     checkpoints_total_limit: int | None = 2
     resume_from_checkpoint: str | None = None  # a checkpoint's name, or latest
     push_to_hub: bool = False  # upload output_dir at the end, without checkpoints, cache and logs

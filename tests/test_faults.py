@@ -212,7 +212,7 @@ def kills(count):
 @pytest.mark.parametrize("count", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_and_resumed_a_run_gives_the_same_bits(count, tmp_path):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["short_runs"])
+    context.set_forkserver_preload(["barrier_diffusers.hub", "barrier_diffusers.settings"])  # children start fast
 
     def start(output):
         settings = {**STEPS, "checkpointing_steps": 1, "resume_from_checkpoint": "latest", "max_forget_images": 32}

@@ -1,6 +1,7 @@
 """The scripts' shared parts: settings, output folder, data order, checkpoints, hashes."""
 
 import json
+import signal
 import sys
 from dataclasses import dataclass, field
 
@@ -63,6 +64,16 @@ def test_errors_are_one_line_with_a_status(monkeypatch, capsys, flags, status, m
     error = capsys.readouterr().err
     assert caught.value.code == status
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+def test_ctrl_c_before_training_is_one_line(monkeypatch, capsys):
+    def main(config):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(sys, "argv", ["script", "--output_dir", "a"])
+    with pytest.raises(SystemExit) as caught:
+        run_script(main, Settings)
+    assert caught.value.code == 130 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_programming_errors_keep_their_traceback(monkeypatch):
