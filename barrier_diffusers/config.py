@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-from barrier_diffusers.files import written_whole
-
 CONFIG_NAME = "barrier_config.json"
 PENALTY_CHOICES = (  # of the protection loss; its numbers have a value anyway, and are not read without it
     *("region", "decomposition", "interval", "remove_top_directions", "include_bias_drift"),
@@ -167,6 +165,10 @@ class BarrierConfig:
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write barrier_config.json into `folder`, whole or not at all."""
+        from barrier_diffusers.files import (
+            written_whole,  # here, as the package imports torch and this module does not
+        )
+
         path = Path(folder) / CONFIG_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as temporary:

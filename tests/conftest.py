@@ -1,6 +1,7 @@
 """Tiny real models, built on the fly."""
 
 import os
+import signal
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -85,6 +86,16 @@ def image_batches(num=3, size=4, seed=0):
     """Batches of (B, 3, 9, 9)."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(size, 3, 9, 9, generator=generator) for _ in range(num)]
+
+
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A background job's SIGINT is ignored, and a signal that a process ignores stays ignored in what is tested."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

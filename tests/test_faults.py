@@ -126,7 +126,7 @@ def test_settings_that_decide_about_weights(name, whole):
 
 
 NAN = """import torch
-from barrier_diffusers.objectives import Objective, register
+from barrier_diffusers.objectives import Objective, enter
 
 calls = []
 
@@ -135,7 +135,7 @@ def loss(step):
     scale = float("nan") if len(calls) == 4 else -1.0
     return scale * step.ordinary_loss()
 
-register(Objective(name="nan_at_4", loss=loss))
+enter(Objective(name="nan_at_4", loss=loss))
 """
 
 

@@ -10,10 +10,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from barrier_diffusers.concepts import cycle
-from barrier_diffusers.data import load_image_text
+from barrier_diffusers.data import labels_in_texts, load_image_text
 from barrier_diffusers.evaluation.accuracy import recognise, share
 from barrier_diffusers.evaluation.classifier import AttributeClassifier
-from barrier_diffusers.evaluation.erasure import labels_in_prompts
 from barrier_diffusers.evaluation.report import image_rows
 from barrier_diffusers.generation import SamplingConfig, generate
 from barrier_diffusers.training import run_script
@@ -46,7 +45,7 @@ def main(config: ScoreConfig) -> None:
     images = generate(pipeline, prompts, config.sampling)
     classifier = AttributeClassifier.from_pretrained(config.classifier)
     predicted = recognise(classifier, images)
-    wanted = {name: labels_in_prompts(prompts, labels) for name, labels in classifier.attributes.items()}
+    wanted = {name: labels_in_texts(prompts, labels) for name, labels in classifier.attributes.items()}
     scores = {
         name: share([p == w for p, w in zip(predicted[name], wanted[name], strict=True) if w is not None])
         for name in wanted
