@@ -55,12 +55,13 @@ def main(config: EvaluateConfig) -> None:
     output = claim_output_dir(config.output_dir, config.overwrite_output_dir, resume=False)
     for name in (EVALUATION_NAME, SECONDS_NAME, PICTURE_NAME):
         (output / name).unlink(missing_ok=True)
-    evaluation, source, erased = config.evaluation, config.source, erased_besides(config)
+    evaluation, source = config.evaluation, config.source
     judge = Judge(str(evaluation.classifier), source.concepts)
-    questions = make_questions(evaluation, source, erased)
-    forgotten = forgotten_concepts(evaluation, source, questions, erased, config.resolution)
     pipeline = load_judged(config)
     Diffusion(pipeline).check_resolution(config.resolution)
+    erased = erased_besides(config)
+    questions = make_questions(evaluation, source, erased)
+    forgotten = forgotten_concepts(evaluation, source, questions, erased, config.resolution)
     for budget in config.budgets.values():
         for entry in forgotten:
             budget.check(pipeline, entry)
