@@ -40,7 +40,7 @@ def load_judged(config: EvaluateConfig) -> Any:
 def erased_besides(config: EvaluateConfig) -> list[ErasedConcepts]:
     """What the pipeline was made to forget beside the concepts of this evaluation."""
     found = read_erased(config.lora_weights or config.pretrained_model_name_or_path)
-    mine = set(config.source.concepts)
+    mine = set(config.concept_config.concepts)
     others = [ErasedConcepts([name for name in entry.concepts if name not in mine], entry.captions) for entry in found]
     return [entry for entry in others if entry.concepts]
 
@@ -55,13 +55,13 @@ def main(config: EvaluateConfig) -> None:
     output = claim_output_dir(config.output_dir, config.overwrite_output_dir, resume=False)
     for name in (EVALUATION_NAME, SECONDS_NAME, PICTURE_NAME):
         (output / name).unlink(missing_ok=True)
-    evaluation, source = config.evaluation, config.source
-    judge = Judge(str(evaluation.classifier), source.concepts)
+    evaluation, concepts = config.evaluation, config.concept_config
+    judge = Judge(str(evaluation.classifier), concepts.concepts)
     pipeline = load_judged(config)
     Diffusion(pipeline).check_resolution(config.resolution)
     erased = erased_besides(config)
-    questions = make_questions(evaluation, source, erased)
-    forgotten = forgotten_concepts(evaluation, source, questions, erased, config.resolution)
+    questions = make_questions(evaluation, concepts, erased)
+    forgotten = forgotten_concepts(evaluation, concepts, questions, erased, config.resolution)
     for budget in config.budgets.values():
         for entry in forgotten:
             budget.check(pipeline, entry)

@@ -57,10 +57,10 @@ class EvaluateConfig:
             raise ValueError(f"resolution is {self.resolution}, but must be at least 1")
         if self.lora_weights and not (Path(self.lora_weights) / ADAPTER_NAME).is_file():
             raise ValueError(f"lora_weights {self.lora_weights!r} is not a folder with {ADAPTER_NAME}")
-        self.source  # noqa: B018  its own checks
+        self.concept_config  # noqa: B018  its own checks
 
     @property
-    def source(self) -> ConceptConfig:
+    def concept_config(self) -> ConceptConfig:
         """The data set and the concepts, as unlearning names them."""
         return ConceptConfig(
             concept=self.concept,
