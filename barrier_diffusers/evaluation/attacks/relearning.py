@@ -72,7 +72,8 @@ class BenignConfig(RelearningConfig):
 @register("relearning", RelearningConfig)
 def relearning(pipeline: Any, forgotten: Forgotten, budget: RelearningConfig) -> Attempt:
     """Train the adapter on the budget's images with their own captions, ask the plain prompts, take it off again."""
-    diffusion, images = Diffusion(pipeline), budget.choose(budget.images_of(forgotten)[1])
+    what, available = budget.images_of(forgotten)
+    diffusion, images = Diffusion(pipeline), budget.choose(available)
     denoiser, captions = diffusion.denoiser, list(images["text"])
     distinct = sorted(set(captions))
     ids = torch.tensor([distinct.index(caption) for caption in captions])
@@ -87,7 +88,7 @@ def relearning(pipeline: Any, forgotten: Forgotten, budget: RelearningConfig) ->
             torch.manual_seed(budget.seed)  # of the adapter's first values
             add_adapter(denoiser, BarrierConfig(targets=budget.targets), budget.rank)
             adapter = [value for value in denoiser.parameters() if value.requires_grad]
-            learn(diffusion, moments, condition, adapter, budget, "relearning")
+            learn(diffusion, moments, condition, adapter, budget, f"relearning on {what}")
             made = generate(pipeline, forgotten.prompts, forgotten.sampling, desc="images after relearning")
         finally:
             denoiser.unload_lora()
