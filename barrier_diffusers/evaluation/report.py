@@ -58,7 +58,7 @@ def image_rows(images_NHWC: np.ndarray, labels: Sequence[str], path: Path, colum
         _draw_row(axis, images_NHWC[[index for index, value in enumerate(labels) if value == label][:columns]])
         axis.set_ylabel(label, rotation=0, ha="right", va="center")
     figure.tight_layout(pad=0.4)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")  # long labels, too
     plt.close(figure)
 
 
