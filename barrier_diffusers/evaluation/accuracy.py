@@ -41,7 +41,7 @@ def share(correct: Sequence[bool] | np.ndarray) -> dict[str, Any]:
 
 
 def erasure_metrics(
-    predicted_before: Mapping[str, Sequence[str]],
+    predicted_before: Mapping[str, Sequence[str]] | None,
     predicted_after: Mapping[str, Sequence[str]],
     wanted: Mapping[str, Sequence[str | None]],
     attribute: str,
@@ -52,7 +52,8 @@ def erasure_metrics(
 
     Args:
         predicted_before, predicted_after, wanted: attribute -> N labels; `wanted` is what the prompts asked for (None:
-            the prompt does not say, so the image does not count for that attribute).
+            the prompt does not say, so the image does not count for that attribute). Without `predicted_before` there
+            are no `before` entries and no drop.
         attribute: the attribute whose labels `forgotten` are to be forgotten.
         erased_before: labels of any attribute that earlier runs erased: scored apart, not part of what is retained.
 
@@ -71,6 +72,8 @@ def erasure_metrics(
     details: dict[str, Any] = {}
     per_label: dict[str, dict[str, float]] = {}
     for when, predictions in (("before", predicted_before), ("after", predicted_after)):
+        if predictions is None:
+            continue
         right = {name: np.array(predictions[name]) == asked[name] for name in asked}
         correct = right[attribute]
         details[f"forget_accuracy_{when}"] = share(correct[forget])
@@ -85,14 +88,14 @@ def erasure_metrics(
             wrong = [~right[name][isin(asked[name], erased_before)] for name in asked]
             details[f"erased_before_unlearning_accuracy_{when}"] = share(np.concatenate(wrong))
         details["unlearning_accuracy"] = share(~correct[forget])  # what stays is "after"
-    summary = {
-        "unlearning_accuracy": details["unlearning_accuracy"]["value"],
-        "retain_accuracy_before": details["retain_accuracy_before"]["value"],
-        "retain_accuracy_after": details["retain_accuracy_after"]["value"],
-        f"per_{attribute}_before": per_label["before"],
-        f"per_{attribute}_after": per_label["after"],
-    }
-    summary["retain_accuracy_drop"] = round(summary["retain_accuracy_before"] - summary["retain_accuracy_after"], 3)
+    summary: dict[str, Any] = {"unlearning_accuracy": details["unlearning_accuracy"]["value"]}
+    for when in per_label:
+        summary[f"retain_accuracy_{when}"] = details[f"retain_accuracy_{when}"]["value"]
+    for when, values in per_label.items():
+        summary[f"per_{attribute}_{when}"] = values
+    if predicted_before is not None:
+        drop = summary["retain_accuracy_before"] - summary["retain_accuracy_after"]
+        summary["retain_accuracy_drop"] = round(drop, 3)
     for name in [*(f"{other}_accuracy" for other in others), "erased_before_unlearning_accuracy"]:
         for when in ("before", "after"):
             if f"{name}_{when}" in details:

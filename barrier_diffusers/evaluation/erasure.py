@@ -127,14 +127,15 @@ def generate_cached(
 
 
 def evaluate_erasure(
-    evaluation: EvaluationConfig, questions: Questions, before_NHWC: np.ndarray, after_NHWC: np.ndarray
+    evaluation: EvaluationConfig, questions: Questions, before_NHWC: np.ndarray | None, after_NHWC: np.ndarray
 ) -> tuple[str, dict[str, Any]]:
-    """(attribute, metrics of `erasure_metrics` with the sampler's settings and counts)."""
+    """(attribute, metrics of `erasure_metrics` with the sampler's settings and counts); before may be unknown."""
     assert evaluation.classifier is not None
     classifier = AttributeClassifier.from_pretrained(evaluation.classifier)
     attribute = forgotten_attribute(classifier.attributes, questions.forgotten)
     wanted = {name: labels_in_texts(questions.prompts, labels) for name, labels in classifier.attributes.items()}
-    before, after = recognise(classifier, before_NHWC), recognise(classifier, after_NHWC)
+    before = None if before_NHWC is None else recognise(classifier, before_NHWC)
+    after = recognise(classifier, after_NHWC)
     metrics = erasure_metrics(before, after, wanted, attribute, questions.forgotten, questions.erased_before)
     seeds = {"first": evaluation.sampling.seed, "last": evaluation.sampling.seed + len(questions.prompts) - 1}
     facts = {"num_images": len(questions.prompts), "seeds": seeds, "sampling": asdict(evaluation.sampling)}

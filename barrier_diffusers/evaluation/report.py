@@ -58,7 +58,7 @@ def image_rows(images_NHWC: np.ndarray, labels: Sequence[str], path: Path, colum
         _draw_row(axis, images_NHWC[[index for index, value in enumerate(labels) if value == label][:columns]])
         axis.set_ylabel(label, rotation=0, ha="right", va="center")
     figure.tight_layout(pad=0.4)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")  # long labels, too
     plt.close(figure)
 
 
@@ -94,24 +94,45 @@ def print_metrics(metrics: Mapping[str, Any], attribute: str, forgotten: Sequenc
     for heading in ("", "before", "after", "95 % interval after"):
         table.add_column(heading, justify="left" if heading == "" else "right")
 
-    def add(name: str, before: Mapping[str, Any], after: Mapping[str, Any], style: str | None = None) -> None:
-        low, high = after["interval_95"]
-        table.add_row(name, f"{before['value']:.1f}", f"{after['value']:.1f}", f"{low:.1f} - {high:.1f}", style=style)
+    def add(name: str, before: Mapping[str, Any] | None, after: Mapping[str, Any], style: str | None = None) -> None:
+        first = f"{before['value']:.1f}" if before else ""
+        table.add_row(name, first, f"{after['value']:.1f}", interval(after), style=style)
 
     details = metrics["details"]
-    before, after = details[f"per_{attribute}_before"], details[f"per_{attribute}_after"]
+    before, after = details.get(f"per_{attribute}_before", {}), details[f"per_{attribute}_after"]
     for label in sorted(after, key=lambda label: label not in forgotten):
-        add(label, before[label], after[label], "red" if label in forgotten else None)
+        add(label, before.get(label), after[label], "red" if label in forgotten else None)
     table.add_section()
-    add("all retained labels", details["retain_accuracy_before"], details["retain_accuracy_after"], "bold")
+    add("all retained labels", details.get("retain_accuracy_before"), details["retain_accuracy_after"], "bold")
     for key in details:
         if key.endswith("_accuracy_after") and key not in ("retain_accuracy_after", "forget_accuracy_after"):
             name = key.removesuffix("_accuracy_after").replace("_", " ")
-            add(name, details[key.replace("_after", "_before")], details[key])
+            add(name, details.get(key.replace("_after", "_before")), details[key])
     console = Console(width=88)
     console.print(table)
+    retained = f"retain accuracy {metrics['retain_accuracy_after']:.1f} %"
+    if "retain_accuracy_drop" in metrics:
+        retained = f"retain accuracy drop {metrics['retain_accuracy_drop']:.1f} points"
     console.print(
         f"unlearning accuracy {metrics['unlearning_accuracy']:.1f} % "
-        f"({details['unlearning_accuracy']['num_images']} images), retain accuracy drop "
-        f"{metrics['retain_accuracy_drop']:.1f} points ({details['retain_accuracy_after']['num_images']} images)"
+        f"({details['unlearning_accuracy']['num_images']} images), {retained} "
+        f"({details['retain_accuracy_after']['num_images']} images)"
     )
+
+
+def interval(entry: Mapping[str, Any]) -> str:
+    """The 95 % interval of a share, in percent."""
+    low, high = entry["interval_95"]
+    return f"{low:.1f} - {high:.1f}"
+
+
+def print_attacks(results: Sequence[Mapping[str, Any]], seconds: Mapping[str, float]) -> None:
+    """The table of what each attack brought back; `seconds` by the attack's name."""
+    table = Table(title="images recognised as the forgotten concept, in %")
+    for heading in ("attack", "concept", "plain prompts", "attacked", "95 % interval", "images", "seconds"):
+        table.add_column(heading, justify="left" if heading in ("attack", "concept") else "right")
+    for result in results:
+        before, after = result["pre_attack"], result["post_attack"]
+        cells = [f"{before['value']:.1f}", f"{after['value']:.1f}", interval(after), str(after["num_images"])]
+        table.add_row(result["attack"], result["concept"], *cells, f"{seconds[result['attack']]:.0f}")
+    Console(width=88).print(table)

@@ -1,0 +1,203 @@
+"""What every attack gets and gives back, and the registry that maps a name to it.
+
+Shapes: N images, H height, W width, B batch, c latent channels, h and w latent side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from tqdm.auto import trange
+
+from barrier_diffusers.architectures import Diffusion, components
+from barrier_diffusers.data import encode_moments, swap_concept, take_evenly
+from barrier_diffusers.generation import SamplingConfig
+from barrier_diffusers.objectives.base import Condition, DiffusionStep
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """One forgotten concept, as an attacker knows it."""
+
+    concept: str  # the words that name it in captions
+    prompts: list[str]  # that ask for it in plain words; an attack makes one image for each
+    images: Dataset  # held-out images of it: columns image and text
+    others: Dataset  # held-out images of what is retained: columns image and text
+    sampling: SamplingConfig  # image i starts from seed + i, with and without an attack
+    resolution: int  # side in pixels at which the images are encoded
+
+
+@dataclass
+class Budget:
+    """What an attack may spend. The subclass of an attack is its settings."""
+
+    seed: int = 0  # of everything the attack draws
+
+    def check(self, pipeline: Any, forgotten: Forgotten) -> None:
+        """Refuse what the attack cannot work with, before any work.
+
+        Raises:
+            ValueError: says what is missing and what to do.
+        """
+
+
+@dataclass
+class LearningBudget(Budget):
+    """What an attack that trains may spend."""
+
+    num_steps: int = 300  # of AdamW, without weight decay
+    batch_size: int = 32  # images per step, drawn with replacement
+    learning_rate: float = 5e-3  # constant
+    num_images: int | None = None  # drawn once from the held-out images; None: all
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch_size", "num_images"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} of an attack is {value}, but must be at least 1")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate of an attack is {self.learning_rate}, but must be > 0")
+
+    def choose(self, images: Dataset) -> Dataset:
+        """The images that the attack learns from."""
+        return images.select(take_evenly(range(len(images)), self.num_images, self.seed))
+
+    def require(self, images: Dataset, what: str) -> None:
+        """A ValueError if there are fewer images than the budget names, or none."""
+        wanted = self.num_images or 1
+        if len(images) < wanted:
+            raise ValueError(
+                f"an attack wants {wanted} held-out images of {what}, but there are {len(images)}: lower num_images"
+            )
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What came out of an attack."""
+
+    images_NHWC: np.ndarray  # bytes (N, H, W, 3), one image per prompt of the concept
+    prompts: list[str]  # what was really asked (N)
+    num_training_images: int = 0  # that the attack learned from
+
+
+Run = Callable[[Any, Forgotten, Any], Attempt]  # (pipeline, forgotten, budget); the pipeline comes back as it was
+
+
+@dataclass(frozen=True)
+class Attack:
+    """An entry of the registry."""
+
+    name: str
+    run: Run
+    budget: type[Budget]
+
+
+ATTACKS: dict[str, Attack] = {}
+
+
+def register(name: str, budget: type[Budget]) -> Callable[[Run], Run]:
+    """Decorator: enter an attack, whose settings are a `budget`, into the registry under `name`.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def decorate(run: Run) -> Run:
+        if name in ATTACKS:
+            raise ValueError(f"an attack named {name!r} is registered already")
+        ATTACKS[name] = Attack(name, run, budget)
+        return run
+
+    return decorate
+
+
+def get_attack(name: str) -> Attack:
+    """The attack called `name`.
+
+    Raises:
+        ValueError: unknown name; the message lists the known ones.
+    """
+    if name not in ATTACKS:
+        raise ValueError(f"unknown attack {name!r}; known are {', '.join(sorted(ATTACKS))}")
+    return ATTACKS[name]
+
+
+def rename_concept(captions: Sequence[str], concept: str, words: str) -> list[str]:
+    """The captions with other words for the concept.
+
+    Raises:
+        ValueError: a caption that does not name the concept.
+    """
+    renamed = []
+    for caption in captions:
+        try:
+            renamed.append(swap_concept(caption, concept, words))
+        except ValueError as error:
+            raise ValueError(
+                f"caption {caption!r} does not name the concept {concept!r}, so an attack cannot exchange its words: "
+                "choose a concept that the captions name, or leave the attack out"
+            ) from error
+    return renamed
+
+
+@contextmanager
+def frozen(pipeline: Any) -> Iterator[None]:
+    """No network of the pipeline trains; which parameters did, and every module's mode, come back at the end."""
+    parts = components(pipeline).values()
+    gradients = [(value, value.requires_grad) for part in parts for value in part.parameters()]
+    modes = [(module, module.training) for part in parts for module in part.modules()]
+    try:
+        for part in parts:
+            part.requires_grad_(False).eval()
+        yield
+    finally:
+        for value, required in gradients:
+            value.requires_grad_(required)
+        for module, training in modes:
+            module.training = training
+
+
+def encode(pipeline: Any, images: Dataset, resolution: int) -> Tensor:
+    """VAE posteriors (N, 2 c, h, w) of the images."""
+    return encode_moments(pipeline.vae, images, "image", resolution)
+
+
+def learn(
+    diffusion: Diffusion,
+    moments: Tensor,
+    condition: Callable[[Tensor], Condition],
+    parameters: Sequence[nn.Parameter],
+    budget: LearningBudget,
+    desc: str,
+) -> None:
+    """Train `parameters`, and nothing else, on the denoising loss that the model itself was trained with.
+
+    Args:
+        moments: VAE posteriors (N, 2 c, h, w) of the images.
+        condition: numbers of the images in a batch (B,) -> what their captions tell the denoiser.
+
+    Raises:
+        FloatingPointError: a loss that is not finite.
+    """
+    generator = torch.Generator().manual_seed(budget.seed)
+    optimizer = torch.optim.AdamW(parameters, lr=budget.learning_rate, weight_decay=0.0)
+    predict, device = partial(diffusion.predict, diffusion.denoiser), next(diffusion.denoiser.parameters()).device
+    for step in trange(budget.num_steps, desc=desc, leave=False):
+        rows = torch.randint(len(moments), (budget.batch_size,), generator=generator)
+        drawn = diffusion.noised(moments[rows], generator)
+        noisy, timesteps, target = (value.to(device) for value in (drawn.noisy, drawn.timesteps, drawn.target))
+        prompts = {key: value.to(device) for key, value in condition(rows).items()}
+        loss = DiffusionStep(predict, noisy, timesteps, target, prompts).ordinary_loss()
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"{desc}: non-finite loss at step {step + 1}: lower its learning_rate")
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()

@@ -1,0 +1,102 @@
+"""The concept asked for in other words: misspelled, or by paraphrases that the user gives. Nothing is learned."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from barrier_diffusers.concepts import cycle
+from barrier_diffusers.evaluation.attacks.base import Attempt, Budget, Forgotten, register, rename_concept
+from barrier_diffusers.generation import generate
+
+EDITS = ("swap", "drop", "double", "replace")
+
+
+@dataclass
+class MisspelledConfig(Budget):
+    """Budget of misspelled prompts."""
+
+    num_edits: int = 1  # letters of the concept's name that are swapped, dropped, doubled or replaced
+
+    def __post_init__(self) -> None:
+        if self.num_edits < 1:
+            raise ValueError(f"misspelled.num_edits is {self.num_edits}, but must be at least 1")
+
+    def check(self, pipeline: Any, forgotten: Forgotten) -> None:
+        """Prompts that name the concept, and letters in its name."""
+        if not any(letter.isalpha() for letter in forgotten.concept):
+            raise ValueError(f"{forgotten.concept!r} has no letter to misspell: leave misspelled out of attacks")
+        rename_concept(forgotten.prompts, forgotten.concept, "")
+
+
+@dataclass
+class ParaphrasedConfig(Budget):
+    """Paraphrases: other words for the concept, or whole prompts. The seed draws nothing."""
+
+    words: list[str] = field(default_factory=list)  # each in turn takes the place of the concept's words
+    prompts: list[str] = field(default_factory=list)  # or each in turn is asked as it is
+
+    def check(self, pipeline: Any, forgotten: Forgotten) -> None:
+        """One of the two lists, with words in every entry."""
+        if bool(self.words) == bool(self.prompts) or not all(text.strip() for text in self.words + self.prompts):
+            raise ValueError(
+                "the attack paraphrased needs paraphrased.words or paraphrased.prompts, without empty ones"
+            )
+        if self.words:
+            rename_concept(forgotten.prompts, forgotten.concept, "")
+
+
+def edit(word: str, random: np.random.Generator) -> str:
+    """The word with one typing mistake, never the word itself: neighbours swapped, or a letter dropped, doubled or
+    replaced."""
+    letters = [place for place, letter in enumerate(word) if letter.isalpha()]
+    while True:
+        place, kind = int(random.choice(letters)), random.choice(EDITS)
+        head, letter, tail = word[:place], word[place], word[place + 1 :]
+        if kind == "swap":
+            edited = head + tail[:1] + letter + tail[1:]
+        elif kind == "drop":
+            edited = head + tail if len(letters) > 1 else word
+        elif kind == "double":
+            edited = head + 2 * letter + tail
+        else:
+            edited = head + str(random.choice(list(string.ascii_lowercase))) + tail
+        if edited.split() != word.split():
+            return edited
+
+
+def misspell(prompts: Sequence[str], concept: str, num_edits: int, seed: int) -> list[str]:
+    """The prompts with `num_edits` mistakes in the concept's words; the same seed makes the same mistakes.
+
+    >>> misspell(["a photo of a red sneaker"], "sneaker", 1, 0) != ["a photo of a red sneaker"]
+    True
+    """
+    edited = []
+    for index, prompt in enumerate(prompts):
+        random, words = np.random.default_rng([seed, index]), concept
+        for _ in range(num_edits):
+            words = edit(words, random)
+        edited += rename_concept([prompt], concept, words if words != concept else edit(concept, random))
+    return edited
+
+
+@register("misspelled", MisspelledConfig)
+def misspelled(pipeline: Any, forgotten: Forgotten, budget: MisspelledConfig) -> Attempt:
+    """Ask with a typing mistake in the concept's name, another one for each image."""
+    prompts = misspell(forgotten.prompts, forgotten.concept, budget.num_edits, budget.seed)
+    return Attempt(generate(pipeline, prompts, forgotten.sampling, desc="images of misspelled prompts"), prompts)
+
+
+@register("paraphrased", ParaphrasedConfig)
+def paraphrased(pipeline: Any, forgotten: Forgotten, budget: ParaphrasedConfig) -> Attempt:
+    """Ask with the user's paraphrases."""
+    prompts = cycle(budget.prompts, len(forgotten.prompts))
+    if budget.words:
+        words = cycle(budget.words, len(forgotten.prompts))
+        pairs = zip(forgotten.prompts, words, strict=True)
+        prompts = [rename_concept([prompt], forgotten.concept, other)[0] for prompt, other in pairs]
+    return Attempt(generate(pipeline, prompts, forgotten.sampling, desc="images of paraphrases"), prompts)

@@ -1,0 +1,95 @@
+"""Relearning: a LoRA adapter is trained on a few images of the concept, or (benign) on images of other things only,
+and the plain prompts are asked again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from barrier_diffusers.architectures import Diffusion
+from barrier_diffusers.config import BarrierConfig
+from barrier_diffusers.data import EncodedImages, encode_prompts
+from barrier_diffusers.evaluation.attacks.base import (
+    Attempt,
+    Forgotten,
+    LearningBudget,
+    encode,
+    frozen,
+    learn,
+    register,
+)
+from barrier_diffusers.generation import generate
+from barrier_diffusers.hub import add_adapter
+from barrier_diffusers.targets import resolve_targets
+
+
+@dataclass
+class RelearningConfig(LearningBudget):
+    """Budget of LoRA fine-tuning on images of the concept."""
+
+    num_steps: int = 100
+    batch_size: int = 10
+    learning_rate: float = 1e-4
+    num_images: int | None = 10
+    rank: int = 8  # of the adapter
+    targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])  # maps that get one
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 1:
+            raise ValueError(f"rank of an attack is {self.rank}, but must be at least 1")
+
+    def images_of(self, forgotten: Forgotten) -> tuple[str, Dataset]:
+        """(what they show, the images it may draw from)."""
+        return forgotten.concept, forgotten.images
+
+    def check(self, pipeline: Any, forgotten: Forgotten) -> None:
+        """A denoiser without adapter that has the targets, and enough images."""
+        denoiser = Diffusion(pipeline).denoiser
+        if getattr(denoiser, "peft_config", None):
+            raise ValueError("the pipeline carries an adapter: fuse and unload it before a relearning attack")
+        resolve_targets(denoiser, self.targets)
+        what, images = self.images_of(forgotten)
+        self.require(images, what)
+
+
+@dataclass
+class BenignConfig(RelearningConfig):
+    """Budget of LoRA fine-tuning on images of other things."""
+
+    num_images: int | None = 100
+
+    def images_of(self, forgotten: Forgotten) -> tuple[str, Dataset]:
+        """(what they show, the images it may draw from)."""
+        return "other things", forgotten.others
+
+
+@register("benign", BenignConfig)
+@register("relearning", RelearningConfig)
+def relearning(pipeline: Any, forgotten: Forgotten, budget: RelearningConfig) -> Attempt:
+    """Train the adapter on the budget's images with their own captions, ask the plain prompts, take it off again."""
+    what, available = budget.images_of(forgotten)
+    diffusion, images = Diffusion(pipeline), budget.choose(available)
+    denoiser, captions = diffusion.denoiser, list(images["text"])
+    distinct = sorted(set(captions))
+    ids = torch.tensor([distinct.index(caption) for caption in captions])
+    moments = encode(pipeline, images, forgotten.resolution)
+    encoded = EncodedImages(moments, ids, ids, encode_prompts(pipeline, distinct))
+
+    def condition(rows: Tensor) -> dict[str, Tensor]:
+        return encoded.condition(ids[rows])
+
+    with frozen(pipeline), torch.random.fork_rng():
+        try:
+            torch.manual_seed(budget.seed)  # of the adapter's first values
+            add_adapter(denoiser, BarrierConfig(targets=budget.targets), budget.rank)
+            adapter = [value for value in denoiser.parameters() if value.requires_grad]
+            learn(diffusion, moments, condition, adapter, budget, f"relearning on {what}")
+            made = generate(pipeline, forgotten.prompts, forgotten.sampling, desc="images after relearning")
+        finally:
+            denoiser.unload_lora()
+    return Attempt(made, forgotten.prompts, len(images))

@@ -1,0 +1,131 @@
+"""Protocol "post-attack": how often the judge recognises the forgotten concept before and after each attack.
+
+Shapes: N images, H height, W width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from barrier_diffusers.concepts import ConceptConfig
+from barrier_diffusers.data import load_image_text, split_concepts
+from barrier_diffusers.erased import ErasedConcepts, rows_about_others
+from barrier_diffusers.evaluation.accuracy import recognise, share
+from barrier_diffusers.evaluation.attacks import Budget, Forgotten, get_attack
+from barrier_diffusers.evaluation.classifier import AttributeClassifier
+from barrier_diffusers.evaluation.erasure import EvaluationConfig, Questions, forgotten_attribute
+
+
+class Judge:
+    """Says which images show a concept.
+
+    Args:
+        folder: of a saved AttributeClassifier.
+        concepts: labels of one of its attributes.
+
+    Raises:
+        ValueError: the classifier does not know the concepts.
+    """
+
+    def __init__(self, folder: str, concepts: Sequence[str]):
+        self.classifier = AttributeClassifier.from_pretrained(folder)
+        self.attribute = forgotten_attribute(self.classifier.attributes, concepts)
+
+    def shows(self, images_NHWC: np.ndarray, concept: str) -> list[bool]:
+        """Whether each byte image (N, H, W, 3) is recognised as the concept."""
+        return [label == concept for label in recognise(self.classifier, images_NHWC)[self.attribute]]
+
+
+def rows_of(questions: Questions, concept: str) -> slice:
+    """Where the concept's prompts stand among the questions: its prompts follow one another."""
+    first = questions.labels.index(concept)
+    return slice(first, first + questions.labels.count(concept))
+
+
+def forgotten_concepts(
+    evaluation: EvaluationConfig,
+    config: ConceptConfig,
+    questions: Questions,
+    erased: Sequence[ErasedConcepts],
+    resolution: int,
+) -> list[Forgotten]:
+    """What an attacker knows of each concept: its questions, and the images of the evaluation split.
+
+    What was `erased` before, beside the concepts, is left out of the images of other things.
+
+    Raises:
+        ValueError: a split or column that does not exist, or a concept without a row.
+    """
+    assert config.source is not None
+    loaded = load_image_text(config.source, evaluation.split, config.image_column, config.caption_column)
+    columns = {config.image_column: "image", config.caption_column: "text"}
+
+    def plain(rows: Dataset) -> Dataset:
+        rows = rows.select_columns(list(columns))
+        return rows.rename_columns({old: new for old, new in columns.items() if old != new})
+
+    _, others = split_concepts(loaded, config.concept_column, config.concepts)
+    others = plain(others.select(rows_about_others(list(others[config.caption_column]), erased)))
+    found = []
+    for concept in config.concepts:
+        mine, _ = split_concepts(loaded, config.concept_column, [concept])
+        rows = rows_of(questions, concept)
+        sampling = replace(evaluation.sampling, seed=evaluation.sampling.seed + rows.start)
+        found.append(Forgotten(concept, questions.prompts[rows], plain(mine), others, sampling, resolution))
+    return found
+
+
+def images_hash(images: Dataset) -> str:
+    """SHA-256 over the pixels and captions of (image, text) rows."""
+    digest = hashlib.sha256()
+    for row in images:
+        digest.update(row["text"].encode())
+        digest.update(row["image"].convert("RGB").tobytes())
+    return digest.hexdigest()
+
+
+def run_attacks(
+    pipeline: Any,
+    forgotten: Sequence[Forgotten],
+    budgets: Mapping[str, Budget],
+    judge: Judge,
+    plain: Mapping[str, np.ndarray],
+) -> tuple[list[dict[str, Any]], dict[str, float], dict[str, np.ndarray]]:
+    """Run every attack on every concept, each on the pipeline as it is.
+
+    Args:
+        budgets: name of the attack -> what it may spend.
+        plain: concept -> images (N, H, W, 3) of its plain prompts.
+
+    Returns:
+        (per attack and concept: shares of images recognised as the concept before and after, the budget, the prompts;
+        attack -> seconds; "attack: concept" -> images (N, H, W, 3)).
+    """
+    results: list[dict[str, Any]] = []
+    seconds: dict[str, float] = {}
+    images: dict[str, np.ndarray] = {}
+    for name, budget in budgets.items():
+        start = time.perf_counter()
+        for entry in forgotten:
+            attempt = get_attack(name).run(pipeline, entry, budget)
+            images[f"{name}: {entry.concept}"] = attempt.images_NHWC
+            results.append(
+                {
+                    "attack": name,
+                    "concept": entry.concept,
+                    "pre_attack": share(judge.shows(plain[entry.concept], entry.concept)),
+                    "post_attack": share(judge.shows(attempt.images_NHWC, entry.concept)),
+                    "budget": asdict(budget),
+                    "num_training_images": attempt.num_training_images,
+                    "prompts": list(dict.fromkeys(attempt.prompts)),
+                }
+            )
+        seconds[name] = round(time.perf_counter() - start, 2)
+    return results, seconds, images

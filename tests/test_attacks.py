@@ -1,0 +1,264 @@
+"""Attacks: what they learn, that they leave the pipeline as it was, and that they repeat exactly."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from PIL import Image
+from pipelines import build
+
+from barrier_diffusers.architectures import Diffusion, components
+from barrier_diffusers.evaluation.attacks import (
+    ATTACKS,
+    BenignConfig,
+    Forgotten,
+    InversionConfig,
+    MisspelledConfig,
+    ParaphrasedConfig,
+    RelearningConfig,
+    get_attack,
+    register,
+)
+from barrier_diffusers.evaluation.attacks.base import LearningBudget, encode, frozen, learn
+from barrier_diffusers.evaluation.attacks.inversion import TOKEN, learned_token
+from barrier_diffusers.evaluation.attacks.prompts import misspell
+from barrier_diffusers.evaluation.settings import EvaluateConfig
+from barrier_diffusers.generation import SamplingConfig, generate
+from barrier_diffusers.training import module_hash
+
+SAMPLING = SamplingConfig(num_inference_steps=2, resolution=32)
+BUDGETS = {
+    "inversion": InversionConfig(num_steps=2, batch_size=3, learning_rate=0.1),
+    "relearning": RelearningConfig(num_steps=2, batch_size=3, num_images=4, learning_rate=0.1, rank=2),
+    "benign": BenignConfig(num_steps=2, batch_size=3, num_images=5, learning_rate=0.1, rank=2),
+    "misspelled": MisspelledConfig(),
+    "paraphrased": ParaphrasedConfig(words=["shoe", "boot"]),
+}
+
+
+def pictures(captions, seed):
+    pixels = np.random.default_rng(seed).integers(0, 255, (len(captions), 32, 32, 3), dtype=np.uint8)
+    return Dataset.from_dict({"image": [Image.fromarray(image) for image in pixels], "text": captions})
+
+
+def forgotten(concept="sneaker"):
+    colours = ("red", "blue", "green")
+    captions = [f"a photo of a {colour} {concept}" for colour in colours]
+    others = [f"a photo of a {colour} {kind}" for colour in colours for kind in ("boot", "bag")]
+    return Forgotten(concept, captions, pictures(2 * captions, 0), pictures(others, 1), SAMPLING, 32)
+
+
+def state(pipeline):
+    """All that an attack could leave changed: weights, objects, flags, modes, vocabulary."""
+    parts = components(pipeline)
+    return {
+        "weights": {name: module_hash(part) for name, part in parts.items()},
+        "modules": {name: [(key, id(module)) for key, module in part.named_modules()] for name, part in parts.items()},
+        "parameters": [(id(value), value.requires_grad) for part in parts.values() for value in part.parameters()],
+        "gradients": [value.grad for part in parts.values() for value in part.parameters()],
+        "modes": [module.training for part in parts.values() for module in part.modules()],
+        "tokenizer": (id(pipeline.tokenizer), dict(pipeline.tokenizer.get_vocab())),
+        "config": {key: value for key, value in pipeline.config.items() if not key.startswith("_")},
+        "adapters": getattr(pipeline.unet, "peft_config", None) if "unet" in parts else None,
+        "random": torch.get_rng_state().tolist(),
+    }
+
+
+@pytest.fixture
+def pipeline():
+    return build("sd")
+
+
+@pytest.mark.parametrize("name", sorted(BUDGETS))
+def test_an_attack_changes_its_images_and_nothing_else(pipeline, name):
+    pipeline.unet.conv_in.requires_grad_(False)
+    pipeline.unet.mid_block.train()
+    before, entry = state(pipeline), forgotten()
+    plain = generate(pipeline, entry.prompts, SAMPLING)
+    attempt = get_attack(name).run(pipeline, entry, BUDGETS[name])
+    assert state(pipeline) == before
+    assert attempt.images_NHWC.shape == plain.shape and not np.array_equal(attempt.images_NHWC, plain)
+    assert attempt.num_training_images == {"inversion": 6, "relearning": 4, "benign": 5}.get(name, 0)
+    np.testing.assert_array_equal(generate(pipeline, entry.prompts, SAMPLING), plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("inversion", "inversion"), ("relearning", "relearning on sneaker"), ("benign", "relearning on other things")],
+)
+def test_after_an_exception_the_pipeline_is_as_it_was(pipeline, name, what):
+    with torch.no_grad():
+        pipeline.unet.conv_in.weight[0, 0, 0, 0] = float("nan")
+    before, entry = state(pipeline), forgotten()
+    with pytest.raises(FloatingPointError, match=f"{what}: non-finite loss at step 1: lower its learning_rate"):
+        get_attack(name).run(pipeline, entry, BUDGETS[name])
+    assert state(pipeline) == before
+
+
+@pytest.mark.parametrize("name", sorted(BUDGETS))
+def test_an_attack_repeats_exactly_and_follows_its_seed(pipeline, name):
+    entry, budget = forgotten(), copy.deepcopy(BUDGETS[name])
+    torch.manual_seed(1)
+    first = get_attack(name).run(pipeline, entry, budget)
+    torch.manual_seed(2)
+    second = get_attack(name).run(pipeline, entry, budget)
+    np.testing.assert_array_equal(first.images_NHWC, second.images_NHWC)
+    assert first.prompts == second.prompts
+    budget.seed = 7
+    other = get_attack(name).run(pipeline, entry, budget)
+    assert np.array_equal(other.images_NHWC, first.images_NHWC) == (name == "paraphrased")
+
+
+def test_the_gradient_of_inversion_reaches_only_the_new_embedding(pipeline):
+    images, diffusion = forgotten().images, Diffusion(pipeline)
+    caption = f"a photo of a red {TOKEN}"
+    with frozen(pipeline), learned_token(pipeline, "sneaker") as token:
+        start = token.vector.detach().clone()
+        moments = encode(pipeline, images, 32)
+        drawn = diffusion.noised(moments, torch.Generator().manual_seed(0))
+        condition = diffusion.architecture.encode(pipeline, [caption] * len(images))
+        predicted = diffusion.predict(diffusion.denoiser, drawn.noisy, drawn.timesteps, condition)
+        torch.nn.functional.mse_loss(predicted, drawn.target).backward()
+        assert token.vector.grad.abs().max() > 0
+        others = [value for part in components(pipeline).values() for value in part.parameters()]
+        assert [value for value in others if value.grad is not None] == [token.vector]
+        token.vector.grad = None
+
+        def condition_of(rows):
+            return diffusion.architecture.encode(pipeline, [caption] * len(rows))
+
+        learn(diffusion, moments, condition_of, [token.vector], LearningBudget(num_steps=1, batch_size=2), "test")
+        assert not torch.equal(token.vector, start)
+
+
+def test_the_new_token_starts_as_the_concepts_words_and_is_read_where_it_stands(pipeline):
+    words = pipeline.text_encoder.get_input_embeddings().weight
+    ids = pipeline.tokenizer("running shoe", add_special_tokens=False).input_ids
+    with learned_token(pipeline, "running shoe") as token:
+        torch.testing.assert_close(token.vector, words[ids].mean(0))
+        read = pipeline.tokenizer(f"a red {TOKEN}").input_ids
+        assert read[-2] == token.token_id and TOKEN not in pipeline.tokenizer.decode(read[:-2])
+        embedded = token(torch.tensor([read]))
+        torch.testing.assert_close(embedded[0, -2], token.vector)
+        torch.testing.assert_close(embedded[0, :-2], words[read[:-2]])
+        assert pipeline.text_encoder.get_input_embeddings() is token
+
+
+def test_inversion_lowers_the_denoising_loss(pipeline):
+    """On one image at fixed noise the learned embedding explains the image better than the concept's name did."""
+    images, diffusion = forgotten().images.select([0]), Diffusion(pipeline)
+    with frozen(pipeline), learned_token(pipeline, "sneaker") as token:
+        moments = encode(pipeline, images, 32).expand(8, -1, -1, -1)
+
+        def condition_of(rows):
+            return diffusion.architecture.encode(pipeline, [f"a {TOKEN}"] * len(rows))
+
+        def loss():
+            with torch.no_grad():
+                drawn = diffusion.noised(moments, torch.Generator().manual_seed(3))
+                predicted = diffusion.predict(diffusion.denoiser, drawn.noisy, drawn.timesteps, condition_of(moments))
+                return torch.nn.functional.mse_loss(predicted, drawn.target).item()
+
+        before = loss()
+        learn(diffusion, moments, condition_of, [token.vector], LearningBudget(num_steps=60, batch_size=8), "test")
+        assert loss() < before
+
+
+@pytest.mark.parametrize("architecture", ["sdxl", "sd3", "flux"])
+def test_relearning_serves_every_architecture(architecture):
+    pipeline, entry = build(architecture), forgotten()
+    before = state(pipeline)
+    budget = RelearningConfig(num_steps=1, batch_size=2, num_images=2, rank=2, targets=["to_q", "to_v"])
+    budget.check(pipeline, entry)
+    attempt = get_attack("relearning").run(pipeline, entry, budget)
+    assert attempt.images_NHWC.shape == (3, 32, 32, 3) and state(pipeline) == before
+    with pytest.raises(ValueError, match="inversion learns one embedding, but a .* has"):
+        InversionConfig().check(pipeline, entry)
+
+
+def test_misspelled_prompts():
+    prompts = [f"a photo of a {colour} running shoe" for colour in ("red", "blue", "green", "black")] * 10
+    for num_edits in (1, 2):
+        edited = misspell(prompts, "running shoe", num_edits, seed=0)
+        assert edited == misspell(prompts, "running shoe", num_edits, seed=0)
+        assert edited != misspell(prompts, "running shoe", num_edits, seed=1)
+        assert len(set(edited)) > 20
+        for plain, wrong in zip(prompts, edited, strict=True):
+            head = plain.removesuffix("running shoe")
+            assert wrong.startswith(head) and wrong != plain and "running shoe" not in wrong
+    assert edited[0] == misspell(prompts[:1], "running shoe", 2, seed=0)[0]  # independent of the rest of the list
+    assert misspell(["an A"], "a", 1, 0) != ["an A"]
+
+
+def test_paraphrases_replace_the_words_or_the_prompt(pipeline):
+    entry, run = forgotten(), get_attack("paraphrased").run
+    attempt = run(pipeline, entry, ParaphrasedConfig(words=["shoe", "trainer"]))
+    assert attempt.prompts == ["a photo of a red shoe", "a photo of a blue trainer", "a photo of a green shoe"]
+    attempt = run(pipeline, entry, ParaphrasedConfig(prompts=["what runners wear"]))
+    assert attempt.prompts == ["what runners wear"] * 3
+    np.testing.assert_array_equal(
+        attempt.images_NHWC, generate(pipeline, ["what runners wear"] * 3, SAMPLING)
+    )  # the seeds of the plain prompts
+
+
+def test_registry():
+    assert set(ATTACKS) == set(BUDGETS)
+    for name, attack in ATTACKS.items():
+        assert EvaluateConfig.__dataclass_fields__[name].type == attack.budget.__name__
+    with pytest.raises(ValueError, match="unknown attack 'guess'; known are benign, inversion"):
+        get_attack("guess")
+    with pytest.raises(ValueError, match="registered already"):
+        register("inversion", InversionConfig)(lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("budget", "concept", "message"),
+    [
+        (InversionConfig(num_images=9), "sneaker", "wants 9 held-out images of sneaker, but there are 6"),
+        (InversionConfig(), "boot", "does not name the concept 'boot'"),
+        (RelearningConfig(num_images=9), "sneaker", "wants 9 held-out images of sneaker"),
+        (BenignConfig(), "sneaker", "wants 100 held-out images of other things, but there are 6"),
+        (RelearningConfig(num_images=2, targets=["attn3.to_q"]), "sneaker", "no module ends with 'attn3.to_q'"),
+        (MisspelledConfig(), "boot", "does not name the concept 'boot'"),
+        (MisspelledConfig(), "501", "has no letter to misspell"),
+        (ParaphrasedConfig(), "sneaker", "needs paraphrased.words or paraphrased.prompts"),
+        (ParaphrasedConfig(words=["a"], prompts=["b"]), "sneaker", "needs paraphrased.words or"),
+        (ParaphrasedConfig(words=[" "]), "sneaker", "without empty ones"),
+        (ParaphrasedConfig(words=["shoe"]), "boot", "does not name the concept 'boot'"),
+    ],
+)
+def test_checks_before_any_work(pipeline, budget, concept, message):
+    entry = forgotten()
+    entry = Forgotten(concept, entry.prompts, entry.images, entry.others, SAMPLING, 32)
+    with pytest.raises(ValueError, match=message):
+        budget.check(pipeline, entry)
+
+
+def test_relearning_refuses_a_pipeline_with_an_adapter(pipeline):
+    pipeline.unet.add_adapter(LoraConfig(target_modules=["to_q"]))
+    with pytest.raises(ValueError, match="fuse and unload it"):
+        RelearningConfig(num_images=2).check(pipeline, forgotten())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: InversionConfig(num_steps=0), "num_steps of an attack is 0"),
+        (lambda: InversionConfig(learning_rate=0.0), "learning_rate of an attack is 0.0"),
+        (lambda: InversionConfig(initial_words=" "), "initial_words is empty"),
+        (lambda: RelearningConfig(rank=0), "rank of an attack is 0"),
+        (lambda: MisspelledConfig(num_edits=0), "num_edits is 0"),
+    ],
+)
+def test_settings_out_of_range(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_inversion_refuses_a_token_that_exists(pipeline):
+    pipeline.tokenizer.add_tokens(TOKEN)
+    with pytest.raises(ValueError, match="has a token <forgotten> already"), learned_token(pipeline, "sneaker"):
+        pass

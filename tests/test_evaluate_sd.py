@@ -1,0 +1,186 @@
+"""train_scripts/evaluate_sd.py on the embedded Stable Diffusion, with a few steps of everything."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from short_runs import BASE, ROOT
+
+from barrier_diffusers.config import BarrierConfig
+from barrier_diffusers.erased import ERASED_NAME, ErasedConcepts, as_json
+from barrier_diffusers.evaluation.accuracy import erasure_metrics
+from barrier_diffusers.evaluation.post_attack import Judge
+from barrier_diffusers.evaluation.report import print_metrics
+from barrier_diffusers.evaluation.settings import EvaluateConfig
+from barrier_diffusers.hub import add_adapter, save_adapter
+from barrier_diffusers.training import module_hash, parse_config, run_script, write_json
+
+sys.path.insert(0, str(ROOT / "train_scripts"))
+
+from evaluate_sd import load_judged, main
+
+SHORT = {
+    "pretrained_model_name_or_path": BASE,
+    "base_model": "null",
+    "evaluation.images_per_label": 2,
+    "evaluation.sampling.num_inference_steps": 2,
+    "inversion.num_steps": 2,
+    "inversion.batch_size": 4,
+    "relearning.num_steps": 2,
+    "benign.num_steps": 2,
+}
+
+
+def flags(output, **changes):
+    settings = {**SHORT, "output_dir": output, **changes}
+    words = ["--config", str(ROOT / "train_scripts/configs/evaluate_fashion.yaml")]
+    return words + [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+
+def evaluate(output, **changes):
+    main(parse_config(EvaluateConfig, flags(output, **changes)))
+    return json.loads((output / "evaluation.json").read_text())
+
+
+@pytest.fixture(autouse=True)
+def in_repository(monkeypatch):
+    """Relative paths of the configuration start at the repository."""
+    monkeypatch.chdir(ROOT)
+
+
+def test_run_as_users_run_it(tmp_path):
+    words = flags(tmp_path / "run", base_model=BASE)
+    done = subprocess.run(
+        [sys.executable, "train_scripts/evaluate_sd.py", *words], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "unlearning accuracy" in done.stdout and "images recognised as the forgotten concept" in done.stdout
+    output = tmp_path / "run"
+    assert {path.name for path in output.iterdir()} == {"evaluation.json", "seconds.json", "attacks.png"}
+    record = json.loads((output / "evaluation.json").read_text())
+    names = ["inversion", "relearning", "benign", "misspelled", "paraphrased"]
+    assert [entry["attack"] for entry in record["attacks"]] == names
+    for entry in record["attacks"]:
+        assert entry["pre_attack"]["value"] == record["classes"]["per_class_after"]["sneaker"]
+        assert entry["post_attack"]["num_images"] == 2 and len(entry["post_attack"]["interval_95"]) == 2
+        assert entry["budget"] == record["settings"][entry["attack"]]
+    assert [entry["num_training_images"] for entry in record["attacks"]] == [60, 10, 100, 0, 0]
+    assert "<forgotten>" in record["attacks"][0]["prompts"][0]
+    # the pipeline is its own base here
+    assert record["classes"]["per_class_before"] == record["classes"]["per_class_after"]
+    assert record["hashes"]["base_unet"] == record["hashes"]["unet"]
+    assert {"vae", "text_encoder", "classifier", "images of sneaker"} <= set(record["hashes"])
+    assert record["classes"]["seeds"] == {"first": 1000, "last": 1019} and record["versions"]["diffusers"]
+    seconds = json.loads((output / "seconds.json").read_text())
+    assert list(seconds) == names and min(seconds.values()) > 0
+    assert min(Image.open(output / "attacks.png").size) > 100
+
+
+def test_the_same_evaluation_twice_is_the_same_file(tmp_path):
+    texts = []
+    for name in ("first", "second"):
+        torch.manual_seed(len(texts))  # a state that must not matter
+        evaluate(tmp_path / name, attacks="[inversion, relearning, misspelled]")
+        texts.append((tmp_path / name / "evaluation.json").read_text())
+    assert texts[0] == texts[1]
+
+
+def test_the_order_of_attacks_does_not_matter(tmp_path):
+    names = ["misspelled", "relearning", "inversion"]
+    forwards = evaluate(tmp_path / "run", attacks=f"[{', '.join(names)}]")
+    backwards = evaluate(tmp_path / "run", attacks=f"[{', '.join(names[::-1])}]", overwrite_output_dir="true")
+    assert forwards["attacks"] == backwards["attacks"][::-1]
+    assert "retain_accuracy_drop" not in forwards["classes"] and "per_class_before" not in forwards["classes"]
+
+
+def test_an_adapter_is_merged_and_several_concepts_are_attacked_one_by_one(tmp_path):
+    pipeline = StableDiffusionPipeline.from_pretrained(BASE, dtype=torch.float32)
+    torch.manual_seed(0)
+    add_adapter(pipeline.unet, BarrierConfig(targets=["attn2.to_v"]), 2)
+    with torch.no_grad():
+        for name, value in pipeline.unet.named_parameters():
+            if "lora_B" in name:
+                value.normal_()
+    (tmp_path / "adapter").mkdir()
+    save_adapter(pipeline, tmp_path / "adapter")
+    erased = [ErasedConcepts(["boot", "sneaker"], ["a photo of a red boot", "a photo of a red sneaker"])]
+    write_json(tmp_path / "adapter" / ERASED_NAME, as_json(erased))
+    changes = {"lora_weights": tmp_path / "adapter", "concept": "[sneaker, bag]", "attacks": "[misspelled]"}
+    record = evaluate(tmp_path / "run", **changes)
+    assert [entry["concept"] for entry in record["attacks"]] == ["sneaker", "bag"]
+    for entry in record["attacks"]:
+        assert entry["pre_attack"]["value"] == record["classes"]["per_class_after"][entry["concept"]]
+    # boot was erased before: scored apart, not retained
+    assert record["classes"]["details"]["retain_accuracy_after"]["num_images"] == 2 * 7
+    assert record["classes"]["details"]["erased_before_unlearning_accuracy_after"]["num_images"] == 2
+
+    merged = load_judged(parse_config(EvaluateConfig, flags(tmp_path / "run", **changes)))
+    assert record["hashes"]["unet"] == module_hash(merged.unet)
+    assert set(merged.unet.state_dict()) == set(StableDiffusionPipeline.from_pretrained(BASE).unet.state_dict())
+    arguments = (torch.randn(1, 4, 8, 8), torch.tensor([500]), torch.randn(1, 24, 96))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            merged.unet(*arguments).sample, pipeline.unet(*arguments).sample, rtol=1e-3, atol=1e-3
+        )
+
+
+def test_judge_knows_the_real_images(in_repository):
+    judge = Judge("assets/fashion_classifier", ["sneaker"])
+    rows = [row.split(",") for row in (ROOT / "assets/fashion_images/test/metadata.csv").read_text().splitlines()[1:]]
+    chosen = [row for row in rows if row[2] in ("sneaker", "dress")][:40]
+    images = np.stack([np.asarray(Image.open(ROOT / "assets/fashion_images/test" / row[0])) for row in chosen])
+    right = [shown == (row[2] == "sneaker") for shown, row in zip(judge.shows(images, "sneaker"), chosen, strict=True)]
+    assert np.mean(right) > 0.9
+
+
+def test_metrics_and_table_without_before(capsys):
+    wanted = {"class": ["boot", "shirt"], "colour": ["red", "blue"]}
+    metrics = erasure_metrics(None, {**wanted, "class": ["shirt", "shirt"]}, wanted, "class", ["boot"])
+    assert metrics["unlearning_accuracy"] == 100.0 and metrics["retain_accuracy_after"] == 100.0
+    assert not [key for key in (*metrics, *metrics["details"]) if "before" in key or "drop" in key]
+    print_metrics(metrics, "class", ["boot"])
+    assert "retain accuracy 100.0 % (1 images)" in capsys.readouterr().out
+
+
+BAD = {
+    "unknown attack": ({"attacks": "[guess]"}, "unknown attack 'guess'; known are benign, inversion"),
+    "attack twice": ({"attacks": "[inversion, inversion]"}, "names one twice"),
+    "no data": ({"train_data_dir": "null"}, "set train_data_dir or dataset_name"),
+    "missing data": ({"train_data_dir": "/no/such/data"}, "does not exist"),
+    "no split": ({"evaluation.split": "validation"}, "cannot read split 'validation'"),
+    "no column": ({"concept_column": "kind"}, "kind"),
+    "unknown concept": ({"concept": "hat"}, "cannot recognise hat; it knows class"),
+    "no classifier": ({"evaluation.classifier": "null"}, "set evaluation.classifier"),
+    "missing classifier": ({"evaluation.classifier": "/no/such"}, "is not a folder with a saved AttributeClassifier"),
+    "missing pipeline": ({"pretrained_model_name_or_path": "/no/such/pipeline"}, "does not exist"),
+    "missing base": ({"base_model": "/no/such/pipeline"}, "does not exist"),
+    "missing adapter": ({"lora_weights": "/no/such"}, "is not a folder with pytorch_lora_weights.safetensors"),
+    "too few images": ({"relearning.num_images": 500}, "wants 500 held-out images of sneaker, but there are 60"),
+    "no paraphrase": ({"paraphrased.words": "[]"}, "needs paraphrased.words or paraphrased.prompts"),
+    "resolution": ({"resolution": 33}, "resolution is 33, but must be a multiple of"),
+    "zero steps": ({"inversion.num_steps": 0}, "num_steps of an attack is 0"),
+    "other files": ({"output_dir": "OTHER"}, "holds other files"),
+    "unknown flag": ({"inversion.steps": 3}, "inversion.steps"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_before_any_image(name, tmp_path, monkeypatch, capsys):
+    changes, message = BAD[name]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    changes = {key: tmp_path / "other" if value == "OTHER" else value for key, value in changes.items()}
+    monkeypatch.setattr(sys, "argv", ["evaluate_sd.py", *flags(tmp_path / "run", **changes)])
+    monkeypatch.setattr("evaluate_sd.generate", lambda *_, **__: pytest.fail("images were made"))
+    with pytest.raises(SystemExit) as caught:
+        run_script(main, EvaluateConfig)
+    assert caught.value.code in (1, 2)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and message in lines[0], lines
+    assert not (tmp_path / "run" / "evaluation.json").exists()
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["notes.txt"]
