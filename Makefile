@@ -12,7 +12,7 @@ export TRANSFORMERS_VERBOSITY = error
 export DIFFUSERS_VERBOSITY = error
 
 .DEFAULT_GOAL := help
-.PHONY: help install unlearn test test-slow table embedded-model quality style clean
+.PHONY: help install unlearn evaluate test test-slow table embedded-model quality style clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -37,6 +37,10 @@ test: $(READY) ## lint, types and all fast tests, in parallel
 
 test-slow: $(READY) ## the slow tests as well
 	$(BIN)/pytest -n 2
+
+evaluate: $(READY) ## judge what `make unlearn` left, on plain prompts and under attack
+	$(BIN)/python train_scripts/evaluate_sd.py --config train_scripts/configs/evaluate_fashion.yaml \
+		--overwrite_output_dir true
 
 table: $(READY) ## all rows of the README's tables; finished rows are not run again
 	$(BIN)/python benchmarks/erasure_table.py
