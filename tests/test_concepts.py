@@ -11,7 +11,7 @@ from pipelines import FASHION
 from barrier_diffusers.concepts import ConceptConfig, DataNeeds, concepts_of, load_concepts, write_image_folder
 from barrier_diffusers.erased import ERASED_NAME, ErasedConcepts, as_json, captions_of, read_erased, rows_about_others
 from barrier_diffusers.evaluation.accuracy import erasure_metrics
-from barrier_diffusers.evaluation.erasure import EvaluationConfig, make_questions
+from barrier_diffusers.evaluation.erasure import EvaluationConfig, check_questions, make_questions
 from barrier_diffusers.generation import SamplingConfig
 
 SKETCHES = ErasedConcepts(["pencil sketch"], ["a pencil sketch of a red bag", "a pencil sketch of a red boot"])
@@ -142,6 +142,16 @@ def test_questions_about_what_was_erased_before():
         make_questions(
             EvaluationConfig(classifier=str(FASHION.parent / "fashion_classifier")), ConceptConfig(concept="bag")
         )
+
+
+def test_looking_at_the_questions_draws_no_random_number():
+    evaluation = EvaluationConfig(classifier=str(FASHION.parent / "fashion_classifier"), images_per_label=1)
+    config = ConceptConfig(concept="bag", forget_prompts=["a bag"], retain_prompts=["a boot"])
+    torch.manual_seed(0)
+    expected = torch.rand(())
+    torch.manual_seed(0)
+    check_questions(evaluation, make_questions(evaluation, config))
+    assert torch.rand(()) == expected
 
 
 def test_metrics_keep_what_was_erased_before_apart():

@@ -83,14 +83,15 @@ def make_questions(
 
 
 def check_questions(evaluation: EvaluationConfig, questions: Questions) -> None:
-    """Make sure, before any long work, that the classifier can judge the answers.
+    """Make sure, before any long work, that the classifier can judge the answers; draws no random number.
 
     Raises:
         ValueError: it does not know the concepts, or no prompt names one of its labels on either side.
     """
     if evaluation.classifier is None:
         return
-    labels = AttributeClassifier.from_pretrained(evaluation.classifier).attributes
+    with torch.random.fork_rng():  # building the network draws its first weights
+        labels = AttributeClassifier.from_pretrained(evaluation.classifier).attributes
     attribute = forgotten_attribute(labels, questions.forgotten)
     asked = labels_in_texts(questions.prompts, labels[attribute])
     old = [False] * len(asked)
