@@ -11,6 +11,8 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
+from barrier_diffusers.objectives import OBJECTIVES
+
 torch.set_num_threads(1)
 
 
@@ -96,6 +98,15 @@ def interruptible():
         signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
+def own_objectives():
+    """What a test registers leaves the registry with it."""
+    before = dict(OBJECTIVES)
+    yield
+    OBJECTIVES.clear()
+    OBJECTIVES.update(before)
 
 
 @pytest.fixture
