@@ -118,17 +118,21 @@ def objectives() -> Table:
 def projection() -> Table:
     """Where the retain statistics of a projection come from (METHOD section 7)."""
     two, prompts = {"retain_concepts": "[boot,bag]"}, {"retain_statistics": "prompts"}
+    keys = {**prompts, **KEYS_AND_VALUES}
+    larger = {**keys, "learning_rate": 3e-3}
     cases = [
         ("q, k, v", "images of all classes", "sneaker", {}),
         ("q, k, v", "images of two classes", "sneaker", two),
         ("q, k, v", "images of two classes for q, prompts for k, v", "sneaker", {**two, **prompts}),
-        *(("k, v", "prompts", name, {**prompts, **KEYS_AND_VALUES}) for name in ("sneaker", "dress", "t-shirt")),
+        *(("k, v", "prompts", name, keys) for name in ("sneaker", "dress", "t-shirt")),
+        *(("k, v", "prompts", f"{name}, learning rate 3e-3", larger) for name in ("dress", "t-shirt")),
     ]
     rows = []
-    for maps, source, name, flags in cases:
-        flags = {**flags, **PROJECTION, "concept": name, "objective.anchor": ANCHORS[name]}
+    for maps, source, erased, flags in cases:
+        name = erased.partition(",")[0]
+        flags = {**PROJECTION, **flags, "concept": name, "objective.anchor": ANCHORS[name]}
         flags |= {"evaluation.images_per_label": 30}
-        rows.append(Row({"maps": maps, "retain statistics": source, "erased": name}, flags))
+        rows.append(Row({"maps": maps, "retain statistics": source, "erased": erased}, flags))
     return Table([[row] for row in rows], {**METRICS, **OTHER_DROPS})
 
 
