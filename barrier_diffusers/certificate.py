@@ -5,7 +5,6 @@ Shapes: B images, L rows of an image, D input features, K kept directions, O out
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from scipy.stats import binom
 from torch import Tensor, nn
 
 from barrier_diffusers.drift import Drift
-from barrier_diffusers.files import written_whole
+from barrier_diffusers.files import write_json
 from barrier_diffusers.fitting import ForwardFn, first_tensor, kept_random_state
 from barrier_diffusers.loss import interval_ends
 from barrier_diffusers.recorder import evaluation_mode, record_inputs
@@ -213,8 +212,7 @@ class Certificate:
 
     def save_json(self, path: str | os.PathLike) -> None:
         """Write the certificate whole or not at all."""
-        with written_whole(Path(path)) as temporary:
-            temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_json(Path(path), self.to_dict())
 
     def __str__(self) -> str:
         worst = max(self.maps, key=lambda entry: entry.relative.largest)

@@ -17,8 +17,7 @@ from accelerate.utils import load as load_weights_only
 from torch import Tensor
 
 from barrier_diffusers.barrier import Barrier
-from barrier_diffusers.files import WriteError, put_in_place, remove, removed_on_failure
-from barrier_diffusers.training import write_json
+from barrier_diffusers.files import WriteError, put_in_place, remove, removed_on_failure, write_json
 
 CHECKPOINT_NAME = "checkpoint.json"
 # settings that a resumed run may change, as they decide about no weight: places, amounts, and what is looked at

@@ -13,7 +13,6 @@ import torch
 from datasets import Dataset, Features, Value, concatenate_datasets
 from PIL import Image
 
-from barrier_diffusers.architectures import components
 from barrier_diffusers.data import (
     EncodedImages,
     anchor_captions,
@@ -28,9 +27,9 @@ from barrier_diffusers.data import (
     take_evenly,
 )
 from barrier_diffusers.erased import ErasedConcepts, captions_of, rows_about_others
-from barrier_diffusers.files import written_whole
+from barrier_diffusers.files import write_json, written_whole
 from barrier_diffusers.generation import SamplingConfig, generate
-from barrier_diffusers.training import module_hash, write_json
+from barrier_diffusers.training import module_hash, module_hashes
 
 
 @dataclass(kw_only=True)
@@ -287,8 +286,7 @@ def encode_concepts(
     empty = [""] if needs.unconditional else []
     prompts = sorted({text for texts in captions.values() for text in texts} | {*(anchors or []), *empty})
     position = {text: index for index, text in enumerate(prompts)}
-    encoders = {name: module_hash(part) for name, part in components(pipeline, "text_encoder").items()}
-    text_key = fingerprint(prompts, encoders)
+    text_key = fingerprint(prompts, module_hashes(pipeline, "text_encoder"))
     embeddings = cached_tensors(cache / f"text-{text_key}.safetensors", lambda: encode_prompts(pipeline, prompts))
     vae_hash = module_hash(pipeline.vae)
 

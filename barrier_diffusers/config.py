@@ -165,14 +165,12 @@ class BarrierConfig:
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write barrier_config.json into `folder`, whole or not at all."""
-        from barrier_diffusers.files import (
-            written_whole,  # here, as the package imports torch and this module does not
-        )
+        # here, as the package imports torch and this module does not
+        from barrier_diffusers.files import write_json
 
         path = Path(folder) / CONFIG_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as temporary:
-            temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_json(path, self.to_dict())
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> BarrierConfig:

@@ -182,6 +182,8 @@ def take_evenly(rows: Sequence[int], count: int | None, seed: int) -> list[int]:
 
 def labels_in_texts(texts: Sequence[str], labels: Sequence[str]) -> list[str | None]:
     """The label each text names as whole words (the longest, if several match), None where it names none."""
+    if not labels:
+        return [None] * len(texts)
     ordered = sorted(labels, key=len, reverse=True)
     pattern = re.compile(rf"(?<![\w-])({'|'.join(map(re.escape, ordered))})(?![\w-])", re.IGNORECASE)
     known = {label.lower(): label for label in labels}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -78,3 +80,13 @@ def written_whole(target: Path) -> Iterator[Path]:
         remove(temporary)
         yield temporary
         put_in_place(temporary, target)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole or not at all.
+
+    Raises:
+        WriteError: see `written_whole`.
+    """
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

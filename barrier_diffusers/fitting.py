@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from barrier_diffusers.statistics import Moments, ProjectionSketch, is_distribut
 from barrier_diffusers.targets import ProtectedMap
 
 ForwardFn = Callable[[nn.Module, Any], Any]
+GatheredT = TypeVar("GatheredT", Moments, SecondMoment)
 
 
 def first_tensor(output: Any) -> Tensor | None:
@@ -76,23 +77,12 @@ def in_all_processes(run: Callable[[], dict[str, str]], device: torch.device) ->
     return result
 
 
-def into_moments(moments: dict[str, Moments]) -> OnRows:
-    """Adds recorded rows to the moments of their input."""
-
-    def update(leader: str, rows_BLD: Tensor) -> None:
-        if leader not in moments:
-            moments[leader] = Moments(rows_BLD.shape[-1], rows_BLD.device)
-        moments[leader].update(rows_BLD.flatten(0, 1))
-
-    return update
-
-
-def into_second_moments(gathered: dict[str, SecondMoment]) -> OnRows:
-    """Adds recorded rows to the second moment of their input."""
+def into_moments(gathered: dict[str, GatheredT], kind: Callable[[int, torch.device], GatheredT]) -> OnRows:
+    """Adds recorded rows to the moments of their input, each a `kind` of its own."""
 
     def update(leader: str, rows_BLD: Tensor) -> None:
         if leader not in gathered:
-            gathered[leader] = SecondMoment(rows_BLD.shape[-1], rows_BLD.device)
+            gathered[leader] = kind(rows_BLD.shape[-1], rows_BLD.device)
         gathered[leader].update(rows_BLD.flatten(0, 1))
 
     return update
@@ -187,7 +177,7 @@ def fit_protection(
     forget: dict[str, ProjectionSketch] = {}
     leader_of: dict[str, str] | None = None
     if config.has_penalty:
-        leader_of = passes.record(forget_loader, "forget", into_moments(moments))
+        leader_of = passes.record(forget_loader, "forget", into_moments(moments, Moments))
         for seen in moments.values():
             seen.all_reduce()
         directions = {name: fit_directions(seen, config, name) for name, seen in moments.items()}
@@ -197,7 +187,7 @@ def fit_protection(
     sketches: dict[str, ProjectionSketch] = {}
     retain_leader_of: dict[str, str] = {}
     if config.needs_retain_data:
-        updates = [into_second_moments(retain)]
+        updates = [into_moments(retain, SecondMoment)]
         if config.region_needs_retain_data:
             sketches = {name: ProjectionSketch(known.eigenvalues_K.sqrt()) for name, known in directions.items()}
             updates.append(into_sketches(sketches, directions))

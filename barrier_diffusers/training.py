@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
@@ -22,9 +21,9 @@ from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from barrier_diffusers.architectures import Diffusion
+from barrier_diffusers.architectures import Diffusion, components
 from barrier_diffusers.config import CONFIG_NAME
-from barrier_diffusers.files import written_whole
+from barrier_diffusers.files import put_in_place
 from barrier_diffusers.objectives import DiffusionStep, ObjectiveConfig
 from barrier_diffusers.objectives.base import Condition
 from barrier_diffusers.reference import FrozenReference
@@ -72,12 +71,6 @@ def _fail(error: BaseException, status: int) -> int:
     return status
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON whole or not at all."""
-    with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 def claim_output_dir(output_dir: str, overwrite: bool, resume: bool) -> Path:
     """Create the output folder, or make sure that an existing one may be used.
 
@@ -113,10 +106,7 @@ def claim_output_dir(output_dir: str, overwrite: bool, resume: bool) -> Path:
 def move_into(source: Path, target: Path, last: str) -> None:
     """Move every entry of `source` over its namesake in `target`, the entry `last` at the end, and drop `source`."""
     for entry in sorted(source.iterdir(), key=lambda entry: entry.name == last):
-        destination = target / entry.name
-        if destination.is_dir():
-            shutil.rmtree(destination)
-        os.replace(entry, destination)
+        put_in_place(entry, target / entry.name)
     source.rmdir()
 
 
@@ -127,6 +117,11 @@ def module_hash(module: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def module_hashes(pipeline: Any, prefix: str = "") -> dict[str, str]:
+    """`module_hash` of each of the pipeline's networks whose name starts with `prefix`."""
+    return {name: module_hash(part) for name, part in components(pipeline, prefix).items()}
 
 
 def manifest(config: Any, hashes: dict[str, str], **facts: Any) -> dict[str, Any]:

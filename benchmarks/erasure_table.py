@@ -24,8 +24,9 @@ import torch
 from rows import TABLES, Row, Table
 from tqdm.auto import tqdm
 
+from barrier_diffusers.files import write_json
 from barrier_diffusers.settings import UnlearnConfig
-from barrier_diffusers.training import parse_config, run_script, write_json
+from barrier_diffusers.training import parse_config, run_script
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "train_scripts"))
 

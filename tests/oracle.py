@@ -33,6 +33,26 @@ def conv_rows(x, conv):
     return torch.cat(rows)
 
 
+def net_rows(net, batches, targets):
+    """Raw inputs of every map, as METHOD.md defines them."""
+    rows, handles = {name: [] for name in targets}, []
+    for name in targets:
+        module = net.get_submodule(name)
+
+        def hook(module, args, name=name):
+            x = args[0].detach()
+            rows[name].append(conv_rows(x, module) if isinstance(module, torch.nn.Conv2d) else x.double())
+
+        handles.append(module.register_forward_pre_hook(hook))
+    net.eval()
+    with torch.no_grad():
+        for batch in batches:
+            net(batch)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(parts) for name, parts in rows.items()}
+
+
 class Oracle:
     """Region of forget rows, and the loss of a drift; options by the names of METHOD.md."""
 

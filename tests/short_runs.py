@@ -25,11 +25,15 @@ SHORT = {
 }
 
 
+def as_words(config, settings):
+    """Command-line words: a file of train_scripts/configs and what differs from it."""
+    words = ["--config", str(ROOT / "train_scripts/configs" / config)]
+    return words + [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+
 def flags(output, **changes):
     """Command-line words of a short run."""
-    settings = {**SHORT, "output_dir": output, **changes}
-    words = ["--config", str(ROOT / "train_scripts/configs/fashion_class.yaml")]
-    return words + [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    return as_words("fashion_class.yaml", {**SHORT, "output_dir": output, **changes})
 
 
 def run(output, cache, **changes):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import ConvNet, image_batches, make_small_unet, make_unet, run_net, run_unet, unet_batches
-from oracle import Oracle, conv_rows
+from oracle import Oracle, net_rows
 from peft import LoraConfig
 from safetensors.torch import load_file
 
@@ -24,26 +24,6 @@ def unet_barrier(unet, **options):
     barrier = Barrier(unet, BarrierConfig(**{"reduced_dim": 4, "targets": ATTN2, **options}))
     barrier.setup_protection(unet_batches(), run_unet, unet_batches(seed=1))
     return barrier
-
-
-def net_rows(net, batches, targets):
-    """Raw inputs of every map, as METHOD.md defines them."""
-    rows, handles = {name: [] for name in targets}, []
-    for name in targets:
-        module = net.get_submodule(name)
-
-        def hook(module, args, name=name):
-            x = args[0].detach()
-            rows[name].append(conv_rows(x, module) if isinstance(module, torch.nn.Conv2d) else x.double())
-
-        handles.append(module.register_forward_pre_hook(hook))
-    net.eval()
-    with torch.no_grad():
-        for batch in batches:
-            net(batch)
-    for handle in handles:
-        handle.remove()
-    return {name: torch.cat(parts) for name, parts in rows.items()}
 
 
 @pytest.mark.parametrize("normalize", [True, False])

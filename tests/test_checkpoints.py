@@ -17,11 +17,11 @@ from torch import nn
 from barrier_diffusers.checkpoints import Checkpoints
 from barrier_diffusers.concepts import write_image_folder
 from barrier_diffusers.data import cached_tensors
-from barrier_diffusers.files import WriteError
+from barrier_diffusers.files import WriteError, write_json
 from barrier_diffusers.hub import save_pipeline
 from barrier_diffusers.interruption import Interruption
 from barrier_diffusers.settings import UnlearnConfig
-from barrier_diffusers.training import History, parse_config, write_json
+from barrier_diffusers.training import History, parse_config
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from short_runs import BASE, ROOT
+from short_runs import BASE, ROOT, as_words
 
 from barrier_diffusers.config import BarrierConfig
 from barrier_diffusers.erased import ERASED_NAME, ErasedConcepts, as_json
@@ -17,8 +17,9 @@ from barrier_diffusers.evaluation.accuracy import erasure_metrics
 from barrier_diffusers.evaluation.post_attack import Judge
 from barrier_diffusers.evaluation.report import print_metrics
 from barrier_diffusers.evaluation.settings import EvaluateConfig
+from barrier_diffusers.files import write_json
 from barrier_diffusers.hub import add_adapter, save_adapter
-from barrier_diffusers.training import module_hash, parse_config, run_script, write_json
+from barrier_diffusers.training import module_hash, parse_config, run_script
 
 sys.path.insert(0, str(ROOT / "train_scripts"))
 
@@ -37,9 +38,7 @@ SHORT = {
 
 
 def flags(output, **changes):
-    settings = {**SHORT, "output_dir": output, **changes}
-    words = ["--config", str(ROOT / "train_scripts/configs/evaluate_fashion.yaml")]
-    return words + [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    return as_words("evaluate_fashion.yaml", {**SHORT, "output_dir": output, **changes})
 
 
 def evaluate(output, **changes):

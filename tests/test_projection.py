@@ -6,33 +6,13 @@ import json
 import pytest
 import torch
 from conftest import image_batches, make_small_unet, run_net, run_unet, unet_batches
-from oracle import conv_rows
+from oracle import net_rows
 from projected import CONVS, TEXT, add_lora, config_of, protected, text_batches, train
-from torch import nn
 
 from barrier_diffusers import Barrier, BarrierConfig
 from barrier_diffusers.projection import SecondMoment, fit_projection, project_out, spanning_directions
 
 FILES = {"config": "barrier_config.json", "projections": "barrier_projections.safetensors"}
-
-
-def dense_rows(net, batches, names):
-    """Inputs of the net's layers as rows, gathered by hand."""
-    rows, handles = {name: [] for name in names}, []
-    for name in names:
-
-        def hook(module, args, name=name):
-            is_conv = isinstance(module, nn.Conv2d)
-            rows[name].append(conv_rows(args[0].detach(), module) if is_conv else args[0].detach().double())
-
-        handles.append(net.get_submodule(name).register_forward_pre_hook(hook))
-    net.eval()
-    with torch.no_grad():
-        for batch in batches:
-            net(batch)
-    for handle in handles:
-        handle.remove()
-    return {name: torch.cat(parts) for name, parts in rows.items()}
 
 
 @pytest.mark.parametrize("energy", [0.3, 0.9, 0.999, 1.0])
@@ -90,7 +70,7 @@ def test_streaming_equals_the_dense_computation(net):
     names, retain = [*CONVS, "fc"], image_batches(seed=5)
     barrier = Barrier(net, config_of(names, projection_energy=0.8))
     barrier.setup_protection(None, run_net, retain)
-    for name, rows in dense_rows(net, retain, names).items():
+    for name, rows in net_rows(net, retain, names).items():
         projection = barrier.projections[name]
         moment = rows.T @ rows / len(rows)
         values, vectors = torch.linalg.eigh(moment)

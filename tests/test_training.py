@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from barrier_diffusers import BarrierConfig
+from barrier_diffusers.files import write_json
 from barrier_diffusers.training import (
     claim_output_dir,
     endless,
@@ -22,7 +23,6 @@ from barrier_diffusers.training import (
     move_into,
     parse_config,
     run_script,
-    write_json,
 )
 
 

@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from barrier_diffusers.architectures import Diffusion, components
+from barrier_diffusers.architectures import Diffusion
 from barrier_diffusers.erased import ErasedConcepts, read_erased
 from barrier_diffusers.evaluation.erasure import evaluate_erasure, make_questions
 from barrier_diffusers.evaluation.post_attack import Judge, forgotten_concepts, images_hash, rows_of, run_attacks
 from barrier_diffusers.evaluation.report import image_rows, print_attacks, print_metrics
 from barrier_diffusers.evaluation.settings import EvaluateConfig
+from barrier_diffusers.files import write_json
 from barrier_diffusers.generation import generate
 from barrier_diffusers.hub import load_pipeline
-from barrier_diffusers.training import claim_output_dir, manifest, module_hash, run_script, write_json
+from barrier_diffusers.training import claim_output_dir, manifest, module_hash, module_hashes, run_script
 
 EVALUATION_NAME, SECONDS_NAME, PICTURE_NAME = "evaluation.json", "seconds.json", "attacks.png"
 PLACES = ("output_dir", "overwrite_output_dir")  # settings that change no number
@@ -45,11 +46,6 @@ def erased_besides(config: EvaluateConfig) -> list[ErasedConcepts]:
     return [entry for entry in others if entry.concepts]
 
 
-def hashes_of(pipeline: Any, prefix: str = "") -> dict[str, str]:
-    """SHA-256 of each network's weights."""
-    return {prefix + name: module_hash(part) for name, part in components(pipeline).items()}
-
-
 def main(config: EvaluateConfig) -> None:
     """Load -> check -> plain prompts -> attacks -> table, JSON, picture."""
     output = claim_output_dir(config.output_dir, config.overwrite_output_dir, resume=False)
@@ -67,10 +63,10 @@ def main(config: EvaluateConfig) -> None:
             budget.check(pipeline, entry)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    before, hashes = None, hashes_of(pipeline)
+    before, hashes = None, module_hashes(pipeline)
     if config.base_model:
         base = load_pipeline(config.base_model)
-        hashes |= hashes_of(base, "base_")
+        hashes |= {f"base_{name}": digest for name, digest in module_hashes(base).items()}
         before = generate(base.to(device), questions.prompts, evaluation.sampling, desc="images before")
         del base
     after = generate(pipeline.to(device), questions.prompts, evaluation.sampling, desc="images after")

@@ -34,6 +34,7 @@ from barrier_diffusers.evaluation.erasure import (
     make_questions,
 )
 from barrier_diffusers.evaluation.report import before_after_grid, loss_curves, print_metrics, strip
+from barrier_diffusers.files import write_json
 from barrier_diffusers.generation import generate
 from barrier_diffusers.hub import (
     add_adapter,
@@ -65,9 +66,8 @@ from barrier_diffusers.training import (
     endless,
     freeze_normalisation,
     manifest,
-    module_hash,
+    module_hashes,
     run_script,
-    write_json,
 )
 
 
@@ -130,8 +130,8 @@ def finish(job: Job, results: dict[str, Any]) -> None:
     absent = [part for part in get_architecture(type(pipeline).__name__).optional if getattr(pipeline, part) is None]
     where = job.repo_id or str(output)
     save_model_card(output, where, base, questions.forgotten, objective, protection, adapter, metrics, absent)
-    parts = {name: module_hash(part) for name, part in components(pipeline).items()}
-    write_json(output / MANIFEST_NAME, manifest(config, {"base_denoiser": job.base_hash, **parts}, **results))
+    hashes = {"base_denoiser": job.base_hash, **module_hashes(pipeline)}
+    write_json(output / MANIFEST_NAME, manifest(config, hashes, **results))
     print(f"{'adapter' if adapter else 'pipeline'}: {output}\npicture:  {output / 'before_after.png'}")
     if config.push_to_hub:
         print(f"hub:      {push_folder(output, where)}")
@@ -180,8 +180,8 @@ def main(config: UnlearnConfig) -> None:
     for module in components(pipeline).values():
         module.to(accelerator.device)
         module.requires_grad_(module is denoiser).eval()
-    base_hash = module_hash(denoiser)
-    made_by = fingerprint({name: module_hash(part) for name, part in components(pipeline).items()}, str(frozen_dtype))
+    hashes = module_hashes(pipeline)
+    base_hash, made_by = hashes[diffusion.architecture.denoiser], fingerprint(hashes, str(frozen_dtype))
     cache = Path(config.cache_dir or output / "cache")
     if config.rank:
         add_adapter(denoiser, config.barrier, config.rank)
@@ -190,7 +190,6 @@ def main(config: UnlearnConfig) -> None:
         objective.check_maps(barrier.maps)
 
     by_prompts = maps_of_prompts(config, diffusion)
-    steered = (config.objective.anchor, config.objective.anchor_prompt)
     steer, needs = config.objective, data_needs(config, objective, set(by_prompts) == set(config.barrier.targets))
     with accelerator.main_process_first():  # the others find the cache filled
         erased = read_erased(config.pretrained_model_name_or_path, config.revision)
@@ -200,7 +199,9 @@ def main(config: UnlearnConfig) -> None:
         check_questions(config.evaluation, questions)
         data = None
         if objective.edit is None:
-            anchors = concepts.anchors(*steered, config.seed) if objective.needs_anchor else None
+            anchors = (
+                concepts.anchors(steer.anchor, steer.anchor_prompt, config.seed) if objective.needs_anchor else None
+            )
             data = encode_concepts(concepts, anchors, pipeline, cache, config.resolution, needs)
     before = np.empty(0)
     if accelerator.is_main_process:

@@ -94,14 +94,11 @@ def check_questions(evaluation: EvaluationConfig, questions: Questions) -> None:
         labels = AttributeClassifier.from_pretrained(evaluation.classifier).attributes
     attribute = forgotten_attribute(labels, questions.forgotten)
     asked = labels_in_texts(questions.prompts, labels[attribute])
-    old = [False] * len(asked)
-    for concept in questions.erased_before:
-        named = labels_in_texts(questions.prompts, [concept])
-        old = [before or one is not None for before, one in zip(old, named, strict=True)]
-    pairs = list(zip(asked, old, strict=True))
-    if not any(label in questions.forgotten for label, _ in pairs):
+    old = labels_in_texts(questions.prompts, questions.erased_before)
+    if not any(label in questions.forgotten for label in asked):
         raise ValueError(f"no forget prompt of the evaluation names {' or '.join(questions.forgotten)}")
-    if not any(label not in (None, *questions.forgotten) and not before for label, before in pairs):
+    kept = [label for label, before in zip(asked, old, strict=True) if before is None]
+    if not any(label not in (None, *questions.forgotten) for label in kept):
         known = ", ".join(labels[attribute])
         raise ValueError(f"no retain prompt of the evaluation names another {attribute}; the classifier knows {known}")
 
