@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from scipy import ndimage
 
@@ -44,6 +44,9 @@ class PrepareConfig:
     output_dir: str = "runs/fashion_mnist"  # gets train.parquet and test.parquet
     images_dir: str = "assets/fashion_images"  # gets a small image folder, equally many of every caption
     images_per_caption: dict[str, int] = field(default_factory=lambda: {"train": 12, "test": 5})
+    labelled_dir: str = "assets/fashion_mnist"  # gets the plain photos: the first of every class, as parquet
+    photos_per_class: dict[str, int] = field(default_factory=lambda: {"train": 1000, "test": 400})
+    all_labelled_dir: str = "runs/fashion_mnist_labelled"  # gets all 70,000 plain photos
     seed: int = 0  # decides which colour each picture has
 
 
@@ -79,9 +82,9 @@ def caption(style: str, colour: str, name: str) -> str:
 
 
 def encode_png(image_HWC: np.ndarray) -> bytes:
-    """PNG bytes of one RGB image."""
+    """PNG bytes of one RGB or grey image."""
     buffer = io.BytesIO()
-    PILImage.fromarray(image_HWC).save(buffer, "png")
+    PILImage.fromarray(image_HWC).save(buffer, "png", optimize=True)
     return buffer.getvalue()
 
 
@@ -130,8 +133,23 @@ def export_images(dataset: Dataset, folder: Path, per_caption: int) -> int:
     return len(rows)
 
 
+def export_labelled(config: PrepareConfig, split: str) -> None:
+    """The plain photos with a ClassLabel: all of them for training runs, and the first of every class for assets."""
+    source = Path(config.source_dir)
+    photos = read_idx(source / f"{SPLITS[split]}-images-idx3-ubyte.gz")
+    labels = read_idx(source / f"{SPLITS[split]}-labels-idx1-ubyte.gz").astype(int)
+    features = Features({"image": Image(), "label": ClassLabel(names=list(CLASSES))})
+    first = np.sort(np.concatenate([np.flatnonzero(labels == c)[: config.photos_per_class[split]] for c in range(10)]))
+    for folder, chosen in ((config.all_labelled_dir, np.arange(len(labels))), (config.labelled_dir, first)):
+        images = [{"bytes": encode_png(photos[index]), "path": None} for index in chosen]
+        rows = Dataset.from_dict({"image": images, "label": labels[chosen].tolist()}, features=features)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        rows.to_parquet(Path(folder) / f"{split}.parquet")
+        print(f"{folder}/{split}.parquet: {len(rows)} photos")
+
+
 def main(config: PrepareConfig) -> None:
-    """Write train.parquet, test.parquet and the small image folder."""
+    """Write the captioned sets (all, and the small image folder) and the labelled ones (all, and the small one)."""
     if not Path(config.source_dir).is_dir():
         raise SystemExit(
             f"error: no Fashion-MNIST in {config.source_dir}: install the Debian package dataset-fashion-mnist "
@@ -145,6 +163,7 @@ def main(config: PrepareConfig) -> None:
         folder = Path(config.images_dir) / split
         count = export_images(dataset, folder, config.images_per_caption[split])
         print(f"{output / split}.parquet: {len(dataset)} pictures; {folder}: {count}")
+        export_labelled(config, split)
 
 
 if __name__ == "__main__":
