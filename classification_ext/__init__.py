@@ -1,1 +1,1 @@
-"""Thin adapter: BARRIER on image classifiers. train.py, unlearn.py, evaluate.py; the method is in barrier_diffusers."""
+"""Thin adapter: BARRIER on image classifiers. The method itself is in barrier_diffusers."""

@@ -1,1 +1,1 @@
-"""Thin adapter: BARRIER on class-conditional DDPMs. train.py, unlearn.py, sample.py, evaluate.py."""
+"""Thin adapter: BARRIER on class-conditional DDPMs. The method itself is in barrier_diffusers."""
