@@ -15,15 +15,9 @@ from barrier_diffusers.evaluation.classifier import AttributeClassifier
 def recognise(classifier: AttributeClassifier, images_NHWC: np.ndarray, batch_size: int = 256) -> dict[str, list[str]]:
     """Predicted labels of byte images (N, H, W, 3), a list of N per attribute; other sizes are resampled."""
 
-    def batches():
-        for start in range(0, len(images_NHWC), batch_size):
-            chunk = torch.from_numpy(images_NHWC[start : start + batch_size]).permute(0, 3, 1, 2).float() / 127.5 - 1
-            side = classifier.resolution
-            if chunk.shape[-1] != side:
-                chunk = torch.nn.functional.interpolate(chunk, (side, side), mode="bilinear", antialias=True)
-            yield chunk
-
-    return classifier.predict(batches())
+    starts = range(0, len(images_NHWC), batch_size)
+    chunks = (torch.from_numpy(images_NHWC[start : start + batch_size]) for start in starts)
+    return classifier.predict(classifier.pixels(chunk.permute(0, 3, 1, 2)) for chunk in chunks)
 
 
 def share(correct: Sequence[bool] | np.ndarray) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """A small residual network with one head per attribute (class, colour, style, ...): the judge of generated images.
 
-Shapes: N images, C channels, H height, W width, J labels of an attribute.
+Shapes: N images, C channels, H height, W width, J labels of an attribute, D features.
 """
 
 from __future__ import annotations
@@ -62,9 +62,20 @@ class AttributeClassifier(nn.Module, PyTorchModelHubMixin):
         self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.heads = nn.ModuleDict({name: nn.Linear(channels[-1], len(v)) for name, v in self.attributes.items()})
 
+    def pixels(self, images: Tensor) -> Tensor:
+        """Bytes (N, 3, H, W) -> (N, 3, resolution, resolution) in [-1, 1]; other sizes are resampled."""
+        pixels, side = images.float() / 127.5 - 1, self.resolution
+        if pixels.shape[2:] != (side, side):
+            pixels = torch.nn.functional.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
+        return pixels
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Images (N, 3, H, W) in [-1, 1] -> the features (N, D) that every head reads."""
+        return self.features(torch.cat([pixels, pixels.amin(1, keepdim=True)], dim=1))
+
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
         """Images (N, 3, H, W) in [-1, 1] -> logits (N, J) per attribute."""
-        features = self.features(torch.cat([pixels, pixels.amin(1, keepdim=True)], dim=1))
+        features = self.embed(pixels)
         return {name: head(features) for name, head in self.heads.items()}
 
     @torch.no_grad()

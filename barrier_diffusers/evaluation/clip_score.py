@@ -1,0 +1,98 @@
+"""CLIP score: 100 times the cosine between an image's and its prompt's CLIP embedding, by torchmetrics."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchmetrics.multimodal.clip_score import CLIPScore
+from transformers import CLIPModel, CLIPProcessor
+
+from barrier_diffusers.evaluation.images import ImageSet, as_image_set
+from barrier_diffusers.training import module_hash
+
+CLIP_MODEL = "openai/clip-vit-base-patch32"
+
+
+class Clip(nn.Module):
+    """transformers' CLIP, whose embeddings are plain tensors (N, D), as torchmetrics takes them, in every version."""
+
+    def __init__(self, model: CLIPModel):
+        super().__init__()
+        self.model, self.config = model.eval().requires_grad_(False), model.config
+        self.num_positions: int = model.text_model.config.max_position_embeddings
+        self.num_features: int = model.visual_projection.out_features
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """Prepared images -> projected embeddings."""
+        return _embedding(self.model.get_image_features(pixel_values))
+
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Token ids (N, L) -> projected embeddings."""
+        return _embedding(self.model.get_text_features(input_ids, attention_mask))
+
+
+def _embedding(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+def load_clip(name: str) -> tuple[Clip, Any]:
+    """(network, processor) from a folder or a hub id; only safetensors are read.
+
+    Raises:
+        ValueError: a folder that does not exist or holds no CLIP, or a hub id that cannot be had.
+    """
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise ValueError(f"CLIP folder {name!r} does not exist")
+    place = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    try:
+        with torch.random.fork_rng():  # missing weights would be drawn
+            model = CLIPModel.from_pretrained(place, use_safetensors=True, dtype=torch.float32)
+        return Clip(model), CLIPProcessor.from_pretrained(place)
+    except OSError as error:
+        raise ValueError(f"no CLIP model {name!r} could be had, give a local folder: {error}") from error
+
+
+@torch.no_grad()
+def clip_score(
+    images: ImageSet | Tensor | np.ndarray | str | Path,
+    prompts: Sequence[str],
+    name: str = CLIP_MODEL,
+    batch_size: int = 32,
+    device: str | torch.device = "cpu",
+) -> dict[str, Any]:
+    """Mean over (image, prompt) pairs; a mean below 0 is 0, as the score is defined.
+
+    Prompts longer than the text encoder's positions are cut, and `num_cut_prompts` counts them.
+
+    Raises:
+        ValueError: not one prompt for each image, or a CLIP that cannot be had.
+    """
+    images = as_image_set(images)
+    if len(images) != len(prompts):
+        raise ValueError(f"{len(images)} images, but {len(prompts)} prompts: give one for each image")
+    network, processor = load_clip(name)
+    load: Any = lambda: (network, processor)  # noqa: E731  torchmetrics takes a network of ours as such a function
+    metric = CLIPScore(load).to(device)
+    kept = network.num_positions
+    lengths = [len(ids) for ids in processor.tokenizer(list(prompts)).input_ids]
+    start = 0
+    for batch in images.batches(batch_size):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about long captions, which are counted
+            metric.update(list(batch.to(device)), list(prompts[start : start + len(batch)]))
+        start += len(batch)
+    return {
+        "clip_score": round(float(metric.compute()), 6),
+        "details": {
+            "num_images": len(images),
+            "num_cut_prompts": sum(length > kept for length in lengths),
+            "clip": name,
+            "weights_hash": module_hash(network.model),
+        },
+    }
