@@ -78,7 +78,7 @@ class TrainConfig:
     num_channels: Literal[1, 3] = 1  # grey or colour
     random_flip: bool = False  # mirror half of the images
     train_batch_size: int = 64  # per process
-    max_train_steps: int = 4000
+    max_train_steps: int = 3000
     gradient_accumulation_steps: int = 1
     learning_rate: float = 1e-3  # peak
     lr_scheduler: str = "cosine"

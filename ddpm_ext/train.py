@@ -2,8 +2,9 @@
 
     accelerate launch ddpm_ext/train.py --config ddpm_ext/configs/train_fashion.yaml
 
-Any field of `TrainConfig` is a dotted flag. output_dir becomes a pipeline folder (pipeline.py) with manifest.json and the
-loss curve beside it. `--exclude_labels '[sneaker]'` trains the model that never saw a label: what unlearning is compared to.
+Any field of `TrainConfig` is a dotted flag. output_dir becomes a pipeline folder (pipeline.py) with manifest.json and
+the loss curve beside it. `--exclude_labels '[sneaker]'` trains the model that never saw a label: the yardstick of
+unlearning.
 """
 
 from __future__ import annotations
