@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from barrier_diffusers.certificate import Certificate, certify
 from barrier_diffusers.config import BarrierConfig
 from barrier_diffusers.drift import Drift, FullDrift, LoraDrift, full_drift, stack_drifts
-from barrier_diffusers.fitting import ForwardFn, fit_protection
+from barrier_diffusers.fitting import ForwardFn, fit_protection, own_config
 from barrier_diffusers.loss import protection_terms
 from barrier_diffusers.projection import RetainProjection, project_out
 from barrier_diffusers.region import ForgetRegion, check_reduced_dim
@@ -59,7 +59,7 @@ class Barrier:
     any drift of it would reach the retain inputs whatever directions they span.
 
     Args:
-        model: a network whose targets are Linear or Conv2d modules.
+        model: a network whose targets are Linear, Conv2d or Embedding modules.
         config: what is protected, and how.
 
     Raises:
@@ -73,7 +73,7 @@ class Barrier:
         self.maps = resolve_targets(model, config.targets, config.blocks)
         if config.has_penalty:
             for entry in self.maps:
-                check_reduced_dim(config, entry.num_features, entry.name)
+                check_reduced_dim(own_config(config, entry), entry.num_features, entry.name)
         self.groups: list[MapGroup] = []
         self.projected: list[ProjectedGroup] = []
         self._snapshots: Snapshots = {}
@@ -190,9 +190,9 @@ class Barrier:
         if self.uses_adapter:
             factors = entry.lora()
             return LoraDrift(factors.lora_A_RD, factors.lora_B_OR, factors.scaling)
-        layer = entry.layer
         weight0, bias0 = self._snapshots[entry.name]
-        return full_drift(layer.weight, weight0, layer.bias, bias0)
+        now, then = (entry.outputs_first(weight) for weight in (entry.layer.weight, weight0))
+        return full_drift(now, then, entry.bias, bias0)
 
     def _require_same_adapter(self, entry: ProtectedMap) -> None:
         if entry.has_adapter != self.uses_adapter:
@@ -243,8 +243,8 @@ class Barrier:
                     factors = [entry.lora().parameters[0] for entry in group.maps]
                     project_out(factors, [None] * len(factors), group.projection.basis)
                 else:
-                    weights = [entry.layer.weight for entry in group.maps]
-                    origins = [self._snapshots[entry.name][0] for entry in group.maps]
+                    weights = [entry.outputs_first(entry.layer.weight) for entry in group.maps]
+                    origins = [entry.outputs_first(self._snapshots[entry.name][0]) for entry in group.maps]
                     project_out(weights, origins, group.projection.basis)
 
     def _follow_model(self) -> torch.device:

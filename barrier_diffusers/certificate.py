@@ -254,7 +254,7 @@ def certify(
     order_statistic(1, quantile, confidence)
     observers: dict[str, MapObserver] = {}
     for entry, region in regions:
-        weight, bias = entry.layer.weight, entry.layer.bias
+        weight, bias = entry.outputs_first(entry.layer.weight), entry.bias
         observers[entry.name] = MapObserver(entry.name, drift(entry), region, weight, bias, base_is_current, quantile)
 
     def observe(name: str, rows_BLD: Tensor) -> None:

@@ -28,7 +28,8 @@ from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
-from barrier_diffusers.architectures import Diffusion, count_cut, get_architecture
+from barrier_diffusers.architectures import count_cut, get_architecture
+from barrier_diffusers.denoising import Denoising
 from barrier_diffusers.files import written_whole
 from barrier_diffusers.objectives.base import Condition
 
@@ -312,8 +313,8 @@ class NoisedBatches:
     Each process of a distributed run records its own share of the rows.
     """
 
-    images: EncodedImages
-    diffusion: Diffusion
+    images: Any  # EncodedImages, or another data set with rows of the same keys
+    diffusion: Denoising
     batch_size: int
     seed: int
     device: torch.device | str = "cpu"

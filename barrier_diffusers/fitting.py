@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -155,6 +155,13 @@ class Passes:
         )
 
 
+def own_config(config: BarrierConfig, entry: ProtectedMap) -> BarrierConfig:
+    """The config as it holds for one map: an embedding has few input features, so K is capped at their number."""
+    if not entry.is_table:
+        return config
+    return replace(config, reduced_dim=min(config.reduced_dim, entry.num_features))
+
+
 def fit_protection(
     model: nn.Module,
     maps: Sequence[ProtectedMap],
@@ -180,7 +187,10 @@ def fit_protection(
         leader_of = passes.record(forget_loader, "forget", into_moments(moments, Moments))
         for seen in moments.values():
             seen.all_reduce()
-        directions = {name: fit_directions(seen, config, name) for name, seen in moments.items()}
+        by_name = {entry.name: entry for entry in maps}
+        directions = {
+            name: fit_directions(seen, own_config(config, by_name[name]), name) for name, seen in moments.items()
+        }
         forget = {name: ProjectionSketch(known.eigenvalues_K.sqrt()) for name, known in directions.items()}
         passes.record(forget_loader, "forget", into_sketches(forget, directions), leader_of)
     retain: dict[str, SecondMoment] = {}

@@ -29,11 +29,14 @@ class SamplingConfig:
 @contextmanager
 def autocast_denoiser(pipeline: Any) -> Iterator[None]:
     """The denoiser, and nothing else, under autocast to the VAE's precision if that is half: a pipeline may decode in
-    float32 on its own account (SDXL does), which an autocast around it would undo."""
-    precision, denoiser = pipeline.vae.dtype, getattr(pipeline, get_architecture(type(pipeline).__name__).denoiser)
+    float32 on its own account (SDXL does), which an autocast around it would undo. A pipeline without VAE runs as it
+    is."""
+    vae = getattr(pipeline, "vae", None)
+    precision = None if vae is None else vae.dtype
     if precision not in (torch.float16, torch.bfloat16):
         yield
         return
+    denoiser = getattr(pipeline, get_architecture(type(pipeline).__name__).denoiser)
     original = denoiser.forward
 
     @functools.wraps(original)

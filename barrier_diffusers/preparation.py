@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -13,8 +13,10 @@ from torch.utils.data import DataLoader, Subset
 
 from barrier_diffusers.architectures import Diffusion
 from barrier_diffusers.barrier import Barrier
-from barrier_diffusers.concepts import ConceptData, EncodedConcepts
-from barrier_diffusers.data import EncodedImages, NoisedBatches, encode_prompts
+from barrier_diffusers.concepts import ConceptData
+from barrier_diffusers.config import BarrierConfig
+from barrier_diffusers.data import NoisedBatches, encode_prompts
+from barrier_diffusers.denoising import Denoising
 from barrier_diffusers.objectives import DiffusionStep, Objective, ObjectiveConfig, PromptEdit
 from barrier_diffusers.reference import FrozenReference
 from barrier_diffusers.saliency import SaliencyMask, saliency_scores
@@ -23,14 +25,32 @@ from barrier_diffusers.settings import UnlearnConfig
 from barrier_diffusers.training import StepMaker
 
 
-def every_row(images: EncodedImages, batch_size: int, accelerator: Accelerator) -> Iterator[dict[str, Any]]:
+class RunSettings(Protocol):
+    """What is read here of a run's settings."""
+
+    seed: int
+    train_batch_size: int
+    barrier: BarrierConfig
+
+
+class ForgetAndRetain(Protocol):
+    """Data sets of rows as `EncodedImages` has them; retain is None where nothing needs it."""
+
+    @property
+    def forget(self) -> Any: ...
+
+    @property
+    def retain(self) -> Any: ...
+
+
+def every_row(images: Any, batch_size: int, accelerator: Accelerator) -> Iterator[dict[str, Any]]:
     """One pass over this process's share of the rows, in order, on the device."""
     rows = range(accelerator.process_index, len(images), accelerator.num_processes)
     for batch in DataLoader(Subset(images, rows), batch_size=batch_size):
         yield send_to_device(batch, accelerator.device)
 
 
-def batches(images: EncodedImages, config: UnlearnConfig, seed: int, num_processes: int) -> DataLoader:
+def batches(images: Any, config: RunSettings, seed: int, num_processes: int) -> DataLoader:
     """Shuffled batches of cached images, in an order that depends on the seed alone."""
     size = min(config.train_batch_size, len(images) // num_processes)
     if size == 0:
@@ -42,9 +62,9 @@ def batches(images: EncodedImages, config: UnlearnConfig, seed: int, num_process
 def set_up_protection(
     barrier: Barrier,
     accelerator: Accelerator,
-    config: UnlearnConfig,
-    diffusion: Diffusion,
-    data: EncodedConcepts,
+    config: RunSettings,
+    diffusion: Denoising,
+    data: ForgetAndRetain,
     sampler: PartialSampler | None,
     retain_inputs: dict[str, list[Tensor]],
 ) -> None:
@@ -53,7 +73,7 @@ def set_up_protection(
     The x_t are of the kind that the objective trains on: noised images, or with `sampler` the model's own samples.
     """
 
-    def loader(images: EncodedImages, seed: int) -> NoisedBatches | SampledBatches:
+    def loader(images: Any, seed: int) -> NoisedBatches | SampledBatches:
         if sampler is not None:  # small batches, as each has one timestep
             rows = every_row(images, min(config.train_batch_size, 8), accelerator)
             return SampledBatches(rows, sampler, accelerator.device)
@@ -74,7 +94,7 @@ def set_up_protection(
 
 
 def sampler_and_reference(
-    objective: Objective, options: ObjectiveConfig, barrier: Barrier, diffusion: Diffusion, resolution: int
+    objective: Objective, options: ObjectiveConfig, barrier: Barrier, diffusion: Denoising, resolution: int
 ) -> tuple[PartialSampler | None, FrozenReference | None]:
     """The model's own sampling process and the model as it is now, each None if the objective does not need it."""
     sampler = reference = None
@@ -113,7 +133,7 @@ def attach_saliency_mask(
     barrier: Barrier,
     optimizer: Any,
     make_step: StepMaker,
-    forget: EncodedImages,
+    forget: Any,
     batch_size: int,
     accelerator: Accelerator,
     resumed: bool,

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from barrier_diffusers.architectures import Diffusion
+from barrier_diffusers.denoising import Denoising
 from barrier_diffusers.objectives.base import Condition
 
 
@@ -32,7 +32,7 @@ class PartialSampler:
     """
 
     def __init__(
-        self, diffusion: Diffusion, latent_shape: tuple[int, int, int], guidance_scale: float, num_inference_steps: int
+        self, diffusion: Denoising, latent_shape: tuple[int, int, int], guidance_scale: float, num_inference_steps: int
     ):
         self.diffusion, self.latent_shape, self.num_inference_steps = diffusion, latent_shape, num_inference_steps
         self.guidance_scale = 1.0 if diffusion.facts.guidance is not None else guidance_scale

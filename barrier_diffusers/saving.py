@@ -113,7 +113,7 @@ def _load_snapshots(folder: Path, maps: Sequence[ProtectedMap]) -> Snapshots:
     for entry in maps:
         weight0, bias0 = saved.get(f"{entry.name}.weight"), saved.get(f"{entry.name}.bias")
         shapes = [None if value is None else value.shape for value in (weight0, bias0)]
-        expected = [None if value is None else value.shape for value in (entry.layer.weight, entry.layer.bias)]
+        expected = [None if value is None else value.shape for value in (entry.layer.weight, entry.bias)]
         if weight0 is None or shapes != expected:
             raise ValueError(f"the snapshot in {str(folder)!r} does not fit {entry.name}")
         snapshots[entry.name] = (weight0, bias0)

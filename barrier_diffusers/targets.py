@@ -1,5 +1,8 @@
 """The linear maps a model has, which of them are protected, and the patches a convolution multiplies.
 
+An nn.Embedding is a linear map too, W x on one-hot rows x: row j of its table is W's column j, so the drift of entry j
+is dW e_j. A class-conditional UNet's class_embedding is one, with as many input features D as it has labels.
+
 Shapes: B batch, C channels, H and W image side, O output features, D input features, L positions, R LoRA rank.
 """
 
@@ -53,20 +56,34 @@ class ProtectedMap:
         return self.model.get_submodule(self.path)
 
     @property
-    def layer(self) -> nn.Linear | nn.Conv2d:
-        """The Linear or Conv2d that holds the base weight."""
+    def layer(self) -> nn.Linear | nn.Conv2d | nn.Embedding:
+        """The Linear, Conv2d or Embedding that holds the base weight."""
         module = self.module
         return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module  # type: ignore[return-value]
 
     @property
     def num_outputs(self) -> int:
         """O."""
-        return self.layer.weight.shape[0]
+        return self.outputs_first(self.layer.weight).shape[0]
 
     @property
     def num_features(self) -> int:
-        """D: input features, or C_in / groups * kh * kw."""
-        return self.layer.weight[0].numel()
+        """D: input features, C_in / groups * kh * kw, or the number of embeddings."""
+        return self.outputs_first(self.layer.weight)[0].numel()
+
+    @property
+    def is_table(self) -> bool:
+        """Whether the map is an embedding, whose inputs are one-hot rows."""
+        return isinstance(self.layer, nn.Embedding)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """b (O,); None for a map without."""
+        return bias_of(self.layer)
+
+    def outputs_first(self, weight: Tensor) -> Tensor:
+        """The map's weight as a view (O, ...): an embedding's table (D, O) is transposed."""
+        return weight.T if self.is_table else weight
 
     @property
     def has_adapter(self) -> bool:
@@ -84,6 +101,8 @@ class ProtectedMap:
             raise ValueError(
                 f"{self.name} carries a {type(module).__name__}; of the peft adapters only LoRA is supported"
             )
+        if self.is_table:
+            raise ValueError(f"{self.name} is an embedding; LoRA on these is not supported: train it in full")
         active = [name for name in module.active_adapters if name in module.lora_A]
         if len(active) != 1:
             raise ValueError(
@@ -106,18 +125,22 @@ class ProtectedMap:
         """The parameters that train: the adapter's if there is one, else weight and (unless it is frozen) bias."""
         if self.has_adapter:
             return list(self.lora().parameters)
-        layer = self.layer
-        both = (layer.weight, layer.bias if bias else None)
+        both = (self.layer.weight, self.bias if bias else None)
         return [parameter for parameter in both if isinstance(parameter, nn.Parameter)]
 
 
 def _is_map(module: nn.Module) -> bool:
     layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return isinstance(layer, nn.Linear | nn.Conv2d)
+    return isinstance(layer, nn.Linear | nn.Conv2d | nn.Embedding)
+
+
+def bias_of(layer: nn.Module) -> Tensor | None:
+    """A layer's bias; None for one without, such as an embedding."""
+    return getattr(layer, "bias", None)
 
 
 def linear_maps(model: nn.Module) -> list[ProtectedMap]:
-    """Every Linear and Conv2d of the model (adapter factors excluded), in module order."""
+    """Every Linear, Conv2d and Embedding of the model (adapter factors excluded), in module order."""
     maps: list[ProtectedMap] = []
     inside_adapter: tuple[str, ...] = ()
     prefix = PEFT_PREFIX if isinstance(model, PeftModel) else ""
@@ -195,7 +218,7 @@ def _no_match(model: nn.Module, maps: list[ProtectedMap], target: str) -> str:
         return f"{target!r} is a container, not a linear map; name its layers, e.g. {children}"
     for path, module in model.named_modules():
         if f".{path}".endswith(f".{target}"):
-            return f"{target!r} is a {type(module).__name__}; only Linear and Conv2d maps can be protected"
+            return f"{target!r} is a {type(module).__name__}; only Linear, Conv2d and Embedding maps can be protected"
     suffixes = list(dict.fromkeys(".".join(entry.name.split(".")[-2:]) for entry in maps))
     near = difflib.get_close_matches(target, suffixes, n=6, cutoff=0.0)
     others = [suffix for suffix in suffixes if suffix not in near]
@@ -232,6 +255,8 @@ def _refuse_unsupported(model: nn.Module, maps: list[ProtectedMap]) -> None:
         weight = entry.layer.weight
         if not weight.is_floating_point() or weight.element_size() < 2:  # float8 is storage, not arithmetic
             raise ValueError(f"{entry.name} has a quantised weight ({weight.dtype}): load the model unquantised")
+        if getattr(entry.layer, "max_norm", None) is not None:
+            raise ValueError(f"{entry.name} renormalises its rows when it is read (max_norm), which is no linear map")
         if id(weight) in seen:
             raise ValueError(
                 f"{entry.name} and {seen[id(weight)]} share one weight: tied maps cannot be protected apart"
@@ -263,7 +288,10 @@ def patches(x_BCHW: Tensor, layer: nn.Conv2d) -> Tensor:
 
 
 def input_rows(value: Tensor, layer: nn.Module) -> Tensor:
-    """What reached a map, as rows (B, L, D) with the batch first."""
+    """What reached a map, as rows (B, L, D) with the batch first; an embedding's numbers (B, ...) become one-hot."""
+    if isinstance(layer, nn.Embedding):
+        numbers = value.reshape(len(value), -1) if value.dim() else value.view(1, 1)
+        return F.one_hot(numbers, layer.num_embeddings).float()
     if isinstance(layer, nn.Conv2d):
         return patches(value, layer)
     if value.dim() == 1:
@@ -276,21 +304,23 @@ def input_geometry(layer: nn.Module) -> tuple[Any, ...]:
     if isinstance(layer, nn.Conv2d):
         padding = (tuple(layer._reversed_padding_repeated_twice), layer.padding_mode)
         return ("conv", layer.kernel_size, layer.stride, layer.dilation, layer.groups, *padding)
-    return ("linear",)
+    return ("table", layer.num_embeddings) if isinstance(layer, nn.Embedding) else ("linear",)
 
 
 @torch.no_grad()
-def snapshot_of(layer: nn.Linear | nn.Conv2d) -> tuple[Tensor, Tensor | None]:
+def snapshot_of(layer: nn.Linear | nn.Conv2d | nn.Embedding) -> tuple[Tensor, Tensor | None]:
     """Copies of the weight and bias as they are now."""
-    return layer.weight.detach().clone(), None if layer.bias is None else layer.bias.detach().clone()
+    bias = bias_of(layer)
+    return layer.weight.detach().clone(), None if bias is None else bias.detach().clone()
 
 
 @torch.no_grad()
-def restore(layer: nn.Linear | nn.Conv2d, values: tuple[Tensor, Tensor | None]) -> None:
+def restore(layer: nn.Linear | nn.Conv2d | nn.Embedding, values: tuple[Tensor, Tensor | None]) -> None:
     """Write copies taken by `snapshot_of` back into the layer."""
     layer.weight.copy_(values[0])
-    if layer.bias is not None and values[1] is not None:
-        layer.bias.copy_(values[1])
+    bias = bias_of(layer)
+    if bias is not None and values[1] is not None:
+        bias.copy_(values[1])
 
 
 @contextmanager

@@ -21,8 +21,9 @@ from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from barrier_diffusers.architectures import Diffusion, components
+from barrier_diffusers.architectures import components
 from barrier_diffusers.config import CONFIG_NAME
+from barrier_diffusers.denoising import Denoising
 from barrier_diffusers.files import put_in_place
 from barrier_diffusers.objectives import DiffusionStep, ObjectiveConfig
 from barrier_diffusers.objectives.base import Condition
@@ -164,7 +165,7 @@ class StepMaker:
     def __init__(
         self,
         model: nn.Module,
-        diffusion: Diffusion,
+        diffusion: Denoising,
         options: ObjectiveConfig | None = None,
         reference: FrozenReference | None = None,
         sampler: PartialSampler | None = None,

@@ -23,7 +23,7 @@ def lora(**options):
     [
         ("n2.to_q", ["no module ends with 'n2.to_q'"]),
         ("mid_block", ["'mid_block' is a container", "mid_block.attentions.0.proj_in"]),
-        ("conv_norm_out", ["'conv_norm_out' is a GroupNorm", "Linear and Conv2d"]),
+        ("conv_norm_out", ["'conv_norm_out' is a GroupNorm", "Linear, Conv2d and Embedding"]),
     ],
 )
 def test_unusable_targets_are_explained(unet, target, words):
@@ -48,7 +48,7 @@ def test_nearest_names_first_and_long_lists_cut(unet):
 
 
 def test_transposed_convolution_is_refused():
-    with pytest.raises(ValueError, match="'0' is a ConvTranspose2d; only Linear and Conv2d"):
+    with pytest.raises(ValueError, match="'0' is a ConvTranspose2d; only Linear, Conv2d and Embedding"):
         names(nn.Sequential(nn.ConvTranspose2d(2, 2, 3), nn.Linear(2, 2)), "0")
 
 

@@ -1,0 +1,223 @@
+"""Train a class-conditional DDPM with label dropout, so that it can be guided.
+
+    accelerate launch ddpm_ext/train.py --config ddpm_ext/configs/train_fashion.yaml
+
+Any field of `TrainConfig` is a dotted flag. output_dir becomes a pipeline folder (pipeline.py) with manifest.json and
+the loss curve beside it. `--exclude_labels '[sneaker]'` trains the model that never saw a label: the yardstick of
+unlearning.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from diffusers.models.attention_processor import Attention, AttnProcessor
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from tqdm.auto import tqdm
+
+from barrier_diffusers.checkpoints import Checkpoints
+from barrier_diffusers.evaluation.report import loss_curves
+from barrier_diffusers.files import write_json
+from barrier_diffusers.interruption import Interruption
+from barrier_diffusers.labelled import LabelledImages, as_pixels, load_labelled
+from barrier_diffusers.training import (
+    MANIFEST_NAME,
+    History,
+    claim_output_dir,
+    endless,
+    manifest,
+    module_hashes,
+    run_script,
+)
+from ddpm_ext.pipeline import ClassConditionalDDPMPipeline
+from ddpm_ext.settings import TrainConfig
+
+
+def build_unet(config: TrainConfig, num_labels: int) -> UNet2DModel:
+    """A UNet with random weights and one class embedding per label plus one for "no label"."""
+    unet, channels = config.unet, config.num_channels * config.unet.patch_size**2
+    return UNet2DModel(
+        sample_size=config.resolution // unet.patch_size,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=tuple(unet.block_out_channels),
+        down_block_types=tuple("AttnDownBlock2D" if has else "DownBlock2D" for has in unet.attention_levels),
+        up_block_types=tuple("AttnUpBlock2D" if has else "UpBlock2D" for has in reversed(unet.attention_levels)),
+        layers_per_block=unet.layers_per_block,
+        attention_head_dim=unet.attention_head_dim,
+        norm_num_groups=unet.norm_num_groups,
+        dropout=unet.dropout,
+        num_class_embeds=num_labels + 1,
+    )
+
+
+def training_rows(config: TrainConfig) -> LabelledImages:
+    """The training images, without those of excluded labels; the labels' names and numbers stay as they are.
+
+    Raises:
+        ValueError: an excluded label that there is not, or nothing left to train on.
+    """
+    data = config.data
+    rows = load_labelled(
+        data.source, data.split, data.image_column, data.label_column, config.resolution, config.num_channels
+    )
+    excluded = torch.tensor([rows.index_of(label) for label in config.exclude_labels], dtype=torch.long)
+    kept = rows[(~torch.isin(rows.labels, excluded)).nonzero().flatten()]
+    if len(kept) < config.train_batch_size:
+        raise ValueError(f"{len(kept)} images are left to train on, fewer than train_batch_size")
+    return kept
+
+
+def drop_labels(labels_B: Tensor, share: float, null_label: int) -> Tensor:
+    """Each label replaced by `null_label` with probability `share`."""
+    return torch.where(torch.rand(labels_B.shape, device=labels_B.device) < share, null_label, labels_B)
+
+
+def plain_attention(unet: nn.Module) -> None:
+    """Attention as matrix products: the backward pass of PyTorch's fused one takes half of a bf16 step on a CPU."""
+    for module in unet.modules():
+        if isinstance(module, Attention):
+            module.set_processor(AttnProcessor())
+
+
+def batches(rows: LabelledImages, config: TrainConfig) -> DataLoader:
+    """Shuffled (bytes, labels) in an order that depends on the seed alone."""
+    generator = torch.Generator().manual_seed(config.seed)
+    pairs = TensorDataset(rows.images, rows.labels)
+    return DataLoader(pairs, config.train_batch_size, shuffle=True, drop_last=True, generator=generator)
+
+
+class Averages(EMAModel):
+    """The average of the weights over the steps, in the form that checkpoints take."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Without the copy of the weights that `store` makes, which is not used here."""
+        state = super().state_dict()
+        state.pop("temp_stored_params", None)
+        return state
+
+
+def main(config: TrainConfig) -> None:
+    """Load -> train -> save the averaged weights as a pipeline."""
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            config.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_dir=config.output_dir,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+    )
+    output = Path(config.output_dir)
+    if accelerator.is_main_process:
+        claim_output_dir(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint is not None)
+    accelerator.wait_for_everyone()
+    checkpoints = Checkpoints(accelerator, output, config, config.checkpoints_total_limit)
+    checkpoint = checkpoints.find(config.resume_from_checkpoint)
+    with accelerator.main_process_first():
+        rows = training_rows(config)
+    set_seed(config.seed)
+    unet = build_unet(config, len(rows.names))
+    if accelerator.device.type == "cpu" and config.mixed_precision == "bf16":
+        plain_attention(unet)
+    noising = DDPMScheduler(num_train_timesteps=config.num_train_timesteps)
+    sampler = DDIMScheduler.from_config(noising.config, timestep_spacing="trailing")
+    pipeline = ClassConditionalDDPMPipeline(unet, sampler, rows.names, config.unet.patch_size)
+    if accelerator.process_index:
+        set_seed(config.seed + accelerator.process_index)
+    parameters = list(unet.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.adam_weight_decay)
+    model, optimizer, loader = accelerator.prepare(unet, optimizer, batches(rows, config))
+    schedule = accelerator.prepare(
+        get_scheduler(
+            config.lr_scheduler,
+            optimizer,
+            num_warmup_steps=config.lr_warmup_steps * accelerator.num_processes,
+            num_training_steps=config.max_train_steps * accelerator.num_processes,
+        )
+    )
+    averages = Averages(parameters, decay=config.ema_decay, use_ema_warmup=True, power=0.75)
+    averages.to(accelerator.device)
+    history = History()
+    checkpoints.states.update(history=history, averages=averages)
+    accelerator.init_trackers("logs")
+    first = checkpoints.load(checkpoint, config.max_train_steps) if checkpoint else 0
+
+    micro_steps = config.gradient_accumulation_steps
+    stream = endless(loader, first * micro_steps)
+    progress = tqdm(range(first, config.max_train_steps), desc="training", disable=not accelerator.is_main_process)
+    start = time.perf_counter()
+    model.train()
+    with Interruption(accelerator) as interruption:
+        for step in progress:
+            mean_loss = 0.0
+            for _ in range(micro_steps):
+                images, labels = next(stream)
+                pixels = as_pixels(images)
+                if config.random_flip:
+                    mirrored = torch.rand(len(pixels), 1, 1, 1, device=pixels.device) < 0.5
+                    pixels = torch.where(mirrored, pixels.flip(-1), pixels)
+                clean = pipeline.to_patches(pixels)
+                noise = torch.randn_like(clean)
+                timesteps = torch.randint(config.num_train_timesteps, (len(clean),), device=clean.device)
+                condition = drop_labels(labels, config.label_dropout, pipeline.null_label)
+                with accelerator.accumulate(model):
+                    noisy = noising.add_noise(clean, noise, timesteps)
+                    prediction = model(noisy, timesteps, class_labels=condition).sample
+                    loss = F.mse_loss(prediction.float(), noise)
+                    mean_loss += loss.item() / micro_steps
+                    checkpoints.check_losses({"loss": mean_loss}, step + 1)
+                    accelerator.backward(loss)
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+                    optimizer.step()
+                    schedule.step()
+                    optimizer.zero_grad()
+            averages.step(parameters)
+            history.append(loss=mean_loss)
+            if step % 20 == 0:
+                recent = history.values["loss"][-50:]
+                shown = sum(recent) / len(recent)
+                accelerator.log({"loss": shown, "learning_rate": schedule.get_last_lr()[0]}, step=step + 1)
+                progress.set_postfix(loss=f"{shown:.4f}")
+            due = config.checkpointing_steps and (step + 1) % config.checkpointing_steps == 0
+            stop = interruption.requested
+            if stop or (due and step + 1 < config.max_train_steps):
+                saved = checkpoints.save(step + 1, parameters, None)
+            if stop:
+                interruption.leave(saved)
+        checkpoints.check_weights(parameters, config.max_train_steps)
+
+    seconds = time.perf_counter() - start
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        averages.copy_to(parameters)
+        pipeline.to(getattr(torch, config.save_dtype)).save_pretrained(output)
+        loss_curves(history.values, output / "loss_curves.png")
+        losses = history.values["loss"][-100:]
+        facts = {
+            "num_steps": config.max_train_steps,
+            "seconds_training": round(seconds, 1),
+            "num_images": len(rows),
+            "num_parameters": sum(parameter.numel() for parameter in parameters),
+            "loss_of_the_last_100_steps": round(sum(losses) / len(losses), 5),
+        }
+        hashes = {"data": rows.digest(), **module_hashes(pipeline)}
+        write_json(output / MANIFEST_NAME, manifest(config, hashes, **facts))
+        print(f"pipeline: {output}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_script(main, TrainConfig)
