@@ -18,7 +18,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
 from diffusers.optimization import get_scheduler
-from tqdm.auto import tqdm
 
 from barrier_diffusers import Barrier
 from barrier_diffusers.architectures import Diffusion, components, get_architecture
@@ -46,7 +45,7 @@ from barrier_diffusers.hub import (
     save_model_card,
     save_pipeline,
 )
-from barrier_diffusers.interruption import Interruption
+from barrier_diffusers.loop import train
 from barrier_diffusers.preparation import (
     apply_edit,
     attach_saliency_mask,
@@ -69,6 +68,7 @@ from barrier_diffusers.training import (
     module_hashes,
     run_script,
 )
+from barrier_diffusers.unlearning import UnlearningTerms
 
 
 def validate(accelerator: Accelerator, pipeline: Any, config: UnlearnConfig, output: Path, step: int) -> None:
@@ -255,54 +255,41 @@ def main(config: UnlearnConfig) -> None:
     accelerator.init_trackers("logs")
     first = checkpoints.load(checkpoint, max_steps) if checkpoint else 0
 
-    make_step = StepMaker(model, diffusion, steer, reference, sampler)
-    make_retain_step = StepMaker(model, diffusion)
     freeze_normalisation(model)
-    forget_batches = endless(forget_loader, first * micro_steps)
-    retain_batches = endless(retain_loader, first * micro_steps) if retain_loader else None
-    progress = tqdm(range(first, max_steps), desc="unlearning", disable=not accelerator.is_local_main_process)
-    start = time.perf_counter()
-    with Interruption(accelerator) as interruption:
-        for step in progress:
-            losses = {"objective": 0.0, "retain": 0.0, "protection": 0.0}
-            for _ in range(micro_steps):
-                with accelerator.accumulate(model):
-                    terms = {"objective": objective.loss_of(make_step(next(forget_batches)))}
-                    if retain_batches:
-                        terms["retain"] = steer.alpha * make_retain_step(next(retain_batches)).ordinary_loss()
-                    if config.protected:
-                        terms["protection"] = barrier.compute_protection_loss()
-                    for name, value in terms.items():
-                        losses[name] += value.item() / micro_steps
-                    checkpoints.check_losses(losses, step + 1)
-                    accelerator.backward(torch.stack(list(terms.values())).sum())
-                    if accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-                    optimizer.step()
-                    if config.protected and accelerator.sync_gradients:
-                        barrier.project()
-                    schedule.step()
-                    optimizer.zero_grad()
-            history.append(**losses)
-            accelerator.log({f"loss/{name}": value for name, value in losses.items()}, step=step + 1)
-            progress.set_postfix({name: f"{value:.4g}" for name, value in losses.items()})
-            stop = interruption.requested
-            due = config.checkpointing_steps and (step + 1) % config.checkpointing_steps == 0 and step + 1 < max_steps
-            if stop or due:
-                saved = checkpoints.save(step + 1, parameters, barrier if config.protected else None)
-            if stop:
-                interruption.leave(saved)
-            if config.validation_prompt and (step + 1) % config.validation_steps == 0 and accelerator.is_main_process:
-                denoiser.eval()
-                validate(accelerator, pipeline, config, output, step + 1)
-                freeze_normalisation(model)
-        checkpoints.check_weights(parameters, max_steps)
+    terms = UnlearningTerms(
+        objective,
+        StepMaker(model, diffusion, steer, reference, sampler),
+        endless(forget_loader, first * micro_steps),
+        steer.alpha,
+        StepMaker(model, diffusion),
+        endless(retain_loader, first * micro_steps) if retain_loader else None,
+        barrier if config.protected else None,
+    )
 
-    seconds = time.perf_counter() - start
-    accelerator.wait_for_everyone()
+    def after_step(step: int) -> None:
+        if config.validation_prompt and step % config.validation_steps == 0 and accelerator.is_main_process:
+            denoiser.eval()
+            validate(accelerator, pipeline, config, output, step)
+            freeze_normalisation(model)
+
+    seconds = train(
+        accelerator,
+        [model],
+        parameters,
+        optimizer,
+        schedule,
+        terms,
+        config,
+        checkpoints,
+        history,
+        range(first, max_steps),
+        terms.barrier,
+        after_step,
+        names=UnlearningTerms.NAMES,
+    )
     if accelerator.is_main_process:
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # gives the denoiser its own forward back
-        finish(job, {"history": history.values, "num_steps": max_steps, "seconds_training": round(seconds, 2)})
+        finish(job, {"history": history.values, "num_steps": max_steps, "seconds_training": seconds})
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

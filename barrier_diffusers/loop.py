@@ -1,0 +1,96 @@
+"""The training loop that all scripts share: terms of a loss, one optimizer, checkpoints, signals, trackers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from barrier_diffusers.barrier import Barrier
+from barrier_diffusers.checkpoints import Checkpoints
+from barrier_diffusers.interruption import Interruption
+from barrier_diffusers.training import History
+
+
+class LoopSettings(Protocol):
+    """What the loop reads of a run's settings."""
+
+    gradient_accumulation_steps: int
+    checkpointing_steps: int | None
+
+    @property
+    def max_grad_norm(self) -> float | None: ...
+
+
+def train(
+    accelerator: Accelerator,
+    models: Sequence[nn.Module],
+    parameters: Sequence[nn.Parameter],
+    optimizer: Any,
+    schedule: Any,
+    terms: Callable[[int], dict[str, Tensor]],
+    settings: LoopSettings,
+    checkpoints: Checkpoints,
+    history: History,
+    steps: range,
+    barrier: Barrier | None = None,
+    after_step: Callable[[int], None] | None = None,
+    desc: str = "unlearning",
+    names: Sequence[str] = (),
+) -> float:
+    """Run the steps; seconds. Checkpoints are written as the settings say, and when a signal ends the run.
+
+    Args:
+        models, optimizer, schedule: prepared by the accelerator.
+        parameters: those that train.
+        terms: step -> the parts of the loss on the next batches, with gradient; their sum is minimised.
+        history: gets each part's mean over the micro-steps of every step.
+        steps: numbers of the steps still to do, e.g. `range(first, max_steps)`.
+        barrier: projects after each step; its loss, if any, is one of the terms.
+        after_step: called with the number of steps done.
+        names: parts that the history has even where `terms` never gives them, as zeros.
+
+    Raises:
+        FloatingPointError: a loss or the weights became non-finite.
+        SystemExit: a signal came; a whole checkpoint was written.
+    """
+    micro_steps = settings.gradient_accumulation_steps
+    progress = tqdm(steps, desc=desc, disable=not accelerator.is_local_main_process)
+    start = time.perf_counter()
+    with Interruption(accelerator) as interruption:
+        for step in progress:
+            means = dict.fromkeys(names, 0.0)
+            for _ in range(micro_steps):
+                with accelerator.accumulate(*models):
+                    parts = terms(step)
+                    for name, value in parts.items():
+                        means[name] = means.get(name, 0.0) + value.item() / micro_steps
+                    checkpoints.check_losses(means, step + 1)
+                    accelerator.backward(torch.stack(list(parts.values())).sum())
+                    if accelerator.sync_gradients and settings.max_grad_norm is not None:
+                        accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
+                    optimizer.step()
+                    if barrier is not None and accelerator.sync_gradients:
+                        barrier.project()
+                    schedule.step()
+                    optimizer.zero_grad()
+            history.append(**means)
+            accelerator.log({f"loss/{name}": value for name, value in means.items()}, step=step + 1)
+            progress.set_postfix({name: f"{value:.4g}" for name, value in means.items()})
+            stop = interruption.requested
+            due = settings.checkpointing_steps and (step + 1) % settings.checkpointing_steps == 0
+            if stop or (due and step + 1 < steps.stop):
+                saved = checkpoints.save(step + 1, parameters, barrier)
+            if stop:
+                interruption.leave(saved)
+            if after_step is not None:
+                after_step(step + 1)
+        checkpoints.check_weights(parameters, steps.stop)
+    seconds = time.perf_counter() - start
+    accelerator.wait_for_everyone()
+    return round(seconds, 2)
