@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics.multimodal.clip_score import CLIPScore
 from transformers import CLIPModel, CLIPProcessor
 
-from barrier_diffusers.evaluation.images import ImageSet, as_image_set
+from barrier_diffusers.evaluation.images import Images, as_image_set
 from barrier_diffusers.training import module_hash
 
 CLIP_MODEL = "openai/clip-vit-base-patch32"
@@ -53,8 +53,17 @@ def _embedding(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
-def load_clip(name: str) -> tuple[Clip, Processor]:
-    """(network, processor) from a folder or a hub id; only safetensors are read.
+@dataclass(frozen=True)
+class LoadedClip:
+    """A CLIP that is at hand."""
+
+    name: str  # as it was asked for
+    network: Clip
+    processor: Processor
+
+
+def load_clip(name: str) -> LoadedClip:
+    """CLIP from a folder or a hub id; only safetensors are read.
 
     Raises:
         ValueError: a folder that does not exist or holds no CLIP, or a hub id that cannot be had.
@@ -66,16 +75,16 @@ def load_clip(name: str) -> tuple[Clip, Processor]:
         with torch.random.fork_rng():  # missing weights would be drawn
             model = CLIPModel.from_pretrained(place, use_safetensors=True, dtype=torch.float32)
             network = Clip(model)
-        return network, Processor(CLIPProcessor.from_pretrained(place), network.num_positions)
+        return LoadedClip(name, network, Processor(CLIPProcessor.from_pretrained(place), network.num_positions))
     except OSError as error:
         raise ValueError(f"no CLIP model {name!r} could be had, give a local folder: {error}") from error
 
 
 @torch.no_grad()
 def clip_score(
-    images: ImageSet | Tensor | np.ndarray | str | Path,
+    images: Images,
     prompts: Sequence[str],
-    name: str = CLIP_MODEL,
+    clip: str | LoadedClip = CLIP_MODEL,
     batch_size: int = 32,
     device: str | torch.device = "cpu",
 ) -> dict[str, Any]:
@@ -89,7 +98,8 @@ def clip_score(
     images = as_image_set(images)
     if len(images) != len(prompts):
         raise ValueError(f"{len(images)} images, but {len(prompts)} prompts: give one for each image")
-    network, processor = load_clip(name)
+    loaded = load_clip(clip) if isinstance(clip, str) else clip
+    network, processor = loaded.network, loaded.processor
     load: Any = lambda: (network, processor)  # noqa: E731  torchmetrics takes a network of ours as such a function
     metric = CLIPScore(load).to(device)
     lengths = [len(ids) for ids in processor.tokenizer(list(prompts)).input_ids]
@@ -102,7 +112,7 @@ def clip_score(
         "details": {
             "num_images": len(images),
             "num_cut_prompts": sum(length > network.num_positions for length in lengths),
-            "clip": name,
+            "clip": loaded.name,
             "weights_hash": module_hash(network.model),
         },
     }

@@ -60,13 +60,19 @@ def made_from(
     prompts = json.dumps([asdict(row) for row in rows]).encode()
     facts = {
         "hashes": dict(hashes),
-        "scheduler": {"class": type(pipeline.scheduler).__name__, **pipeline.scheduler.config},
+        "scheduler": scheduler_facts(pipeline),
         "sampling": asdict(sampling),
         "prompts": hashlib.sha256(prompts).hexdigest(),
         "num_images": len(rows) * images_per_prompt,
         "device": str(pipeline.device.type),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
+    return facts
+
+
+def scheduler_facts(pipeline: Any) -> dict[str, Any]:
+    """Class and configuration of the pipeline's scheduler, in plain values."""
+    facts = {"class": type(pipeline.scheduler).__name__, **pipeline.scheduler.config}
     return json.loads(json.dumps(facts, default=str))
 
 

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from barrier_diffusers.evaluation.images import ImageSet, as_image_set
+from barrier_diffusers.evaluation.images import Images, as_image_set
 from barrier_diffusers.training import module_hash
 
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # ImageNet's mean and deviation, for [-1, 1]
@@ -121,8 +120,8 @@ class Lpips(nn.Module):
 
 @torch.no_grad()
 def lpips_distances(
-    first: ImageSet | Tensor | np.ndarray | str | Path,
-    second: ImageSet | Tensor | np.ndarray | str | Path,
+    first: Images,
+    second: Images,
     network: Lpips,
     batch_size: int = 32,
 ) -> list[float]:
