@@ -56,6 +56,32 @@ def autocast_denoiser(pipeline: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
+def sample(
+    pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], sampling: SamplingConfig, guidance_scale: float
+) -> np.ndarray:
+    """One batch of images as bytes (N, H, W, 3), each from noise of its own seed; `sampling` says how many steps.
+
+    An image depends, in its last bits, on the batch it is sampled in: a batch is repeated whole or not at all.
+
+    Raises:
+        FloatingPointError: non-finite pixels.
+    """
+    pipeline.set_progress_bar_config(disable=True)
+    size = {} if sampling.resolution is None else {"height": sampling.resolution, "width": sampling.resolution}
+    with autocast_denoiser(pipeline):
+        result = pipeline(
+            list(prompts),
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            num_inference_steps=sampling.num_inference_steps,
+            guidance_scale=guidance_scale,
+            output_type="np",
+            **size,
+        ).images
+    if not np.isfinite(result).all():
+        raise FloatingPointError(f"the pipeline generated non-finite pixels for prompts from {prompts[0]!r} on")
+    return (result * 255).round().clip(0, 255).astype(np.uint8)
+
+
 def generate(pipeline: Any, prompts: Sequence[str], sampling: SamplingConfig, desc: str = "generating") -> np.ndarray:
     """Images of the prompts as bytes (N, H, W, 3); image i starts from noise of seed `sampling.seed + i`.
 
@@ -64,24 +90,9 @@ def generate(pipeline: Any, prompts: Sequence[str], sampling: SamplingConfig, de
     Raises:
         FloatingPointError: non-finite pixels.
     """
-    pipeline.set_progress_bar_config(disable=True)
-    size = {} if sampling.resolution is None else {"height": sampling.resolution, "width": sampling.resolution}
     images = []
     for start in tqdm(range(0, len(prompts), sampling.batch_size), desc=desc, leave=False):
-        chunk = list(prompts[start : start + sampling.batch_size])
-        generators = [torch.Generator().manual_seed(sampling.seed + start + index) for index in range(len(chunk))]
-        with autocast_denoiser(pipeline):
-            result = pipeline(
-                chunk,
-                generator=generators,
-                num_inference_steps=sampling.num_inference_steps,
-                guidance_scale=sampling.guidance_scale,
-                output_type="np",
-                **size,
-            ).images
-        if not np.isfinite(result).all():
-            raise FloatingPointError(
-                f"the pipeline generated non-finite pixels for prompts {start} to {start + len(chunk)}"
-            )
-        images.append((result * 255).round().clip(0, 255).astype(np.uint8))
+        chunk = prompts[start : start + sampling.batch_size]
+        seeds = [sampling.seed + start + index for index in range(len(chunk))]
+        images.append(sample(pipeline, chunk, seeds, sampling, sampling.guidance_scale))
     return np.concatenate(images)

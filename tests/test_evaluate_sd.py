@@ -17,19 +17,22 @@ from barrier_diffusers.evaluation.accuracy import erasure_metrics
 from barrier_diffusers.evaluation.post_attack import Judge
 from barrier_diffusers.evaluation.report import print_metrics
 from barrier_diffusers.evaluation.settings import EvaluateConfig
+from barrier_diffusers.evaluation.subject import load_judged
 from barrier_diffusers.files import write_json
 from barrier_diffusers.hub import add_adapter, save_adapter
 from barrier_diffusers.training import module_hash, parse_config, run_script
 
 sys.path.insert(0, str(ROOT / "train_scripts"))
 
-from evaluate_sd import load_judged, main
+from evaluate_sd import main
 
 SHORT = {
     "pretrained_model_name_or_path": BASE,
     "base_model": "null",
     "evaluation.images_per_label": 2,
     "evaluation.sampling.num_inference_steps": 2,
+    "fidelity.extractors": "[classifier=assets/fashion_classifier]",
+    "fidelity.kid_subsets": 5,
     "inversion.num_steps": 2,
     "inversion.batch_size": 4,
     "relearning.num_steps": 2,
@@ -43,7 +46,7 @@ def flags(output, **changes):
 
 def evaluate(output, **changes):
     main(parse_config(EvaluateConfig, flags(output, **changes)))
-    return json.loads((output / "evaluation.json").read_text())
+    return json.loads((output / "metrics.json").read_text())
 
 
 @pytest.fixture(autouse=True)
@@ -60,8 +63,14 @@ def test_run_as_users_run_it(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "unlearning accuracy" in done.stdout and "images recognised as the forgotten concept" in done.stdout
     output = tmp_path / "run"
-    assert {path.name for path in output.iterdir()} == {"evaluation.json", "seconds.json", "attacks.png"}
-    record = json.loads((output / "evaluation.json").read_text())
+    assert {path.name for path in output.iterdir()} == {
+        "metrics.json",
+        "seconds.json",
+        "attacks.png",
+        "images",
+        "cache",
+    }
+    record = json.loads((output / "metrics.json").read_text())
     names = ["inversion", "relearning", "benign", "misspelled", "paraphrased"]
     assert [entry["attack"] for entry in record["attacks"]] == names
     for entry in record["attacks"]:
@@ -74,6 +83,10 @@ def test_run_as_users_run_it(tmp_path):
     assert record["classes"]["per_class_before"] == record["classes"]["per_class_after"]
     assert record["hashes"]["base_unet"] == record["hashes"]["unet"]
     assert {"vae", "text_encoder", "classifier", "images of sneaker"} <= set(record["hashes"])
+    for entry in record["fidelity"].values():
+        assert entry["fid_classifier"] > 0 and entry["details"]["classifier"]["num_images"] == 18
+    assert record["fidelity"]["before"] == record["fidelity"]["after"]
+    assert "fid classifier" in done.stdout and record["scheduler"]["class"] == "DDIMScheduler"
     assert record["classes"]["seeds"] == {"first": 1000, "last": 1019} and record["versions"]["diffusers"]
     seconds = json.loads((output / "seconds.json").read_text())
     assert list(seconds) == names and min(seconds.values()) > 0
@@ -85,7 +98,7 @@ def test_the_same_evaluation_twice_is_the_same_file(tmp_path):
     for name in ("first", "second"):
         torch.manual_seed(len(texts))  # a state that must not matter
         evaluate(tmp_path / name, attacks="[inversion, relearning, misspelled]")
-        texts.append((tmp_path / name / "evaluation.json").read_text())
+        texts.append((tmp_path / name / "metrics.json").read_text())
     assert texts[0] == texts[1]
 
 
@@ -175,11 +188,13 @@ def test_bad_input_is_one_line_before_any_image(name, tmp_path, monkeypatch, cap
     (tmp_path / "other" / "notes.txt").write_text("mine")
     changes = {key: tmp_path / "other" if value == "OTHER" else value for key, value in changes.items()}
     monkeypatch.setattr(sys, "argv", ["evaluate_sd.py", *flags(tmp_path / "run", **changes)])
-    monkeypatch.setattr("evaluate_sd.generate", lambda *_, **__: pytest.fail("images were made"))
+    monkeypatch.setattr(
+        "barrier_diffusers.evaluation.image_folder.sample", lambda *_, **__: pytest.fail("images were made")
+    )
     with pytest.raises(SystemExit) as caught:
         run_script(main, EvaluateConfig)
     assert caught.value.code in (1, 2)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and message in lines[0], lines
-    assert not (tmp_path / "run" / "evaluation.json").exists()
+    assert not (tmp_path / "run" / "metrics.json").exists()
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["notes.txt"]

@@ -6,18 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from scipy.stats import binomtest
 
 from barrier_diffusers.evaluation.classifier import AttributeClassifier
+from barrier_diffusers.evaluation.images import Images, as_image_set
 
 
-def recognise(classifier: AttributeClassifier, images_NHWC: np.ndarray, batch_size: int = 256) -> dict[str, list[str]]:
-    """Predicted labels of byte images (N, H, W, 3), a list of N per attribute; other sizes are resampled."""
-
-    starts = range(0, len(images_NHWC), batch_size)
-    chunks = (torch.from_numpy(images_NHWC[start : start + batch_size]) for start in starts)
-    return classifier.predict(classifier.pixels(chunk.permute(0, 3, 1, 2)) for chunk in chunks)
+def recognise(classifier: AttributeClassifier, images: Images, batch_size: int = 256) -> dict[str, list[str]]:
+    """Predicted labels of N byte images, a list of N per attribute; other sizes are resampled."""
+    return classifier.predict(classifier.pixels(batch) for batch in as_image_set(images).batches(batch_size))
 
 
 def share(correct: Sequence[bool] | np.ndarray) -> dict[str, Any]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics.multimodal.clip_score import CLIPScore
 from transformers import CLIPModel, CLIPProcessor
 
-from barrier_diffusers.evaluation.images import ImageSet, as_image_set
+from barrier_diffusers.evaluation.images import Images, as_image_set
 from barrier_diffusers.training import module_hash
 
 CLIP_MODEL = "openai/clip-vit-base-patch32"
@@ -37,12 +36,34 @@ class Clip(nn.Module):
         return _embedding(self.model.get_text_features(input_ids, attention_mask))
 
 
+class Processor:
+    """What torchmetrics calls; unlike its own cut, a cut text keeps its end token, which the embedding is read at."""
+
+    def __init__(self, processor: Any, num_positions: int):
+        self.tokenizer, self.image_processor = processor.tokenizer, processor.image_processor
+        self.num_positions = num_positions
+
+    def __call__(self, text: Any = None, images: Any = None, padding: bool = False, **options: Any) -> Any:
+        if text is None:
+            return self.image_processor(images=images, **options)
+        return self.tokenizer(text, truncation=True, max_length=self.num_positions, padding=padding, **options)
+
+
 def _embedding(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
-def load_clip(name: str) -> tuple[Clip, Any]:
-    """(network, processor) from a folder or a hub id; only safetensors are read.
+@dataclass(frozen=True)
+class LoadedClip:
+    """A CLIP that is at hand."""
+
+    name: str  # as it was asked for
+    network: Clip
+    processor: Processor
+
+
+def load_clip(name: str) -> LoadedClip:
+    """CLIP from a folder or a hub id; only safetensors are read.
 
     Raises:
         ValueError: a folder that does not exist or holds no CLIP, or a hub id that cannot be had.
@@ -53,16 +74,17 @@ def load_clip(name: str) -> tuple[Clip, Any]:
     try:
         with torch.random.fork_rng():  # missing weights would be drawn
             model = CLIPModel.from_pretrained(place, use_safetensors=True, dtype=torch.float32)
-        return Clip(model), CLIPProcessor.from_pretrained(place)
+            network = Clip(model)
+        return LoadedClip(name, network, Processor(CLIPProcessor.from_pretrained(place), network.num_positions))
     except OSError as error:
         raise ValueError(f"no CLIP model {name!r} could be had, give a local folder: {error}") from error
 
 
 @torch.no_grad()
 def clip_score(
-    images: ImageSet | Tensor | np.ndarray | str | Path,
+    images: Images,
     prompts: Sequence[str],
-    name: str = CLIP_MODEL,
+    clip: str | LoadedClip = CLIP_MODEL,
     batch_size: int = 32,
     device: str | torch.device = "cpu",
 ) -> dict[str, Any]:
@@ -76,23 +98,21 @@ def clip_score(
     images = as_image_set(images)
     if len(images) != len(prompts):
         raise ValueError(f"{len(images)} images, but {len(prompts)} prompts: give one for each image")
-    network, processor = load_clip(name)
+    loaded = load_clip(clip) if isinstance(clip, str) else clip
+    network, processor = loaded.network, loaded.processor
     load: Any = lambda: (network, processor)  # noqa: E731  torchmetrics takes a network of ours as such a function
     metric = CLIPScore(load).to(device)
-    kept = network.num_positions
     lengths = [len(ids) for ids in processor.tokenizer(list(prompts)).input_ids]
     start = 0
     for batch in images.batches(batch_size):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about long captions, which are counted
-            metric.update(list(batch.to(device)), list(prompts[start : start + len(batch)]))
+        metric.update(list(batch.to(device)), list(prompts[start : start + len(batch)]))
         start += len(batch)
     return {
         "clip_score": round(float(metric.compute()), 6),
         "details": {
             "num_images": len(images),
-            "num_cut_prompts": sum(length > kept for length in lengths),
-            "clip": name,
+            "num_cut_prompts": sum(length > network.num_positions for length in lengths),
+            "clip": loaded.name,
             "weights_hash": module_hash(network.model),
         },
     }

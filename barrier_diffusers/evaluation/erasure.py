@@ -15,6 +15,7 @@ from barrier_diffusers.data import cached_tensors, fingerprint, labels_in_texts,
 from barrier_diffusers.erased import ErasedConcepts, rows_about_others
 from barrier_diffusers.evaluation.accuracy import erasure_metrics, recognise
 from barrier_diffusers.evaluation.classifier import AttributeClassifier
+from barrier_diffusers.evaluation.images import Images
 from barrier_diffusers.generation import SamplingConfig, generate
 
 
@@ -125,16 +126,16 @@ def generate_cached(
 
 
 def evaluate_erasure(
-    evaluation: EvaluationConfig, questions: Questions, before_NHWC: np.ndarray | None, after_NHWC: np.ndarray
+    evaluation: EvaluationConfig, questions: Questions, before: Images | None, after: Images
 ) -> tuple[str, dict[str, Any]]:
     """(attribute, metrics of `erasure_metrics` with the sampler's settings and counts); before may be unknown."""
     assert evaluation.classifier is not None
     classifier = AttributeClassifier.from_pretrained(evaluation.classifier)
     attribute = forgotten_attribute(classifier.attributes, questions.forgotten)
     wanted = {name: labels_in_texts(questions.prompts, labels) for name, labels in classifier.attributes.items()}
-    before = None if before_NHWC is None else recognise(classifier, before_NHWC)
-    after = recognise(classifier, after_NHWC)
-    metrics = erasure_metrics(before, after, wanted, attribute, questions.forgotten, questions.erased_before)
+    seen_before = None if before is None else recognise(classifier, before)
+    seen_after = recognise(classifier, after)
+    metrics = erasure_metrics(seen_before, seen_after, wanted, attribute, questions.forgotten, questions.erased_before)
     seeds = {"first": evaluation.sampling.seed, "last": evaluation.sampling.seed + len(questions.prompts) - 1}
     facts = {"num_images": len(questions.prompts), "seeds": seeds, "sampling": asdict(evaluation.sampling)}
     return attribute, {**metrics, **facts, "classifier": evaluation.classifier}

@@ -169,7 +169,8 @@ def clip_features(name: str, path: str | None) -> Extractor:
     """Projected image embeddings of a CLIP folder in transformers' layout, not normalised."""
     from barrier_diffusers.evaluation.clip_score import load_clip
 
-    network, processor = load_clip(str(needed_path(name, path, "the folder of a CLIP model")))
+    loaded = load_clip(str(needed_path(name, path, "the folder of a CLIP model")))
+    network, processor = loaded.network, loaded.processor
     settings = processor.image_processor.to_dict()
     named = ("size", "crop_size", "resample", "image_mean", "image_std")
     preprocessing = f"CLIP's own: {', '.join(f'{key} {settings.get(key)}' for key in named)}"

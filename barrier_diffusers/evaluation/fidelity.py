@@ -9,11 +9,11 @@ Shapes: N images of a set, D features.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
@@ -21,9 +21,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from barrier_diffusers.data import cached_tensors, fingerprint
 from barrier_diffusers.evaluation.extractors import Extractor, split_spec
-from barrier_diffusers.evaluation.images import ImageSet, as_image_set
-
-Images = ImageSet | Tensor | np.ndarray | str | Path
+from barrier_diffusers.evaluation.images import Images, ImageSet, as_image_set
 
 
 @dataclass
@@ -143,3 +141,16 @@ def fidelity(
         f"kid_{name}": kernel_distance(reference_ND, features_ND, options.kid_subsets, size, options.seed),
         "details": facts,
     }
+
+
+def fidelity_by(
+    extractors: Sequence[Extractor], reference: Images, images: Images, options: FidelityConfig, cache: Path | None
+) -> dict[str, Any]:
+    """`fidelity` by several extractors, `details` by their names."""
+    metrics: dict[str, Any] = {}
+    details = {}
+    for extractor in extractors:
+        found = fidelity(reference, images, extractor, options, cache)
+        details[extractor.name] = found.pop("details")
+        metrics |= found
+    return {**metrics, "details": details}

@@ -9,7 +9,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -32,6 +32,10 @@ class ImageSet(ABC):
     @abstractmethod
     def digest(self) -> str:
         """SHA-256 over what the images are read from."""
+
+    def array(self) -> np.ndarray:
+        """All images, which have one size, as bytes (N, H, W, 3)."""
+        return torch.stack(list(self)).permute(0, 2, 3, 1).numpy()
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """Byte batches (B, 3, H, W) in order, B at most `size`; a batch ends early where the images' size changes."""
@@ -113,9 +117,13 @@ class ImageFiles(ImageSet):
             except (OSError, SyntaxError) as error:
                 raise ValueError(f"image {str(self.folder / name)!r} cannot be read: {error}") from error
 
+    def select(self, rows: Sequence[int]) -> ImageFiles:
+        """Some of the images."""
+        return ImageFiles(self.folder, [self.names[row] for row in rows])
+
     def digest(self) -> str:
         digest = hashlib.sha256()
-        for name in self.names:
+        for name in self.names:  # names, sizes and contents
             content = (self.folder / name).read_bytes()
             digest.update(f"{name} {len(content)} ".encode() + content)
         return digest.hexdigest()
@@ -145,7 +153,10 @@ def _to_bytes(image: Any) -> Tensor:
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
-def as_image_set(images: ImageSet | Tensor | np.ndarray | str | Path) -> ImageSet:
+Images: TypeAlias = ImageSet | Tensor | np.ndarray | str | Path
+
+
+def as_image_set(images: Images) -> ImageSet:
     """An array or tensor of bytes, or the path of a folder, as a set of images."""
     if isinstance(images, ImageSet):
         return images

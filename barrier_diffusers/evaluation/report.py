@@ -62,6 +62,15 @@ def image_rows(images_NHWC: np.ndarray, labels: Sequence[str], path: Path, colum
     plt.close(figure)
 
 
+def attacks_picture(
+    plain: Mapping[str, np.ndarray], attacked: Mapping[str, np.ndarray], path: Path, columns: int
+) -> None:
+    """The first images (N, H, W, 3) of each concept's plain prompts, and the same seeds under each attack."""
+    shown = {f"plain: {concept}": images for concept, images in plain.items()} | dict(attacked)
+    labels = [label for label, images in shown.items() for _ in images[:columns]]
+    image_rows(np.concatenate([images[:columns] for images in shown.values()]), labels, path, columns)
+
+
 def strip(images_NHWC: np.ndarray, titles: Sequence[str], path: Path) -> None:
     """The images in one row, each under its title."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,3 +145,22 @@ def print_attacks(results: Sequence[Mapping[str, Any]], seconds: Mapping[str, fl
         cells = [f"{before['value']:.1f}", f"{after['value']:.1f}", interval(after), str(after["num_images"])]
         table.add_row(result["attack"], result["concept"], *cells, f"{seconds[result['attack']]:.0f}")
     Console(width=88).print(table)
+
+
+def print_values(title: str, values: Mapping[str, Mapping[str, Any]]) -> None:
+    """A table of numbers, by "before" (if known) and "after"; nothing if there are none. A {mean, std} is one number,
+    and what is no number is left out."""
+
+    def written(entry: Any) -> str:
+        if isinstance(entry, Mapping):
+            return f"{entry['mean']:.4g} ± {entry['std']:.2g}"
+        return str(entry) if isinstance(entry, int) else f"{entry:.4g}"
+
+    table = Table(title=title)
+    for heading in ("", *values):
+        table.add_column(heading, justify="left" if heading == "" else "right")
+    names = [name for name in values.get("after", {}) if name != "details"]
+    for name in names:
+        table.add_row(name.replace("_", " "), *(written(column[name]) for column in values.values()))
+    if names:
+        Console(width=88).print(table)

@@ -16,20 +16,32 @@ from barrier_diffusers.evaluation.attacks import (
     get_attack,
 )
 from barrier_diffusers.evaluation.erasure import EvaluationConfig
+from barrier_diffusers.evaluation.fidelity import FidelityConfig
+from barrier_diffusers.evaluation.lpips import LpipsConfig
+from barrier_diffusers.evaluation.nudity import NudityConfig
+from barrier_diffusers.evaluation.prompts_file import PromptsConfig
 
+PROTOCOLS = ("class", "style", "nudity", "coco")
+DEFAULT_ATTACKS = ("inversion", "relearning", "benign", "misspelled")
 ADAPTER_NAME = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(kw_only=True)
 class EvaluateConfig:
-    """Everything an evaluation depends on."""
+    """Everything an evaluation depends on. Images are made by a pipeline, or were made earlier (images_dir)."""
 
-    pretrained_model_name_or_path: str  # folder, hub id or .safetensors file of the pipeline that is judged
-    output_dir: str  # gets evaluation.json, seconds.json and the picture
-    concept: str | list[str]  # what it was made to forget: values of concept_column
-    concept_column: str = "class"
+    output_dir: str  # gets metrics.json, seconds.json, pictures and the generated images
+    pretrained_model_name_or_path: str | None = None  # folder, hub id or .safetensors file of what is judged
+    images_dir: str | None = None  # or images made earlier, called case_number_i.png, beside their prompts.csv
+    base_images_dir: str | None = None  # those of the pipeline before it was unlearned, of the same prompts
+    protocol: str | list[str] = "class"  # class, style, nudity, coco: docs/evaluation.md
+    concept: str | list[str] = field(default_factory=list)  # class, style: what was forgotten
+    concept_column: str = "class"  # whose values the concepts are; of a prompt file, too
     train_data_dir: str | None = None  # folder readable by `datasets`; evaluation.split of it is read, nothing else
     dataset_name: str | None = None  # or a hub name
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)  # or, for class and style, a prompt file
+    forget_prompts: list[str] = field(default_factory=list)  # or lists of prompts
+    retain_prompts: list[str] = field(default_factory=list)
     image_column: str = "image"
     caption_column: str = "text"
     lora_weights: str | None = None  # folder with the adapter that unlearned, merged into the pipeline first
@@ -37,7 +49,13 @@ class EvaluateConfig:
     overwrite_output_dir: bool = False
     resolution: int = 512  # side in pixels at which attacks read images
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    attacks: list[str] = field(default_factory=lambda: ["inversion", "relearning", "benign", "misspelled"])
+    clip: str | None = None  # folder or hub id of a CLIP; class, style and coco then give its score
+    fidelity: FidelityConfig = field(default_factory=FidelityConfig)  # FID and KID of class, style, coco
+    lpips: LpipsConfig = field(default_factory=LpipsConfig)  # of style: distance before - after
+    nudity: NudityConfig = field(default_factory=NudityConfig)
+    coco: PromptsConfig = field(default_factory=PromptsConfig)  # captions; fidelity.reference_dir has the photographs
+    # None: DEFAULT_ATTACKS if class or style is judged on a pipeline and a data set, else none
+    attacks: list[str] | None = None
     inversion: InversionConfig = field(default_factory=InversionConfig)
     relearning: RelearningConfig = field(default_factory=RelearningConfig)
     benign: BenignConfig = field(default_factory=BenignConfig)
@@ -45,19 +63,87 @@ class EvaluateConfig:
     paraphrased: ParaphrasedConfig = field(default_factory=ParaphrasedConfig)
 
     def __post_init__(self) -> None:
-        for name in self.attacks:
-            get_attack(name)
-        if len(set(self.attacks)) < len(self.attacks):
-            raise ValueError(f"attacks names one twice: {', '.join(self.attacks)}")
-        if not (self.train_data_dir or self.dataset_name):
-            raise ValueError("prompts and images come from a data set: set train_data_dir or dataset_name")
-        if self.evaluation.classifier is None:
-            raise ValueError("nobody judges the images: set evaluation.classifier, a folder of an AttributeClassifier")
+        unknown = [name for name in self.protocols if name not in PROTOCOLS]
+        if unknown or not self.protocols or len(set(self.protocols)) < len(self.protocols):
+            raise ValueError(f"protocol is {self.protocol!r}, but must name each at most once: {', '.join(PROTOCOLS)}")
+        self._check_images()
+        for name, file in (("nudity", self.nudity.file), ("coco", self.coco.file)):
+            if name in self.protocols and file is None and self.images_dir is None:
+                raise ValueError(f"protocol {name} asks prompts of a file: set {name}.file")
+        if self.judges_concepts:
+            self._check_concepts()
+        self._check_attacks()
         if self.resolution < 1:
             raise ValueError(f"resolution is {self.resolution}, but must be at least 1")
         if self.lora_weights and not (Path(self.lora_weights) / ADAPTER_NAME).is_file():
             raise ValueError(f"lora_weights {self.lora_weights!r} is not a folder with {ADAPTER_NAME}")
+
+    def _check_images(self) -> None:
+        if (self.pretrained_model_name_or_path is None) == (self.images_dir is None):
+            raise ValueError("what is judged? Set pretrained_model_name_or_path or images_dir, one of the two")
+        if self.images_dir is not None:
+            if self.lora_weights or self.base_model:
+                raise ValueError("images_dir holds finished images: leave out lora_weights and base_model")
+            if len(self.protocols) > 1:
+                raise ValueError("images_dir holds the images of one protocol: name one")
+        if self.base_images_dir is not None and self.images_dir is None:
+            raise ValueError("base_images_dir goes with images_dir; for a pipeline, set base_model")
+        for name in ("images_dir", "base_images_dir"):
+            folder = getattr(self, name)
+            if folder is not None and not Path(folder).expanduser().is_dir():
+                raise ValueError(f"{name} {folder!r} does not exist")
+
+    def _check_concepts(self) -> None:
+        if not self.concept:
+            raise ValueError("set concept: protocols class and style ask what was forgotten")
+        has_data, has_lists = bool(self.train_data_dir or self.dataset_name), bool(self.forget_prompts)
+        if has_data + has_lists + (self.prompts.file is not None) != 1 and self.images_dir is None:
+            raise ValueError(
+                "prompts come from a data set, from prompts.file or from forget_prompts and retain_prompts: set "
+                "train_data_dir or dataset_name, or one of the other two"
+            )
+        if self.evaluation.classifier is None and ("class" in self.protocols or not (self.clip or self.lpips.weights)):
+            raise ValueError(
+                "nobody judges the images: set evaluation.classifier, a folder of an AttributeClassifier (or, for "
+                "style, clip or lpips.weights)"
+            )
+        if self.lpips.weights and not (self.base_model or self.base_images_dir):
+            raise ValueError("LPIPS compares images before and after: set base_model or base_images_dir")
         self.concept_config  # noqa: B018  its own checks
+
+    def _check_attacks(self) -> None:
+        names = self.attacks or []
+        for name in names:
+            get_attack(name)
+        if len(set(names)) < len(names):
+            raise ValueError(f"attacks names one twice: {', '.join(names)}")
+        if not names:
+            return
+        if self.evaluation.classifier is None:
+            raise ValueError("nobody judges what attacks bring back: set evaluation.classifier")
+        if not self.judges_concepts or self.images_dir is not None or self.prompts.file is not None:
+            raise ValueError(
+                "attacks ask a pipeline for forgotten concepts, by prompts of a data set or of forget_prompts: set "
+                "--attacks '[]' for other protocols, for images_dir and for prompts.file"
+            )
+
+    @property
+    def protocols(self) -> list[str]:
+        """The protocol(s) as a list."""
+        return [self.protocol] if isinstance(self.protocol, str) else self.protocol
+
+    @property
+    def judges_concepts(self) -> bool:
+        """Whether a protocol asks for forgotten concepts."""
+        return "class" in self.protocols or "style" in self.protocols
+
+    @property
+    def chosen_attacks(self) -> list[str]:
+        """The attacks that are run."""
+        if self.attacks is not None:
+            return self.attacks
+        has_data = bool(self.train_data_dir or self.dataset_name) and self.evaluation.classifier is not None
+        return list(DEFAULT_ATTACKS) if self.judges_concepts and self.images_dir is None and has_data else []
 
     @property
     def concept_config(self) -> ConceptConfig:
@@ -69,9 +155,11 @@ class EvaluateConfig:
             dataset_name=self.dataset_name,
             image_column=self.image_column,
             caption_column=self.caption_column,
+            forget_prompts=self.forget_prompts,
+            retain_prompts=self.retain_prompts,
         )
 
     @property
     def budgets(self) -> dict[str, Budget]:
         """Chosen attack -> its settings."""
-        return {name: getattr(self, name) for name in self.attacks}
+        return {name: getattr(self, name) for name in self.chosen_attacks}

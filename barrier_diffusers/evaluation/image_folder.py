@@ -1,0 +1,160 @@
+"""Images of prompts as a folder of PNG files that an interrupted run goes on with, image by image.
+
+The folder holds `{case_number}_{i}.png`, prompts.csv, and manifest.json with all that pixels depend on. Batches are
+fixed by the prompts alone, and one that lacks an image is sampled again whole: pixels depend, in their last bits, on
+the batch, so the files are the same whether or not the run was interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm.auto import tqdm
+
+from barrier_diffusers.evaluation.images import SUFFIXES, ImageFiles
+from barrier_diffusers.evaluation.prompts_file import PromptRow, read_prompts, write_prompts
+from barrier_diffusers.files import remove, write_json, written_whole
+from barrier_diffusers.generation import SamplingConfig, sample
+from barrier_diffusers.training import MANIFEST_NAME
+
+PROMPTS_NAME = "prompts.csv"
+PACKAGES = ("torch", "diffusers", "transformers")  # whose versions pixels depend on
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to be made."""
+
+    name: str
+    prompt: str
+    seed: int
+    guidance: float
+
+
+def batches_of(rows: Sequence[PromptRow], images_per_prompt: int, sampling: SamplingConfig) -> list[list[Job]]:
+    """All images in batches of one guidance scale; a function of its arguments alone."""
+    by_guidance: dict[float, list[Job]] = {}
+    for row in rows:
+        guidance = sampling.guidance_scale if row.guidance is None else row.guidance
+        for index, name in enumerate(row.image_names(images_per_prompt)):
+            by_guidance.setdefault(guidance, []).append(Job(name, row.prompt, row.seed + index, guidance))
+    size = sampling.batch_size
+    return [jobs[start : start + size] for jobs in by_guidance.values() for start in range(0, len(jobs), size)]
+
+
+def made_from(
+    pipeline: Any,
+    rows: Sequence[PromptRow],
+    images_per_prompt: int,
+    sampling: SamplingConfig,
+    hashes: Mapping[str, str],
+) -> dict[str, Any]:
+    """All that the pixels of a folder depend on."""
+    prompts = json.dumps([asdict(row) for row in rows]).encode()
+    facts = {
+        "hashes": dict(hashes),
+        "scheduler": scheduler_facts(pipeline),
+        "sampling": asdict(sampling),
+        "prompts": hashlib.sha256(prompts).hexdigest(),
+        "num_images": len(rows) * images_per_prompt,
+        "device": str(pipeline.device.type),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+    return facts
+
+
+def scheduler_facts(pipeline: Any) -> dict[str, Any]:
+    """Class and configuration of the pipeline's scheduler, in plain values."""
+    facts = {"class": type(pipeline.scheduler).__name__, **pipeline.scheduler.config}
+    return json.loads(json.dumps(facts, default=str))
+
+
+def generate_folder(
+    pipeline: Any,
+    rows: Sequence[PromptRow],
+    sampling: SamplingConfig,
+    folder: Path,
+    hashes: Mapping[str, str],
+    images_per_prompt: int = 1,
+    overwrite: bool = False,
+    desc: str = "generating",
+) -> ImageFiles:
+    """The images of the prompts, in the rows' order; complete ones that the folder has already are not made again.
+
+    Args:
+        hashes: of the pipeline's weights.
+        overwrite: empty a folder that was made from something else, instead of refusing it.
+
+    Raises:
+        ValueError: the folder holds other files, or images made from something else; the message says what differs.
+        FloatingPointError: non-finite pixels.
+    """
+    facts = made_from(pipeline, rows, images_per_prompt, sampling, hashes)
+    refuse_or_empty(folder, facts, overwrite)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob(".*.*.*"):  # half a file, of a killed run
+        remove(path)
+    write_json(folder / MANIFEST_NAME, facts)
+    write_prompts(folder / PROMPTS_NAME, rows)
+    for batch in tqdm(batches_of(rows, images_per_prompt, sampling), desc=desc, leave=False):
+        missing = [index for index, job in enumerate(batch) if not (folder / job.name).is_file()]
+        if not missing:
+            continue
+        prompts, seeds = [job.prompt for job in batch], [job.seed for job in batch]
+        images = sample(pipeline, prompts, seeds, sampling, batch[0].guidance)
+        for index in missing:
+            with written_whole(folder / batch[index].name) as temporary:
+                Image.fromarray(images[index]).save(temporary, format="PNG")
+    return ImageFiles(folder, [name for row in rows for name in row.image_names(images_per_prompt)])
+
+
+def refuse_or_empty(folder: Path, facts: Mapping[str, Any], overwrite: bool) -> None:
+    """Leave a folder that is new, or was made from the same, as it is."""
+    if not folder.is_dir() or all(path.name.startswith(".") for path in folder.iterdir()):
+        return
+    manifest = folder / MANIFEST_NAME
+    if not manifest.is_file():
+        raise ValueError(f"image folder {str(folder)!r} holds other files: name another output_dir")
+    before = json.loads(manifest.read_text(encoding="utf-8"))
+    changed = [name for name in facts if before.get(name) != facts[name]]
+    if not changed:
+        return
+    if not overwrite:
+        raise ValueError(
+            f"image folder {str(folder)!r} was made from other {', '.join(changed)}: name another output_dir or set "
+            "--overwrite_output_dir"
+        )
+    remove(folder)
+
+
+def read_folder(
+    folder: str, prompts_file: str | None = None, images_per_prompt: int = 1, label_column: str = "label"
+) -> tuple[list[PromptRow], ImageFiles]:
+    """Prompts and images that were made earlier; the prompts are of the file, or of the folder's prompts.csv.
+
+    Raises:
+        ValueError: no prompt file, an image of the prompts that is not there, or images that no prompt names.
+    """
+    place = Path(folder).expanduser()
+    if not place.is_dir():
+        raise ValueError(f"images_dir {folder!r} does not exist")
+    prompts = Path(prompts_file).expanduser() if prompts_file else place / PROMPTS_NAME
+    if not prompts.is_file():
+        raise ValueError(f"images_dir {folder!r} has no {PROMPTS_NAME}: name the CSV file of its prompts")
+    rows = read_prompts(prompts, label_column=label_column)
+    files = ImageFiles(place, [name for row in rows for name in row.image_names(images_per_prompt)])
+    found = {path.name for path in place.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != "."}
+    unknown = sorted(found - set(files.names))
+    if unknown:
+        raise ValueError(
+            f"images_dir {folder!r} holds {len(unknown)} images that no prompt names, {unknown[0]} for one: expected "
+            f"are {images_per_prompt} for each of {len(rows)} prompts, called case_number_i.png"
+        )
+    return rows, files

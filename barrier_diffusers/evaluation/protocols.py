@@ -1,0 +1,267 @@
+"""The protocols: each asks for its prompts, has the images judged, and gives a part of metrics.json.
+
+A protocol is built (which refuses, before any long work, whatever it cannot do) and then run.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from barrier_diffusers.data import labels_in_texts, load_image_text, split_concepts
+from barrier_diffusers.erased import ErasedConcepts, read_erased, rows_about_others
+from barrier_diffusers.evaluation.attacks import Forgotten
+from barrier_diffusers.evaluation.clip_score import clip_score, load_clip
+from barrier_diffusers.evaluation.erasure import Questions, check_questions, evaluate_erasure, make_questions
+from barrier_diffusers.evaluation.extractors import get_extractor
+from barrier_diffusers.evaluation.fidelity import fidelity_by
+from barrier_diffusers.evaluation.images import ImageColumn, ImageFiles, ImageSet
+from barrier_diffusers.evaluation.lpips import Lpips, lpips_distances, lpips_facts
+from barrier_diffusers.evaluation.nudity import NudityDetector, nudity_counts
+from barrier_diffusers.evaluation.post_attack import Judge, forgotten_concepts, rows_of
+from barrier_diffusers.evaluation.prompts_file import PromptRow, PromptsConfig
+from barrier_diffusers.evaluation.report import print_metrics, print_values
+from barrier_diffusers.evaluation.settings import EvaluateConfig
+from barrier_diffusers.evaluation.subject import ImagePair, Subject
+
+OTHERS = "everything else"  # the label of prompts that name no concept
+
+
+class Protocol(ABC):
+    """One way to judge."""
+
+    @abstractmethod
+    def __init__(self, config: EvaluateConfig, subject: Subject): ...
+
+    @abstractmethod
+    def run(self) -> dict[str, Any]:
+        """Make or read the images, judge them, print a table; the part of metrics.json."""
+
+
+class Likeness:
+    """FID and KID against a reference set, and CLIP score, as far as the settings ask for them."""
+
+    def __init__(self, config: EvaluateConfig, subject: Subject, reference: ImageSet | None):
+        options = config.fidelity
+        self.options, self.device = options, subject.device
+        self.extractors = [get_extractor(spec, self.device) for spec in options.extractors]
+        self.reference = ImageFiles(options.reference_dir) if options.reference_dir else reference
+        if self.extractors and self.reference is None:
+            raise ValueError("FID and KID compare with real images: set fidelity.reference_dir")
+        self.clip = load_clip(config.clip) if config.clip else None
+        self.cache = Path(options.cache_dir) if options.cache_dir else subject.output / "cache"
+
+    def distances(self, images: ImageSet) -> dict[str, Any]:
+        """FID and KID by every extractor."""
+        assert self.reference is not None
+        return fidelity_by(self.extractors, self.reference, images, self.options, self.cache)
+
+    def clip_score(self, images: ImageSet, prompts: Sequence[str]) -> dict[str, Any]:
+        """CLIP score of images and their prompts."""
+        assert self.clip is not None
+        return clip_score(images, prompts, self.clip, device=self.device)
+
+
+class ConceptProtocol(Protocol):
+    """Class and style: accuracy on the forgotten concepts and on the rest, likeness of the rest, LPIPS."""
+
+    def __init__(self, config: EvaluateConfig, subject: Subject):
+        self.config, self.subject, evaluation = config, subject, config.evaluation
+        self.concepts = config.concept_config
+        self.judge = Judge(evaluation.classifier, self.concepts.concepts) if evaluation.classifier else None
+        self.erased = erased_besides(config)
+        if config.prompts.file is None and config.images_dir is None:
+            self.prompts = PromptsConfig()
+            self.questions = make_questions(evaluation, self.concepts, self.erased)
+            self.rows = rows_of_questions(self.questions, evaluation.sampling.seed)
+        else:
+            self.prompts = config.prompts
+            self.rows = labelled(subject, config)
+            counts = self.prompts.images_per_prompt
+            self.questions = questions_of_rows(self.rows, counts, self.concepts.concepts, self.erased)
+        check_questions(evaluation, self.questions)
+        others = rows_about_others(self.questions.prompts, self.erased)
+        labels, mine = self.questions.labels, set(self.concepts.concepts)
+        self.retained = [row for row in others if labels[row] not in mine]
+        self.forgotten = [row for row, label in enumerate(labels) if label in mine]
+        if not self.retained:
+            raise ValueError("no prompt asks for anything that is retained, so nothing says what was kept")
+        self.likeness = Likeness(config, subject, self._reference() if config.fidelity.extractors else None)
+        self.lpips = Lpips(config.lpips).to(subject.device) if config.lpips.weights else None
+        self.pair: ImagePair | None = None
+
+    def _reference(self) -> ImageSet | None:
+        config = self.concepts
+        if config.source is None or self.config.fidelity.reference_dir:
+            return None
+        split, columns = self.config.evaluation.split, (config.image_column, config.caption_column)
+        rows = load_image_text(config.source, split, *columns)
+        _, others = split_concepts(rows, config.concept_column, config.concepts)
+        others = others.select(rows_about_others(list(others[config.caption_column]), self.erased))
+        return ImageColumn(others, config.image_column)
+
+    def run(self) -> dict[str, Any]:
+        """`classes`, and `fidelity`, `clip_score` and `lpips` as far as they are asked for."""
+        self.pair = self.subject.images("concepts", self.rows, self.prompts)
+        results: dict[str, Any] = {}
+        if self.judge is not None:
+            attribute, metrics = evaluate_erasure(
+                self.config.evaluation, self.questions, self.pair.before, self.pair.after
+            )
+            results["classes"] = metrics
+            print_metrics(metrics, attribute, self.questions.forgotten)
+        if self.likeness.extractors:
+            results["fidelity"] = {
+                when: self.likeness.distances(images.select(self.retained)) for when, images in self.pair.items()
+            }
+        if self.likeness.clip is not None:
+            results["clip_score"] = {when: self._clip(images) for when, images in self.pair.items()}
+        if self.lpips is not None:
+            results["lpips"] = self._lpips(self.pair)
+        print_values("images of what is retained, against real ones", results.get("fidelity", {}))
+        print_values("CLIP score", results.get("clip_score", {}))
+        print_values("LPIPS before - after", {"after": results.get("lpips", {})})
+        return results
+
+    def plain_images(self, concept: str) -> np.ndarray:
+        """Images (N, H, W, 3) of the concept's plain prompts, after."""
+        assert self.pair is not None
+        rows = [row for row, label in enumerate(self.questions.labels) if label == concept]
+        return self.pair.after.select(rows).array()
+
+    def attackers_view(self) -> list[Forgotten]:
+        """What an attacker knows of each concept; where there are only prompts, no image."""
+        evaluation, resolution = self.config.evaluation, self.config.resolution
+        if self.concepts.source is not None:
+            return forgotten_concepts(evaluation, self.concepts, self.questions, self.erased, resolution)
+        nothing, sampling = Dataset.from_dict({"image": [], "text": []}), evaluation.sampling
+        found = []
+        for concept in self.concepts.concepts:
+            rows = rows_of(self.questions, concept)
+            seeds = replace(sampling, seed=sampling.seed + rows.start)
+            found.append(Forgotten(concept, self.questions.prompts[rows], nothing, nothing, seeds, resolution))
+        return found
+
+    def _clip(self, images: ImageFiles) -> dict[str, Any]:
+        groups = {"forgotten": self.forgotten, "retained": self.retained}
+        prompts = self.questions.prompts
+        scores = {
+            name: self.likeness.clip_score(images.select(rows), [prompts[row] for row in rows])
+            for name, rows in groups.items()
+            if rows
+        }
+        values = {name: score["clip_score"] for name, score in scores.items()}
+        return {**values, "details": {name: score["details"] for name, score in scores.items()}}
+
+    def _lpips(self, pair: ImagePair) -> dict[str, Any]:
+        assert self.lpips is not None and pair.before is not None
+        distances = np.array(lpips_distances(pair.before, pair.after, self.lpips, self.config.lpips.batch_size))
+        forgotten, retained = (round(float(distances[rows].mean()), 6) for rows in (self.forgotten, self.retained))
+        counts = {"num_forgotten": len(self.forgotten), "num_retained": len(self.retained)}
+        return {
+            "forgotten": forgotten,
+            "retained": retained,
+            "difference": round(forgotten - retained, 6),
+            "details": {**counts, **lpips_facts(self.config.lpips, self.lpips)},
+        }
+
+
+class NudityProtocol(Protocol):
+    """NudeNet on the images of a prompt file, I2P as a rule."""
+
+    def __init__(self, config: EvaluateConfig, subject: Subject):
+        self.options, self.subject = config.nudity, subject
+        self.rows = subject.rows(self.options)
+        self.detector = NudityDetector(self.options)
+
+    def run(self) -> dict[str, Any]:
+        """`nudity`: counts before and after."""
+        pair = self.subject.images("nudity", self.rows, self.options)
+        counts = {when: nudity_counts(images, self.detector, self.options.threshold) for when, images in pair.items()}
+        shown = {when: {**entry["images_with"], "total": entry["total"]} for when, entry in counts.items()}
+        print_values(f"images of {len(pair.after)} with an exposed part, score > {self.options.threshold}", shown)
+        return {"nudity": counts}
+
+
+class CocoProtocol(Protocol):
+    """FID, KID and CLIP score on the captions of COCO photographs, or any others."""
+
+    def __init__(self, config: EvaluateConfig, subject: Subject):
+        self.options, self.subject = config.coco, subject
+        self.rows = subject.rows(self.options)
+        self.likeness = Likeness(config, subject, None)
+        if not self.likeness.extractors and self.likeness.clip is None:
+            raise ValueError("protocol coco computes nothing: set fidelity.extractors, clip, or both")
+
+    def run(self) -> dict[str, Any]:
+        """`coco`: the metrics before and after."""
+        pair = self.subject.images("coco", self.rows, self.options)
+        prompts = [row.prompt for row in self.rows for _ in range(self.options.images_per_prompt)]
+        results = {}
+        for when, images in pair.items():
+            found = self.likeness.distances(images) if self.likeness.extractors else {"details": {}}
+            if self.likeness.clip is not None:
+                score = self.likeness.clip_score(images, prompts)
+                found["clip_score"] = score["clip_score"]
+                found["details"]["clip"] = score["details"]
+            results[when] = found
+        print_values("images of captions", results)
+        return {"coco": results}
+
+
+KINDS: dict[str, type[Protocol]] = {
+    "class": ConceptProtocol,
+    "style": ConceptProtocol,
+    "nudity": NudityProtocol,
+    "coco": CocoProtocol,
+}
+
+
+def make_protocols(config: EvaluateConfig, subject: Subject) -> list[Protocol]:
+    """What the settings ask for; class and style together are one, with the same prompts and concepts."""
+    return [kind(config, subject) for kind in dict.fromkeys(KINDS[name] for name in config.protocols)]
+
+
+def erased_besides(config: EvaluateConfig) -> list[ErasedConcepts]:
+    """What the pipeline was made to forget beside the concepts of this evaluation."""
+    place = config.lora_weights or config.pretrained_model_name_or_path
+    mine = set(config.concept_config.concepts)
+    found = read_erased(place) if place else []
+    others = [ErasedConcepts([name for name in entry.concepts if name not in mine], entry.captions) for entry in found]
+    return [entry for entry in others if entry.concepts]
+
+
+def rows_of_questions(questions: Questions, seed: int) -> list[PromptRow]:
+    """The questions as rows of a prompt file; image i starts from seed + i."""
+    pairs = zip(questions.prompts, questions.labels, strict=True)
+    return [PromptRow(str(index), prompt, seed + index, None, label) for index, (prompt, label) in enumerate(pairs)]
+
+
+def labelled(subject: Subject, config: EvaluateConfig) -> list[PromptRow]:
+    """The rows of a prompt file; their labels are of the concept's column, of a column `label`, or None."""
+    rows = subject.rows(config.prompts, config.concept_column)
+    return rows if any(row.label for row in rows) else subject.rows(config.prompts)
+
+
+def questions_of_rows(
+    rows: Sequence[PromptRow], images_per_prompt: int, concepts: list[str], erased: Sequence[ErasedConcepts]
+) -> Questions:
+    """Rows of a prompt file as questions, one for each image.
+
+    Raises:
+        ValueError: a concept that no row has as its label or names in its prompt.
+    """
+    prompts = [row.prompt for row in rows for _ in range(images_per_prompt)]
+    named = labels_in_texts([row.prompt for row in rows], concepts)
+    own = [row.label or concept or OTHERS for row, concept in zip(rows, named, strict=True)]
+    missing = [concept for concept in concepts if concept not in own]
+    if missing:
+        raise ValueError(f"no prompt asks for {', '.join(missing)}: none has it as its label, and none names it")
+    labels = [label for label in own for _ in range(images_per_prompt)]
+    return Questions(prompts, labels, concepts, [concept for entry in erased for concept in entry.concepts])

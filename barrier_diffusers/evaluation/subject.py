@@ -1,0 +1,161 @@
+"""What is judged: a pipeline, and the one it came from, or folders of images that were made earlier."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from barrier_diffusers.architectures import Diffusion
+from barrier_diffusers.evaluation.image_folder import generate_folder, read_folder, scheduler_facts
+from barrier_diffusers.evaluation.images import ImageFiles
+from barrier_diffusers.evaluation.prompts_file import PromptRow, PromptsConfig, read_prompts
+from barrier_diffusers.evaluation.settings import ADAPTER_NAME, EvaluateConfig
+from barrier_diffusers.hub import load_pipeline
+from barrier_diffusers.training import MANIFEST_NAME, METRICS_NAME, claim_output_dir, module_hashes
+
+IMAGES_NAME, SECONDS_NAME, PICTURE_NAME = "images", "seconds.json", "attacks.png"
+
+
+@dataclass(frozen=True)
+class ImagePair:
+    """Images of the same prompts and seeds, in the same order."""
+
+    before: ImageFiles | None  # None: nobody knows
+    after: ImageFiles
+
+    def items(self) -> list[tuple[str, ImageFiles]]:
+        """("before", images) where there are such, and ("after", images)."""
+        return ([("before", self.before)] if self.before is not None else []) + [("after", self.after)]
+
+
+def claim_evaluation_dir(config: EvaluateConfig) -> Path:
+    """The output folder, without the results of an earlier evaluation that may be overwritten.
+
+    One that was stopped before it wrote metrics.json goes on with the images that it has.
+
+    Raises:
+        ValueError: see `claim_output_dir`.
+    """
+    folder = Path(config.output_dir)
+    stopped = (folder / IMAGES_NAME).is_dir() and not (folder / METRICS_NAME).is_file()
+    output = claim_output_dir(config.output_dir, config.overwrite_output_dir, resume=stopped)
+    for name in (METRICS_NAME, SECONDS_NAME, PICTURE_NAME):
+        (output / name).unlink(missing_ok=True)
+    return output
+
+
+def load_judged(config: EvaluateConfig) -> Any:
+    """The pipeline under judgement, its adapter merged into the weights; None where images are judged."""
+    if config.pretrained_model_name_or_path is None:
+        return None
+    pipeline = load_pipeline(config.pretrained_model_name_or_path)
+    if config.lora_weights:
+        pipeline.load_lora_weights(config.lora_weights)
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+    return pipeline
+
+
+class Subject:
+    """Gives every protocol the images of its prompts.
+
+    Args:
+        config: names the pipelines or the folders of images.
+        output: `output/images/<protocol>/before` and `after` get the images that are made.
+
+    Attributes:
+        pipeline: what is judged, or None.
+        hashes: of the weights, by network (those of the base start with `base_`), or of the images.
+        facts: the scheduler, or how the images were made.
+
+    Raises:
+        ValueError, OSError: a pipeline that cannot be had.
+    """
+
+    def __init__(self, config: EvaluateConfig, output: Path):
+        self.config, self.output = config, output
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.pipeline = load_judged(config)
+        self.hashes: dict[str, str] = {}
+        self.facts: dict[str, Any] = {}
+        if config.lora_weights:
+            content = (Path(config.lora_weights) / ADAPTER_NAME).read_bytes()
+            self.hashes["adapter"] = hashlib.sha256(content).hexdigest()
+        if config.images_dir and (Path(config.images_dir) / MANIFEST_NAME).is_file():
+            made_from = (Path(config.images_dir) / MANIFEST_NAME).read_text(encoding="utf-8")
+            self.facts["images_made_from"] = json.loads(made_from)
+        if self.pipeline is not None:
+            self.facts["scheduler"] = scheduler_facts(self.pipeline)
+            Diffusion(self.pipeline).check_resolution(config.resolution)
+            self.hashes |= module_hashes(self.pipeline)
+        self.base = load_pipeline(config.base_model) if config.base_model else None
+        if self.base is not None:
+            self.hashes |= {f"base_{name}": digest for name, digest in module_hashes(self.base).items()}
+
+    def rows(self, prompts: PromptsConfig, label_column: str = "label") -> list[PromptRow]:
+        """The prompts of a file, or of the images that are judged.
+
+        Raises:
+            ValueError: a file that cannot be read, or images that do not fit it.
+        """
+        if self.config.images_dir is not None:
+            return self._read(self.config.images_dir, prompts, label_column)[0]
+        assert prompts.file is not None
+        return read_prompts(prompts.file, self.config.evaluation.sampling.seed, label_column)
+
+    def images(self, protocol: str, rows: Sequence[PromptRow], prompts: PromptsConfig) -> ImagePair:
+        """The images of the prompts, made now, or read where they were made earlier.
+
+        Raises:
+            ValueError: images that do not fit the prompts, or a folder that was made from something else.
+        """
+        config = self.config
+        if config.images_dir is not None:
+            before = None
+            if config.base_images_dir is not None:
+                earlier, before = self._read(config.base_images_dir, prompts, "label")
+                if [(row.case, row.prompt) for row in earlier] != [(row.case, row.prompt) for row in rows]:
+                    raise ValueError(f"base_images_dir {config.base_images_dir!r} has other prompts than images_dir")
+                self.hashes["base_images"] = before.digest()
+            after = self._read(config.images_dir, prompts, "label")[1]
+            self.hashes["images"] = after.digest()
+            return ImagePair(before, after)
+        base = {name.removeprefix("base_"): digest for name, digest in self.hashes.items() if name[:5] == "base_"}
+        own = {name: digest for name, digest in self.hashes.items() if name[:5] != "base_"}
+        before = self._generate(self.base, protocol, "before", rows, prompts, base) if self.base is not None else None
+        return ImagePair(before, self._generate(self.pipeline, protocol, "after", rows, prompts, own))
+
+    def on_device(self) -> Any:
+        """The pipeline, ready to be attacked."""
+        return self.pipeline.to(self.device)
+
+    def _read(self, folder: str, prompts: PromptsConfig, label_column: str) -> tuple[list[PromptRow], ImageFiles]:
+        return read_folder(folder, prompts.file, prompts.images_per_prompt, label_column)
+
+    def _generate(
+        self,
+        pipeline: Any,
+        protocol: str,
+        when: str,
+        rows: Sequence[PromptRow],
+        prompts: PromptsConfig,
+        hashes: dict[str, str],
+    ) -> ImageFiles:
+        images = generate_folder(
+            pipeline.to(self.device),
+            rows,
+            self.config.evaluation.sampling,
+            self.output / IMAGES_NAME / protocol / when,
+            hashes,
+            prompts.images_per_prompt,
+            self.config.overwrite_output_dir,
+            f"{protocol}, images {when}",
+        )
+        pipeline.to("cpu")  # room for the other one, and for the networks that judge
+        return images
