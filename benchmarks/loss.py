@@ -22,6 +22,8 @@ from naive import NaiveBarrier, fit, record
 from torch import nn
 
 from barrier_diffusers import Barrier, BarrierConfig
+from barrier_diffusers.groups import MapGroup
+from barrier_diffusers.region import ForgetRegion
 from barrier_diffusers.training import run_script
 
 LARGEST_DIFFERENCE = 1e-3  # relative, between the two implementations' losses: float32 sums and streamed percentiles
@@ -115,12 +117,19 @@ def main(config: LossConfig) -> None:
     rows: list[dict[str, Any]] = []
     facts: dict[str, Any] = {}
     naive_statistics = None
+    fitted: list[tuple[list[str], ForgetRegion]] = []
     for rank in (0, *([4, 16, 64] if config.ranks is None else config.ranks)):
         if rank:
             add_lora(unet, [f"{path}.{target.split('.')[1]}" for path in attentions for target in targets
                             if path.endswith(target.split(".")[0])], rank)  # fmt: skip
         barrier = Barrier(unet, options)
-        barrier.setup_protection([inputs], forward_fn)
+        if not fitted:
+            barrier.setup_protection([inputs], forward_fn)
+            fitted = [([entry.name for entry in group.maps], group.region) for group in barrier.groups]
+        else:  # the regions do not depend on what trains
+            by_name = {entry.name: entry for entry in barrier.maps}
+            share = 1 / len(by_name)
+            barrier.groups = [MapGroup([by_name[name] for name in names], region, share) for names, region in fitted]
         names = [entry.name for entry in barrier.maps]
         naive = NaiveBarrier(unet, names, options.lambda_interval, options.reduced_dim)
         if naive_statistics is None:

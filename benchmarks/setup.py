@@ -93,9 +93,7 @@ def main(config: SetupConfig) -> None:
         rows.append(row)
     for row in rows:
         for name in cases:
-            row[f"{name} peak / {rows[0]['images']} images"] = (
-                row[f"{name} peak (GB)"] / rows[0][f"{name} peak (GB)"]
-            )
+            row[f"{name} peak / {rows[0]['images']} images"] = row[f"{name} peak (GB)"] / rows[0][f"{name} peak (GB)"]
     title = f"{config.model}, targets {config.targets}, batches of {config.batch_size}, latents {config.side}"
     report(config, {title: rows})
 
