@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from barrier_diffusers.certificate import Certificate, certify
 from barrier_diffusers.config import BarrierConfig
-from barrier_diffusers.drift import Drift, FullDrift, LoraDrift, full_drift, stack_drifts
+from barrier_diffusers.drift import Drift, LoraDrift, full_drift
 from barrier_diffusers.fitting import ForwardFn, fit_protection, own_config
-from barrier_diffusers.loss import protection_terms
+from barrier_diffusers.groups import MapGroup
 from barrier_diffusers.projection import RetainProjection, project_out
 from barrier_diffusers.region import ForgetRegion, check_reduced_dim
 from barrier_diffusers.retain_inputs import RetainInputs
@@ -32,15 +32,6 @@ from barrier_diffusers.targets import (
     resolve_targets,
     snapshot_of,
 )
-
-
-@dataclass
-class MapGroup:
-    """Maps that read the same input: one region, one stacked product."""
-
-    maps: list[ProtectedMap]
-    region: ForgetRegion
-    weight_O: Tensor  # 1 / O of its map for every stacked output, over the number of maps if normalised
 
 
 @dataclass
@@ -161,11 +152,8 @@ class Barrier:
             self.project()
 
     def _install(self, state: BarrierState) -> None:
-        self.groups = []
         share = 1 / len(self.maps) if self.config.normalize_protection else 1.0
-        for maps, region in state.regions:
-            rows = [torch.full((entry.num_outputs,), share / entry.num_outputs) for entry in maps]
-            self.groups.append(MapGroup(maps, region, torch.cat(rows)))
+        self.groups = [MapGroup(maps, region, share) for maps, region in state.regions]
         self.projected = [ProjectedGroup(maps, projection) for maps, projection in state.projections]
         self._snapshots = state.snapshots
         self._move(self._device)
@@ -209,17 +197,16 @@ class Barrier:
         """
         self._require_setup()
         device = self._follow_model()
-        total = torch.zeros((), device=device)
+        for entry in self.maps:
+            self._require_same_adapter(entry)
+        losses = [torch.zeros((), device=device)]
         with torch.autocast(device.type, enabled=False):
             for group in self.groups:
-                drifts = [self.drift(entry) for entry in group.maps]
-                full = [drift for drift in drifts if isinstance(drift, FullDrift)]
-                if full:
-                    terms_O = protection_terms(stack_drifts(full), group.region, self.config)
+                if self.uses_adapter:
+                    losses += group.lora_losses(self.config)
                 else:
-                    terms_O = torch.cat([protection_terms(drift, group.region, self.config) for drift in drifts])
-                total = total + terms_O @ group.weight_O
-        return self.config.lambda_interval * total
+                    losses += group.full_losses(self.config, self._snapshots)
+            return self.config.lambda_interval * torch.stack(losses).sum()
 
     def project(self) -> None:
         """Take the drift out of the retain inputs' span (METHOD section 7); call it after each optimizer step.
@@ -257,7 +244,7 @@ class Barrier:
 
     def _move(self, device: torch.device) -> None:
         for group in self.groups:
-            group.region, group.weight_O = group.region.to(device), group.weight_O.to(device)
+            group.to(device)
         for projected in self.projected:
             projected.projection = projected.projection.to(device)
         self._snapshots = {

@@ -13,9 +13,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from barrier_diffusers.products import Frame, Products, full_products, lora_products
+
+MOST_STACKED = 5_000_000  # numbers of a stacked dW (20 MB): enough to fill a device, and no more memory than needed
+
 
 class Drift(Protocol):
-    """What a drift does to a vector, a basis and a covariance."""
+    """What a drift does to a vector, a basis and a covariance, and to all that the loss reads of an input at once."""
 
     @property
     def delta_bias_O(self) -> Tensor | None:
@@ -34,24 +38,38 @@ class Drift(Protocol):
         """Diagonal of dW C dW^T, (O,): the mean squared drift of each output on centred inputs of covariance C."""
         ...
 
+    def products(self, frame: Frame) -> Products:
+        """dW mean, dW basis and the energy in one go."""
+        ...
+
     def dense(self) -> Tensor:
         """dW itself, (O, D); for certificates and tests, not for training."""
         ...
 
 
-class _Energy(torch.autograd.Function):
-    """diag(dW C dW^T) for symmetric C; the forward pass's product dW C is half its gradient (METHOD section 2)."""
+class _Difference(torch.autograd.Function):
+    """W - W0 of several maps, flattened and stacked along O, without a copy of each; gradients are views."""
 
     @staticmethod
-    def forward(ctx: Any, delta_OD: Tensor, covariance_DD: Tensor) -> Tensor:
-        product_OD = delta_OD @ covariance_DD
-        ctx.save_for_backward(product_OD)
-        return (product_OD * delta_OD).sum(1)
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        half = len(tensors) // 2
+        weights, origins = tensors[:half], tensors[half:]
+        ctx.weights = [(weight.shape, weight.dtype) for weight in weights]
+        ctx.set_materialize_grads(False)
+        rows = [len(weight) for weight in weights]
+        delta_OD = weights[0].new_empty(sum(rows), weights[0][0].numel(), dtype=torch.float32)
+        for part, weight, origin in zip(delta_OD.split(rows), weights, origins, strict=True):
+            torch.sub(weight.float().flatten(1), origin.float().flatten(1), out=part)
+        return delta_OD
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (product_OD,) = ctx.saved_tensors
-        return 2 * gradients[0][:, None] * product_OD, None
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        none = (None,) * len(ctx.weights)
+        if gradients[0] is None:
+            return none + none
+        parts = gradients[0].split([shape[0] for shape, _ in ctx.weights])
+        own = (part.view(shape).to(dtype) for part, (shape, dtype) in zip(parts, ctx.weights, strict=True))
+        return (*own, *none)
 
 
 @dataclass(frozen=True)
@@ -71,7 +89,11 @@ class FullDrift:
 
     def energy(self, covariance_DD: Tensor) -> Tensor:
         """diag(dW C dW^T), (O,)."""
-        return _Energy.apply(self.delta_OD, covariance_DD)
+        return ((self.delta_OD @ covariance_DD) * self.delta_OD).sum(1)
+
+    def products(self, frame: Frame) -> Products:
+        """dW mean, dW basis and the energy in one go."""
+        return full_products(self.delta_OD, frame)
 
     def dense(self) -> Tensor:
         """dW, (O, D)."""
@@ -101,27 +123,65 @@ class LoraDrift:
         inner_RR = lora_A_RD @ covariance_DD @ lora_A_RD.T
         return self.scaling**2 * ((lora_B_OR @ inner_RR) * lora_B_OR).sum(1)
 
+    def products(self, frame: Frame) -> Products:
+        """dW mean, dW basis and the energy in one go."""
+        return stack_lora([self]).products(frame)
+
     def dense(self) -> Tensor:
         """s B A, (O, D)."""
         return self.scaling * (self.lora_B_OR.float() @ self.lora_A_RD.float())
 
 
+@dataclass(frozen=True)
+class LoraStack:
+    """M maps with the same O, R and input as one map with M * O outputs."""
+
+    lora_A_MRD: Tensor
+    lora_B_MOR: Tensor  # the scaling is in it
+    delta_bias_O: Tensor | None = None
+
+    def products(self, frame: Frame) -> Products:
+        """dW mean, dW basis and the energy in one go, for the outputs of all maps."""
+        return lora_products(self.lora_A_MRD, self.lora_B_MOR, frame)
+
+
 def full_drift(weight: Tensor, weight0: Tensor, bias: Tensor | None = None, bias0: Tensor | None = None) -> FullDrift:
     """dW = W - W0 and db = b - b0; convolution kernels are flattened to (O, C_in / groups * kh * kw)."""
-    delta_OD = (weight.float() - weight0.float()).flatten(1)
-    delta_bias_O = None if bias is None or bias0 is None else bias.float() - bias0.float()
-    return FullDrift(delta_OD, delta_bias_O)
+    return stacked_drift([weight], [weight0], [bias], [bias0])
 
 
-def stack_drifts(drifts: Sequence[FullDrift]) -> FullDrift:
+def stacked_drift(
+    weights: Sequence[Tensor],
+    weights0: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    biases0: Sequence[Tensor | None],
+) -> FullDrift:
     """Maps that read the same input as one map with all their outputs: one matrix product instead of several."""
-    if len(drifts) == 1:
-        return drifts[0]
-    delta_OD = torch.cat([drift.delta_OD for drift in drifts])
-    if all(drift.delta_bias_O is None for drift in drifts):
+    delta_OD = _Difference.apply(*weights, *weights0)
+    pairs = list(zip(weights, biases, biases0, strict=True))
+    if all(bias is None or bias0 is None for _, bias, bias0 in pairs):
         return FullDrift(delta_OD)
-    biases = [
-        delta_OD.new_zeros(len(drift.delta_OD)) if drift.delta_bias_O is None else drift.delta_bias_O
-        for drift in drifts
+    parts = [
+        delta_OD.new_zeros(len(weight)) if bias is None or bias0 is None else bias.float() - bias0.float()
+        for weight, bias, bias0 in pairs
     ]
-    return FullDrift(delta_OD, torch.cat(biases))
+    return FullDrift(delta_OD, torch.cat(parts))
+
+
+def stack_lora(drifts: Sequence[LoraDrift]) -> LoraStack:
+    """Maps with the same O, R and input as one; no bias of theirs drifts, as peft's are frozen."""
+    lora_A_MRD = torch.stack([drift.lora_A_RD.float() for drift in drifts])
+    return LoraStack(lora_A_MRD, torch.stack([drift.scaling * drift.lora_B_OR.float() for drift in drifts]))
+
+
+def chunks(sizes: Sequence[int], most: int = MOST_STACKED) -> list[list[int]]:
+    """Positions 0, 1, ... in runs whose sizes sum to at most `most`, or that have one element."""
+    found: list[list[int]] = []
+    total = 0
+    for position, size in enumerate(sizes):
+        if not found or total + size > most:
+            found.append([])
+            total = 0
+        found[-1].append(position)
+        total += size
+    return found

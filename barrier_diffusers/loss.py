@@ -6,27 +6,32 @@ a value on the host. Shapes: O outputs, D input features, K kept directions.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from barrier_diffusers.config import BarrierConfig
-from barrier_diffusers.drift import Drift
+from barrier_diffusers.drift import Drift, LoraStack
+from barrier_diffusers.products import Frame
 from barrier_diffusers.region import ForgetRegion
 
 
-def mean_term(drift: Drift, mean_D: Tensor) -> Tensor:
+def mean_term(mean_O: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """L_mean: (dW mean + db)^2, (O,)."""
-    return _plus_bias(drift.apply(mean_D), drift.delta_bias_O).square()
+    return _plus_bias(mean_O, bias_O).square()
 
 
-def residual_term(drift: Drift, residual_DD: Tensor, multiplier: float = 1.0) -> Tensor:
+def residual_term(energy_O: Tensor, multiplier: float = 1.0) -> Tensor:
     """L_residual: diag(dW C_res dW^T), (O,), times N / rows with residual_weighting "singular_values"."""
-    return drift.energy(residual_DD) * multiplier
+    return energy_O if multiplier == 1.0 else energy_O * multiplier
 
 
 def interval_ends(
     drift_OK: Tensor, lower_K: Tensor, upper_K: Tensor, bias_O: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Ends (O,) of {d z + db : lower <= z <= upper}: d+ l - d- u and d+ u - d- l, computed as d c -+ |d| w / 2."""
+    """Ends (O,) of {d z + db : lower <= z <= upper}: d+ l - d- u and d+ u - d- l, computed as d c -+ |d| w / 2.
+
+    With several boxes, bounds (K, T) and bias (O, 1), the ends are (O, T).
+    """
     centre_O = _plus_bias(drift_OK @ ((lower_K + upper_K) / 2), bias_O)
     half_width_O = drift_OK.abs() @ ((upper_K - lower_K) / 2)
     return centre_O - half_width_O, centre_O + half_width_O
@@ -40,8 +45,9 @@ def box_term(drift_OK: Tensor, lower_K: Tensor, upper_K: Tensor, bias_O: Tensor 
 
 def two_corner_term(drift_OK: Tensor, region: ForgetRegion, bias_O: Tensor | None = None) -> Tensor:
     """T(outer_lower, z_lower) + T(z_upper, outer_upper), (O,): the paper's two boxes."""
-    low_O = box_term(drift_OK, region.outer_lower, region.z_lower, bias_O)
-    return low_O + box_term(drift_OK, region.z_upper, region.outer_upper, bias_O)
+    lower_K2 = torch.stack([region.outer_lower, region.z_upper], dim=1)
+    upper_K2 = torch.stack([region.z_lower, region.outer_upper], dim=1)
+    return box_term(drift_OK, lower_K2, upper_K2, None if bias_O is None else bias_O[:, None]).sum(1)
 
 
 def envelope_term(drift_OK: Tensor, region: ForgetRegion, bias_O: Tensor | None = None) -> Tensor:
@@ -71,14 +77,21 @@ def slabs_term(drift_OK: Tensor, region: ForgetRegion, bias_O: Tensor | None = N
 INTERVAL_TERMS = {"two_corner": two_corner_term, "envelope": envelope_term, "slabs": slabs_term}
 
 
-def protection_terms(drift: Drift, region: ForgetRegion, config: BarrierConfig) -> Tensor:
-    """L_mean + L_residual + L_interval of every output, (O,) float32; its mean over a map's outputs is L_map."""
-    total_O = mean_term(drift, region.mean)
-    if region.residual is not None:
-        total_O = total_O + residual_term(drift, region.residual, region.residual_multiplier)
+def protection_terms(
+    drift: Drift | LoraStack, region: ForgetRegion, config: BarrierConfig, frame: Frame | None = None
+) -> Tensor:
+    """L_mean + L_residual + L_interval of every output, (O,) float32; its mean over a map's outputs is L_map.
+
+    Args:
+        frame: of the region, if it is at hand.
+    """
+    products, bias_O = drift.products(frame or Frame.of(region)), drift.delta_bias_O
+    total_O = mean_term(products.mean_O, bias_O)
+    if products.energy_O is not None:
+        total_O = total_O + residual_term(products.energy_O, region.residual_multiplier)
     if config.has_interval_term:
-        bias_O = drift.delta_bias_O if config.include_bias_drift else None
-        total_O = total_O + INTERVAL_TERMS[config.region](drift.project(region.basis), region, bias_O)
+        shift_O = bias_O if config.include_bias_drift else None
+        total_O = total_O + INTERVAL_TERMS[config.region](products.drift_OK, region, shift_O)
     return total_O
 
 

@@ -66,7 +66,7 @@ class InputRecorder:
             # autocast would take the statistics in half precision, inference mode would make them read-only
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(value.device.type, enabled=False):
                 rows = input_rows(value.detach(), layer)
-                finite = torch.isfinite(rows).all()
+                finite = torch.isfinite(rows.sum(dtype=torch.float32))  # one pass: NaN and infinity survive a sum
                 self._finite[name] = finite & self._finite[name] if name in self._finite else finite
                 self.on_rows(name, rows)
 

@@ -47,7 +47,7 @@ class Moments:
         rows = x_ND.float()
         mean_D = rows.mean(0)
         centred_ND = rows - mean_D
-        self._combine(len(rows), mean_D.double(), (centred_ND.T @ centred_ND).double())
+        self._combine(len(rows), mean_D.double(), centred_ND.T @ centred_ND)
 
     def merge(self, other: Moments) -> None:
         """Add the rows that `other` has seen."""
@@ -59,7 +59,8 @@ class Moments:
             return
         total = self.count + count
         delta_D = mean_D - self.mean_D
-        self.scatter_DD += scatter_DD + torch.outer(delta_D, delta_D) * (self.count * count / total)
+        self.scatter_DD += scatter_DD  # in place, as is the next: D x D temporaries would cost more than the product
+        self.scatter_DD.addr_(delta_D, delta_D, alpha=self.count * count / total)
         self.mean_D += delta_D * (count / total)
         self.count = total
 

@@ -5,8 +5,9 @@ import torch
 from oracle import Oracle, corners
 
 from barrier_diffusers.config import BarrierConfig
-from barrier_diffusers.drift import FullDrift, LoraDrift, full_drift, stack_drifts
+from barrier_diffusers.drift import FullDrift, LoraDrift, chunks, full_drift, stack_lora, stacked_drift
 from barrier_diffusers.loss import box_term, interval_ends, protection_terms, residual_term
+from barrier_diffusers.products import Frame, thin_factor
 from barrier_diffusers.region import ForgetRegion, fit_directions, fit_region
 from barrier_diffusers.statistics import Moments, ProjectionSketch
 
@@ -164,17 +165,61 @@ def test_residual_term_is_the_mean_squared_drift_of_residual_parts():
     centred = (FORGET - FORGET.mean(0)).double()
     parts = centred - centred @ region.basis.double() @ region.basis.double().T
     expected = ((parts @ DELTA.double().T) ** 2).mean(0)
-    torch.testing.assert_close(
-        residual_term(FullDrift(DELTA), region.residual).double(), expected, rtol=1e-3, atol=1e-6
-    )
+    energy = residual_term(FullDrift(DELTA).products(Frame.of(region)).energy_O)
+    torch.testing.assert_close(energy.double(), expected, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(energy, FullDrift(DELTA).energy(region.residual), rtol=1e-4, atol=1e-6)
 
 
 def test_stacked_maps_equal_separate_maps():
     config, region = fit({})
-    other = torch.randn(4, D, generator=GENERATOR)
-    stacked = stack_drifts([FullDrift(DELTA, DELTA_BIAS), FullDrift(other)])
-    separate = [protection_terms(drift, region, config) for drift in (FullDrift(DELTA, DELTA_BIAS), FullDrift(other))]
-    torch.testing.assert_close(protection_terms(stacked, region, config), torch.cat(separate))
+    weights = [torch.randn(rows, D, generator=GENERATOR).requires_grad_() for rows in (O, 4)]
+    origins = [torch.randn(rows, D, generator=GENERATOR) for rows in (O, 4)]
+    stacked = protection_terms(
+        stacked_drift(weights, origins, [DELTA_BIAS, None], [torch.zeros(O), None]), region, config
+    )
+    drifts = [FullDrift(weight - origin) for weight, origin in zip(weights, origins, strict=True)]
+    drifts[0] = FullDrift(drifts[0].delta_OD, DELTA_BIAS)
+    separate = torch.cat([protection_terms(drift, region, config) for drift in drifts])
+    torch.testing.assert_close(stacked, separate)
+    ours, theirs = (torch.autograd.grad(terms.sum(), weights) for terms in (stacked, separate))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"decomposition": "none"}, {"region": "slabs"}], ids=str)
+def test_stacked_lora_maps_equal_their_dense_ones_in_value_and_gradient(options):
+    config, region = fit(options)
+    maps = [(torch.randn(2, D, generator=GENERATOR), torch.randn(O, 2, generator=GENERATOR)) for _ in range(3)]
+    factors = [part.requires_grad_() for pair in maps for part in pair]
+    stack = stack_lora([LoraDrift(down, up, 0.7) for down, up in maps])
+    stacked = protection_terms(stack, region, config)
+    dense = torch.cat([protection_terms(FullDrift(0.7 * up @ down), region, config) for down, up in maps])
+    torch.testing.assert_close(stacked, dense, rtol=1e-4, atol=1e-5)
+    weights = torch.rand(len(dense), generator=GENERATOR)
+    ours, theirs = (torch.autograd.grad(terms @ weights, factors) for terms in (stacked, dense))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_few_distinct_rows_give_a_thin_factor_and_the_same_loss():
+    few, width = torch.randn(5, 40, generator=GENERATOR), 40
+    config, region = fit({"reduced_dim": 2}, few[torch.arange(600) % 5], torch.randn(9, width))
+    frame = Frame.of(region)
+    assert frame.residual_DD is None and frame.factor_DL.shape == (width, 2)  # 5 rows, minus mean, minus K
+    torch.testing.assert_close(frame.factor_DL @ frame.factor_DL.T, region.residual, rtol=1e-4, atol=1e-5)
+    delta = torch.randn(3, width, generator=GENERATOR).requires_grad_()
+    losses = [protection_terms(FullDrift(delta), region, config, each).mean() for each in
+              (frame, Frame(frame.axes_DS, region.residual))]  # fmt: skip
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, delta) for loss in losses))
+
+
+def test_a_covariance_of_high_rank_has_no_thin_factor():
+    covariance = torch.cov(torch.randn(12, 300, generator=GENERATOR))
+    assert thin_factor(covariance, 3) is None
+    assert thin_factor(torch.zeros(12, 12), 3).shape == (12, 0)
+
+
+def test_stacks_stay_below_their_size():
+    assert chunks([3, 3, 3, 9, 1], most=6) == [[0, 1], [2], [3], [4]]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -207,7 +252,7 @@ def test_lora_never_forms_a_dense_matrix():
     basis, covariance = torch.randn(wide, 4), torch.eye(wide)
     given = covariance.untyped_storage().data_ptr()
     with Watch():
-        (lora.energy(covariance).sum() + lora.project(basis).sum() + lora.apply(basis[:, 0]).sum()).backward()
+        sum(part.sum() for part in lora.products(Frame(basis, covariance))).backward()
     assert largest <= wide * 8
 
 

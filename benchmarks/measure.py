@@ -1,0 +1,117 @@
+"""How the benchmarks measure and print: medians of interleaved runs, peak memory of a fresh process, tables, JSON."""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from barrier_diffusers.files import write_json
+
+
+@dataclass(kw_only=True)
+class BenchmarkConfig:
+    """What all benchmarks are told."""
+
+    model: str = "sd14"  # sd14, sdxl or tiny (models.py), with random weights
+    device: str = "cpu"  # or cuda
+    num_threads: int = 2  # on a CPU
+    repeats: int = 5  # of every case, in turns; medians are printed
+    json: str | None = None  # file that gets the figures
+
+    def start(self) -> torch.device:
+        """Set the number of threads; the device everything runs on."""
+        torch.set_num_threads(self.num_threads)
+        return torch.device(self.device)
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleaved(
+    cases: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device, warmup: int = 1
+) -> dict[str, float]:
+    """Median seconds of every case: all cases once, then all again, so that a busy machine slows them alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(warmup + repeats):
+        for name, run in cases.items():
+            gc.collect()
+            synchronise(device)
+            start = time.perf_counter()
+            run()
+            synchronise(device)
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Largest memory so far: of the process (Linux's VmHWM, which a new program starts at 0), or of the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def in_fresh_process(script: str, config: BenchmarkConfig, **changes: Any) -> dict[str, Any]:
+    """Run one case of a benchmark in a process of its own; the last line it prints is its JSON result."""
+    settings = {**asdict(config), "json": None, **changes}
+    words = [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, env=environment)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(words)} failed: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def machine() -> dict[str, Any]:
+    """Where the figures come from."""
+    facts = {"python": platform.python_version(), "threads": torch.get_num_threads(), "cores": os.cpu_count()}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "peft")}
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return {**facts, **versions, **gpu, "load_average": os.getloadavg()[0]}
+
+
+def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows as a Markdown table."""
+    headings = list(rows[0])
+    cells = [[_cell(row[heading]) for heading in headings] for row in rows]
+    widths = [max(len(line[place]) for line in [headings, *cells]) for place in range(len(headings))]
+    print(f"\n{title}\n")
+    for line in (headings, ["-" * width for width in widths], *cells):
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def report(config: BenchmarkConfig, tables: Mapping[str, Sequence[Mapping[str, Any]]], **facts: Any) -> None:
+    """Print the tables and, with `json`, write them with the settings and the machine."""
+    for title, rows in tables.items():
+        show(title, rows)
+    print(f"\n{machine()}")
+    if config.json:
+        content = {"settings": asdict(config), "machine": machine(), "tables": dict(tables), **facts}
+        Path(config.json).parent.mkdir(parents=True, exist_ok=True)
+        write_json(Path(config.json), content)

@@ -1,0 +1,102 @@
+"""Setting up the protection: time against bare forward passes over the same data, and peak memory as the data grows.
+
+    python benchmarks/setup.py --targets all --json FILE
+
+The protection reads the data twice, so two bare passes are the yardstick. Every size is measured in a fresh process,
+where the bare passes and the setup take turns; peak memory in another one that runs one of them only.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from measure import BenchmarkConfig, in_fresh_process, interleaved, peak_bytes, report
+from models import TARGETS, build_unet, forward, make_batches, reduced_dim_of
+from naive import NaiveBarrier
+from torch import nn
+
+from barrier_diffusers import Barrier, BarrierConfig
+from barrier_diffusers.barrier import resolve_targets
+from barrier_diffusers.training import run_script
+
+CASES = ("bare", "barrier", "baseline")
+
+
+@dataclass(kw_only=True)
+class SetupConfig(BenchmarkConfig):
+    """Settings of the benchmark."""
+
+    targets: Literal["all", "attn2"] = "attn2"
+    batch_size: int = 2
+    side: int = 32  # of the latents
+    sizes: list[int] | None = None  # numbers of batches; None: 1, 4 and 16
+    baseline: bool = True  # measure the baseline too
+    num_batches: int | None = None  # for the benchmark itself: measure this size
+    peak_of: str | None = None  # for the benchmark itself: only the peak memory of this case
+
+
+def make_cases(config: SetupConfig, unet: nn.Module, num_batches: int) -> dict[str, Any]:
+    """Bare passes, the setup, the baseline's setup."""
+    batches = make_batches(config.model, num_batches, config.batch_size, config.side, config.device)
+    targets = TARGETS[config.targets]
+
+    def bare() -> None:
+        with torch.no_grad():
+            for _ in range(2):
+                for batch in batches:
+                    forward(unet, batch)
+
+    def barrier() -> None:
+        made = Barrier(unet, BarrierConfig(targets=targets, reduced_dim=reduced_dim_of(config.model)))
+        made.setup_protection(batches, forward)
+        made.remove()
+
+    def baseline() -> None:
+        names = [entry.name for entry in resolve_targets(unet, targets)]
+        NaiveBarrier(unet, names, reduced_dim=reduced_dim_of(config.model)).setup(batches, forward)
+
+    return dict(zip(CASES, (bare, barrier, baseline), strict=True))
+
+
+def measure_size(config: SetupConfig) -> dict[str, Any]:
+    """What the process for one size prints."""
+    device = config.start()
+    assert config.num_batches is not None
+    cases = make_cases(config, build_unet(config.model, device), config.num_batches)
+    if config.peak_of is not None:
+        cases[config.peak_of]()
+        return {"peak_bytes": peak_bytes(device)}
+    if not config.baseline:
+        cases.pop("baseline")
+    return interleaved(cases, config.repeats, device, warmup=0)
+
+
+def main(config: SetupConfig) -> None:
+    """One process per size and question; a table of all."""
+    if config.num_batches is not None:
+        print(json.dumps(measure_size(config)))
+        return
+    rows = []
+    cases = CASES if config.baseline else CASES[:2]
+    for size in config.sizes or [1, 4, 16]:
+        shared = {"sizes": None, "num_batches": size}
+        seconds = in_fresh_process(__file__, config, **shared)
+        row = {"images": size * config.batch_size, "two bare passes (s)": seconds["bare"]}
+        for name in cases[1:]:
+            row |= {f"{name} (s)": seconds[name], f"{name} / bare": seconds[name] / seconds["bare"]}
+        for name in cases:
+            peak = in_fresh_process(__file__, config, **shared, peak_of=name)
+            row[f"{name} peak (GB)"] = peak["peak_bytes"] / 1e9
+        rows.append(row)
+    for row in rows:
+        for name in cases:
+            row[f"{name} peak / {rows[0]['images']} images"] = row[f"{name} peak (GB)"] / rows[0][f"{name} peak (GB)"]
+    title = f"{config.model}, targets {config.targets}, batches of {config.batch_size}, latents {config.side}"
+    report(config, {title: rows})
+
+
+if __name__ == "__main__":
+    run_script(main, SetupConfig)
