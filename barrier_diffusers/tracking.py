@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -41,15 +42,26 @@ def numbers(content: Any, prefix: str) -> Iterator[tuple[str, float]]:
         yield prefix, float(content)
 
 
+def require_metric(metrics: Mapping[str, float], name: str) -> float:
+    """The metric of that name.
+
+    Raises:
+        ValueError: there is none; those with the most similar names.
+    """
+    if name not in metrics:
+        near = difflib.get_close_matches(name, metrics, 5, 0.3)
+        raise ValueError(f"the pipeline gave no {name!r}; of its {len(metrics)} numbers the nearest are {near}")
+    return metrics[name]
+
+
 def score_of(metrics: Mapping[str, float], weights: Mapping[str, float]) -> float | None:
     """The weighted sum of metrics; None without weights.
 
     Raises:
         ValueError: a metric that the pipeline did not give.
     """
-    missing = [name for name in weights if name not in metrics]
-    if missing:
-        raise ValueError(f"score asks for {', '.join(missing)}; the metrics are {', '.join(sorted(metrics))}")
+    for name in weights:
+        require_metric(metrics, name)
     return sum(weight * metrics[name] for name, weight in weights.items()) if weights else None
 
 
