@@ -35,14 +35,17 @@ METRICS_NAME = "metrics.json"
 PACKAGES = ("barrier-diffusers", "torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "numpy")
 
 
-def run_script(main: Callable[[Any], None], config_class: type) -> None:
+def run_script(main: Callable[[Any], None], config_class: type | Callable[[list[str]], Any]) -> None:
     """Read `config_class` from `--config FILE.yaml` and dotted flags, then run `main`.
+
+    In place of the class a function may read the command line itself.
 
     A mistake of the user (ValueError, OSError, FloatingPointError) ends in one line on stderr and exit status 1; a bad
     flag in exit status 2. Set BARRIER_TRACEBACK=1 to see where an error came from.
     """
     try:
-        config = parse_config(config_class, sys.argv[1:])
+        read = partial(parse_config, config_class) if isinstance(config_class, type) else config_class
+        config = read(sys.argv[1:])
     except (ArgumentError, ValueError, TypeError, OSError) as error:
         raise SystemExit(_fail(error, 2)) from error
     try:
@@ -66,17 +69,34 @@ def parse_config(config_class: type, arguments: list[str]) -> Any:
     return config_class(**values)
 
 
+def config_from(config_class: type, values: dict[str, Any]) -> Any:
+    """An instance of a settings dataclass from nested mappings, with the checks of the command line.
+
+    Raises:
+        ValueError: an unknown field, or a value that the dataclass refuses.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(config_class)
+    try:
+        return config_class(**vars(parser.instantiate_classes(parser.parse_object(values))))
+    except (ArgumentError, TypeError) as error:
+        raise ValueError(_message(error)) from error
+
+
+def _message(error: BaseException) -> str:
+    return error.message if isinstance(error, ArgumentError) and error.message else str(error)
+
+
 def _fail(error: BaseException, status: int) -> int:
-    message = error.message if isinstance(error, ArgumentError) and error.message else str(error)
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    print("error: " + " ".join(_message(error).split()), file=sys.stderr)
     return status
 
 
-def claim_output_dir(output_dir: str, overwrite: bool, resume: bool) -> Path:
-    """Create the output folder, or make sure that an existing one may be used.
+def require_writable(output_dir: str) -> Path:
+    """Create a folder if it is not there, and write a file in it to be sure.
 
     Raises:
-        ValueError: it is a file, not writable, or holds another run or other files and `overwrite` is off.
+        ValueError: it is a file, or not writable.
     """
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
@@ -88,6 +108,16 @@ def claim_output_dir(output_dir: str, overwrite: bool, resume: bool) -> Path:
         probe.unlink()
     except OSError as error:
         raise ValueError(f"output_dir {output_dir!r} is not writable: {error.strerror}") from error
+    return folder
+
+
+def claim_output_dir(output_dir: str, overwrite: bool, resume: bool) -> Path:
+    """Create the output folder, or make sure that an existing one may be used.
+
+    Raises:
+        ValueError: it is a file, not writable, or holds another run or other files and `overwrite` is off.
+    """
+    folder = require_writable(output_dir)
     entries = {entry.name for entry in folder.iterdir()} - {"cache", "logs"}  # left by a run that stopped early
     if entries and not resume:
         if not overwrite:
@@ -125,18 +155,23 @@ def module_hashes(pipeline: Any, prefix: str = "") -> dict[str, str]:
     return {name: module_hash(part) for name, part in components(pipeline, prefix).items()}
 
 
-def manifest(config: Any, hashes: dict[str, str], **facts: Any) -> dict[str, Any]:
-    """Everything needed to run the same thing again: settings, hashes of weights and data, versions, machine."""
+def package_versions() -> dict[str, str]:
+    """Installed versions of the libraries that decide about numbers."""
     versions = {}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed"
+    return versions
+
+
+def manifest(config: Any, hashes: dict[str, str], **facts: Any) -> dict[str, Any]:
+    """Everything needed to run the same thing again: settings, hashes of weights and data, versions, machine."""
     machine = {"python": platform.python_version(), "system": platform.platform(), "threads": torch.get_num_threads()}
     if torch.cuda.is_available():
         machine["device"] = torch.cuda.get_device_name()
-    return {"settings": asdict(config), "hashes": hashes, "versions": versions, "machine": machine, **facts}
+    return {"settings": asdict(config), "hashes": hashes, "versions": package_versions(), "machine": machine, **facts}
 
 
 def freeze_normalisation(module: nn.Module) -> None:

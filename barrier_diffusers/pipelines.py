@@ -1,0 +1,296 @@
+"""A pipeline: one YAML file drives unlearn -> ... -> evaluate -> track, and only what changed runs again.
+
+Its output_dir holds a folder per stage with the stage's result, `stages` with what each ran with and its record,
+`logs` with what each printed, and results.json with all numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from barrier_diffusers.files import remove, write_json
+from barrier_diffusers.kinds import KINDS
+from barrier_diffusers.processes import FolderLock, Stopped, last_error, run_logged
+from barrier_diffusers.stages import PLACES, Record, Stage, flat, stage_inputs
+from barrier_diffusers.tracking import RESULTS_NAME, TrackConfig, collect, publish
+from barrier_diffusers.training import config_from, require_writable
+
+SHARED = "as unlearn"  # default of a setting that is the unlearn stage's unless it is given
+HASH = "{hash}"
+
+
+@dataclass(kw_only=True)
+class LaunchConfig:
+    """How the stages are started."""
+
+    num_processes: int = 1  # of training; more than one, or a config_file: by `accelerate launch`
+    config_file: str | None = None  # of `accelerate config`
+
+    def __post_init__(self) -> None:
+        if self.num_processes < 1:
+            raise ValueError(f"launch.num_processes is {self.num_processes}, but must be at least 1")
+        if self.config_file and not Path(self.config_file).is_file():
+            raise ValueError(f"launch.config_file {self.config_file!r} does not exist")
+
+
+@dataclass(kw_only=True)
+class PipelineConfig:
+    """What holds for the whole pipeline; each stage's settings are a section of its name beside it."""
+
+    kind: Literal["sd", "ddpm", "classifier"]  # which scripts (kinds.py)
+    output_dir: str  # {hash} in it stands for a hash of all settings, so that no two runs of a sweep share a folder
+    stages: list[str] | None = None  # of the kind; None: all
+    eval_only: bool = False  # judge the unlearned result that is there, whatever the settings of the stages before
+    unlearned_dir: str | None = None  # or that one, unlearned elsewhere
+    dry_run: bool = False  # only say what would run, and why
+    score: dict[str, float] = field(default_factory=dict)  # metric of results.json -> weight in `score`
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+
+    def __post_init__(self) -> None:
+        known = [stage.name for stage in KINDS[self.kind]]
+        unknown = [name for name in self.stages or () if name not in known]
+        if unknown:
+            raise ValueError(f"unknown stage {', '.join(unknown)}; {self.kind!r} has {', '.join(known)}")
+        if self.unlearned_dir and not Path(self.unlearned_dir).is_dir():
+            raise ValueError(f"unlearned_dir {self.unlearned_dir!r} does not exist")
+
+
+@dataclass
+class Pipeline:
+    """A pipeline whose settings are all known and checked."""
+
+    config: PipelineConfig
+    stages: list[Stage]
+    settings: dict[str, dict[str, Any]]  # stage -> its settings as given, `shared` ones resolved
+    root: Path  # of the repository with the scripts
+
+    @property
+    def output(self) -> Path:
+        """The output folder."""
+        return Path(self.config.output_dir)
+
+    @property
+    def unlearned(self) -> Path:
+        """The folder with the unlearned model."""
+        return Path(self.config.unlearned_dir or self.output / "unlearn")
+
+    def filled(self, stage: Stage) -> dict[str, Any]:
+        """All settings of a stage, those that the pipeline decides included."""
+        return {**self.settings[stage.name], "output_dir": str(self.output / stage.name), **stage.fill(self)}
+
+    def record(self, stage: Stage) -> Record:
+        """What is known of the stage's last run."""
+        return Record(self.output / "stages" / f"{stage.name}.json", self.output / stage.name)
+
+
+def _peek(arguments: Sequence[str], name: str) -> Any:
+    """The value of a plain setting, before there is a parser that knows all of them."""
+    found: Any = None
+    words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    for word, value in zip(words, words[1:], strict=False):
+        if word == "--config":
+            with open(value, encoding="utf-8") as file:
+                content = yaml.safe_load(file)
+            if not isinstance(content, dict):
+                raise ValueError(f"{value!r} holds no settings: expected is YAML of the form `name: value`")
+            found = content.get(name, found)
+        elif word == f"--{name}":
+            found = yaml.safe_load(value)
+    return found
+
+
+def parse_pipeline(arguments: list[str], root: Path) -> Pipeline:
+    """A pipeline from `--config FILE.yaml` and dotted flags, every stage's settings checked.
+
+    Raises:
+        ArgumentError, ValueError: a setting that is unknown, missing, or not as its dataclass wants it.
+    """
+    kind = _peek(arguments, "kind")
+    if kind not in KINDS:
+        given = "no kind is given" if kind is None else f"unknown kind {kind!r}"
+        raise ValueError(f"{given}: set kind to one of {', '.join(KINDS)}")
+    chosen = _peek(arguments, "stages")
+    stages = [stage for stage in KINDS[kind] if not isinstance(chosen, list) or stage.name in chosen]
+    parser = ArgumentParser(exit_on_error=False, description=PipelineConfig.__doc__)
+    parser.add_argument("--config", action="config", help="YAML file with any of the fields below")
+    parser.add_class_arguments(PipelineConfig)
+    for stage in stages:
+        hints = get_type_hints(stage.config_class)
+        parser.add_class_arguments(
+            stage.config_class, stage.name, instantiate=False, skip={*stage.filled, *stage.shared}
+        )
+        for name in stage.shared:
+            parser.add_argument(f"--{stage.name}.{name}", type=Literal[SHARED] | hints[name], default=SHARED)
+    values = vars(parser.instantiate_classes(parser.parse_args(arguments)))
+    settings = {stage.name: _plain(values.pop(stage.name).as_dict()) for stage in stages}
+    del values["config"]
+    for stage in stages:
+        for name, source in stage.shared.items():
+            if settings[stage.name][name] == SHARED:
+                if "unlearn" not in settings:
+                    raise ValueError(f"{stage.name}.{name} is {SHARED!r}, but there is no such stage: set it")
+                settings[stage.name][name] = settings["unlearn"][source]
+    config = PipelineConfig(**values)
+    digest = hashlib.sha256(json.dumps(_deciding(settings), sort_keys=True, default=str).encode()).hexdigest()
+    config.output_dir = config.output_dir.replace(HASH, digest[:12])
+    pipeline = Pipeline(config, stages, settings, root)
+    for stage in stages:
+        _check(pipeline, stage)
+    return pipeline
+
+
+def _plain(value: Any) -> Any:
+    """Nested mappings, defaults that are dataclasses included."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    return {name: _plain(entry) for name, entry in value.items()} if isinstance(value, dict) else value
+
+
+def _deciding(settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {
+        f"{stage}.{name}": value
+        for stage, values in settings.items()
+        for name, value in flat({name: value for name, value in values.items() if name not in PLACES})
+    }
+
+
+def _check(pipeline: Pipeline, stage: Stage) -> None:
+    """Build the stage's settings, without what earlier stages have yet to make."""
+    values = pipeline.filled(stage)
+    for entry in fields(stage.config_class):
+        value, optional = values.get(entry.name), entry.default is not MISSING
+        if optional and entry.name in stage.filled and isinstance(value, str) and not Path(value).exists():
+            values[entry.name] = entry.default
+    try:
+        config_from(stage.config_class, values)
+    except ValueError as error:
+        raise ValueError(f"{stage.name}: {error}") from error
+
+
+def command_of(pipeline: Pipeline, stage: Stage, settings: Path) -> list[str]:
+    """The words that start a stage."""
+    launch, script = pipeline.config.launch, str(pipeline.root / stage.script)
+    start = [sys.executable]
+    if stage.name != "evaluate" and (launch.num_processes > 1 or launch.config_file):
+        start += ["-m", "accelerate.commands.launch", "--num_processes", str(launch.num_processes)]
+        start += ["--multi_gpu"] if launch.num_processes > 1 and launch.config_file is None else []
+        start += ["--config_file", launch.config_file] if launch.config_file else []
+    return [*start, script, "--config", str(settings)]
+
+
+def claim_pipeline_dir(pipeline: Pipeline) -> None:
+    """Create the output folder, or make sure that a pipeline left what is there.
+
+    Raises:
+        ValueError: it is not writable, or holds other files.
+    """
+    require_writable(pipeline.config.output_dir)
+    entries = {entry.name for entry in pipeline.output.iterdir()} - {".lock", "cache", "logs"}
+    if entries and not (pipeline.output / "stages").is_dir():
+        raise ValueError(f"output_dir {pipeline.config.output_dir!r} holds other files: name another folder")
+    for stage in pipeline.stages:
+        pipeline.record(stage).check_owner()
+
+
+def run_stage(pipeline: Pipeline, stage: Stage, lock: FolderLock) -> None:
+    """Run a stage unless its result still holds.
+
+    Raises:
+        ValueError: the script failed; its one line and where the rest is.
+        Stopped: a signal ended it.
+    """
+    output, record = pipeline.output, pipeline.record(stage)
+    values = pipeline.filled(stage)
+    config_from(stage.config_class, values)  # now that the stages before have ended
+    inputs = stage_inputs(stage, values, pipeline.root)
+    reason = record.reason_to_run(inputs)
+    if reason is None:
+        print(f"{stage.name}: complete, nothing that it depends on has changed")
+        return
+    log, settings = output / "logs" / f"{stage.name}.log", output / "stages" / f"{stage.name}-settings.json"
+    print(f"{stage.name}: {reason}; runs now, log {log}", flush=True)
+    names = {entry.name for entry in fields(stage.config_class)}
+    if record.begin(inputs):
+        if "resume_from_checkpoint" in names and list((output / stage.name / "checkpoints").glob("step-*")):
+            values["resume_from_checkpoint"] = "latest"
+        elif "resume_from_checkpoint" in names:
+            remove(output / stage.name)
+        if "overwrite_output_dir" in names:
+            values["overwrite_output_dir"] = True
+    write_json(settings, values)
+    start = time.monotonic()
+    paths = [str(pipeline.root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    status = run_logged(command_of(pipeline, stage, settings), log, lock.handle, environment)
+    if status:
+        raise ValueError(f"stage {stage.name} failed (exit status {status}): {last_error(log)}; log {log}")
+    seconds = time.monotonic() - start
+    record.end(stage_inputs(stage, values, pipeline.root), seconds)
+    print(f"{stage.name}: done in {seconds:.0f} seconds", flush=True)
+
+
+def stages_to_run(pipeline: Pipeline) -> list[Stage]:
+    """All stages, or those after `unlearn` where the unlearned result is given.
+
+    Raises:
+        ValueError: `eval_only` without an unlearned result.
+    """
+    config = pipeline.config
+    if not (config.eval_only or config.unlearned_dir):
+        return pipeline.stages
+    names = [stage.name for stage in pipeline.stages]
+    place = names.index("unlearn") if "unlearn" in names else -1
+    if config.unlearned_dir is None and not (place >= 0 and pipeline.record(pipeline.stages[place]).complete):
+        raise ValueError(f"eval_only, but there is no complete {str(pipeline.unlearned)!r}: set unlearned_dir")
+    return pipeline.stages[place + 1 :]
+
+
+def run_pipeline(pipeline: Pipeline, wait_seconds: float = 0) -> dict[str, Any]:
+    """Run what has to run; the content of results.json.
+
+    Args:
+        wait_seconds: how long to wait for another process in the same folder.
+
+    Raises:
+        ValueError: an unusable output folder, or a stage that failed.
+        Stopped: a signal came; the same command goes on.
+    """
+    stages = stages_to_run(pipeline)
+    if pipeline.config.dry_run:
+        for stage in stages:
+            inputs = stage_inputs(stage, pipeline.filled(stage), pipeline.root)
+            why = pipeline.record(stage).reason_to_run(inputs) or "complete, would not run"
+            settings = pipeline.output / "stages" / f"{stage.name}-settings.json"
+            print(f"{stage.name}: {why}\n  {' '.join(command_of(pipeline, stage, settings))}")
+        return {}
+    claim_pipeline_dir(pipeline)
+    (pipeline.output / "stages").mkdir(exist_ok=True)
+    with FolderLock(pipeline.output, wait_seconds) as lock:
+        for stage in stages:
+            run_stage(pipeline, stage, lock)
+        paths = {stage.name: pipeline.output / stage.name / stage.result for stage in pipeline.stages}
+        results = collect(paths, pipeline.config.score)
+        before = pipeline.output / RESULTS_NAME
+        if not before.is_file() or json.loads(before.read_text(encoding="utf-8")) != results:
+            publish(pipeline.config.track, pipeline.output, pipeline.settings, results)
+            write_json(before, results)
+    return results
+
+
+def stop_message(stopped: Stopped) -> int:
+    """Say that the same command goes on; the exit status."""
+    print(f"{stopped}: the same command goes on from here", file=sys.stderr)
+    return 128 + signal.Signals(stopped.number)

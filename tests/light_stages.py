@@ -1,0 +1,89 @@
+"""A pipeline of two scripts that take no time: what runs stages is tested with it, apart from what the stages do.
+
+What ran is noted in the file that LIGHT_TRACE names.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from barrier_diffusers.kinds import KINDS
+from barrier_diffusers.stages import Stage
+
+TRAIN = """import json, os, sys, time
+config = json.load(open(sys.argv[sys.argv.index("--config") + 1]))
+os.makedirs(config["output_dir"], exist_ok=True)
+with open(os.environ["LIGHT_TRACE"], "a") as file:
+    print("unlearn", config["learning_rate"], config["resume_from_checkpoint"], file=file)
+if config["learning_rate"] < 0:
+    print("Traceback ...\\nerror: the learning rate is below 0\\nbye")
+    sys.exit(1)
+if config["sleep"] and config["resume_from_checkpoint"] is None:
+    os.makedirs(config["output_dir"] + "/checkpoints/step-1")
+    with open(os.environ["LIGHT_TRACE"], "a") as file:
+        print("pid", os.getpid(), file=file)
+    time.sleep(config["sleep"])
+with open(config["output_dir"] + "/weights", "w") as file:
+    file.write(str(config["learning_rate"]))
+with open(config["output_dir"] + "/metrics.json", "w") as file:
+    json.dump({"loss": config["learning_rate"] ** 2}, file)
+"""
+JUDGE = """import json, os, sys
+config = json.load(open(sys.argv[sys.argv.index("--config") + 1]))
+os.makedirs(config["output_dir"], exist_ok=True)
+with open(os.environ["LIGHT_TRACE"], "a") as file:
+    print("evaluate", config["concept"], config["model"], file=file)
+rate = float(open(config["model"] + "/weights").read())
+erased = {"unlearning_accuracy": rate * 10 + config["bonus"], "retain_accuracy_drop": rate, "settings": {"a": 1}}
+with open(config["output_dir"] + "/evaluation.json", "w") as file:
+    json.dump({"classes": erased, "attacks": [{"attack": "inversion", "post": {"value": 3}}]}, file)
+"""
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Settings of the first script."""
+
+    output_dir: str
+    learning_rate: float = 1.0
+    targets: list[str] | None = None
+    data: str | None = None
+    concept: str
+    sleep: float = 0.0
+    report_to: str = "none"
+    resume_from_checkpoint: str | None = None
+    overwrite_output_dir: bool = False
+
+
+@dataclass(kw_only=True)
+class JudgeConfig:
+    """Settings of the second."""
+
+    output_dir: str
+    model: str
+    concept: str
+    bonus: float = 0.0
+
+
+LIGHT = (
+    Stage(name="unlearn", script="train_scripts/train.py", settings="light_stages:TrainConfig", result="metrics.json"),
+    Stage(
+        name="evaluate",
+        script="train_scripts/judge.py",
+        settings="light_stages:JudgeConfig",
+        result="evaluation.json",
+        filled=frozenset(("output_dir", "model")),
+        fill=lambda plan: {"model": str(plan.unlearned)},
+        shared={"concept": "concept"},
+    ),
+)
+
+
+def install(root):
+    """Make the two scripts the kind "sd" of pipelines, in a repository of their own."""
+    KINDS["sd"] = LIGHT
+    folder = Path(root) / "train_scripts"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "train.py").is_file():
+        (folder / "judge.py").write_text(JUDGE)
+        (folder / "train.py").write_text(TRAIN)
+    return Path(root)

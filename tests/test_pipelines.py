@@ -1,0 +1,254 @@
+"""Pipelines: what runs, what is left alone, what happens when a stage fails or is killed."""
+
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import light_stages
+import pytest
+from short_runs import ROOT
+
+from barrier_diffusers.kinds import KINDS
+from barrier_diffusers.pipelines import parse_pipeline, run_pipeline, stop_message
+from barrier_diffusers.processes import FolderLock, Stopped
+from barrier_diffusers.training import run_script
+
+CONFIGS = sorted((ROOT / "train_scripts" / "configs").glob("pipeline_*.yaml"))
+SCORE = {"evaluate.classes.unlearning_accuracy": 1, "evaluate.classes.retain_accuracy_drop": -1}
+
+
+@pytest.fixture(autouse=True)
+def own_kinds():
+    """The kinds are as they were afterwards."""
+    before = dict(KINDS)
+    yield
+    KINDS.update(before)
+
+
+@pytest.fixture
+def light(tmp_path, monkeypatch):
+    """A function that runs the light pipeline with other settings, and says which stages ran."""
+    root = light_stages.install(tmp_path / "repository")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pipeline.yaml").write_text("kind: sd\noutput_dir: out\ntrack: {report_to: none}\n")
+    trace = tmp_path / "trace"
+    monkeypatch.setenv("LIGHT_TRACE", str(trace))
+
+    def run(**changes):
+        trace.write_text("")
+        words = ["--config", "pipeline.yaml", "--unlearn.concept=bag", f"--score={json.dumps(SCORE)}"]
+        words += [f"--{name}={value}" for name, value in changes.items()]
+        results = run_pipeline(parse_pipeline(words, root))
+        return results, [line.split()[0] for line in trace.read_text().splitlines()]
+
+    run.trace, run.root = trace, root
+    return run
+
+
+def test_all_stages_run_once(light, tmp_path, capsys):
+    results, ran = light()
+    assert ran == ["unlearn", "evaluate"]
+    numbers = {
+        "unlearn.loss": 1,
+        "evaluate.classes.unlearning_accuracy": 10,
+        "evaluate.classes.retain_accuracy_drop": 1,
+    }
+    assert results == {"score": 9, "metrics": {**numbers, "evaluate.attacks.inversion.post.value": 3}}
+    assert json.loads((tmp_path / "out/results.json").read_text()) == results
+    capsys.readouterr()
+    assert light() == (results, [])
+    assert capsys.readouterr().out.count("complete, nothing that it depends on has changed") == 2
+
+
+CHANGES = {
+    "learning rate": ({"unlearn.learning_rate": 2e-5}, ["unlearn", "evaluate"]),
+    "evaluation": ({"evaluate.bonus": 1}, ["evaluate"]),
+    "shared setting": ({"unlearn.concept": "boot"}, ["unlearn", "evaluate"]),
+    "own value of a shared one": ({"evaluate.concept": "boot"}, ["evaluate"]),
+    "tracker of a stage": ({"unlearn.report_to": "tensorboard"}, []),
+    "score": ({"score": '{"unlearn.loss": 2}'}, []),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_a_changed_setting_runs_again(name, light):
+    changes, wanted = CHANGES[name]
+    light()
+    assert light(**changes)[1] == wanted
+
+
+def test_changed_data_code_and_results_run_again(light, tmp_path):
+    data, script = tmp_path / "data", light.root / "train_scripts/judge.py"
+    data.mkdir()
+    (data / "a.txt").write_text("a")
+    assert light(**{"unlearn.data": "data"})[1] == ["unlearn", "evaluate"]
+    data.rename(tmp_path / "elsewhere")  # the content counts, not the place
+    assert light(**{"unlearn.data": "elsewhere"})[1] == []
+    (tmp_path / "elsewhere/a.txt").write_text("b")
+    assert light(**{"unlearn.data": "elsewhere"})[1][0] == "unlearn"
+    script.write_text(script.read_text() + "# changed\n")
+    assert light(**{"unlearn.data": "elsewhere"})[1] == ["evaluate"]
+    (tmp_path / "out/unlearn/weights").write_text("7")
+    assert light(**{"unlearn.data": "elsewhere"})[1] == ["unlearn"]  # evaluated weights are back as they were
+    (tmp_path / "out").rename(tmp_path / "moved")
+    assert light(**{"unlearn.data": "elsewhere", "output_dir": "moved"})[1] == []
+
+
+def test_a_failed_stage_is_one_line_and_the_next_run_goes_on_there(light, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"stage unlearn failed \(exit status 1\): the learning rate is below 0; log "
+    ):
+        light(**{"unlearn.learning_rate": -1})
+    assert light()[1] == ["unlearn", "evaluate"]
+    script = light.root / "train_scripts/judge.py"
+    good = script.read_text()
+    script.write_text("raise SystemExit('broken')\n")
+    with pytest.raises(ValueError, match="stage evaluate failed .*: broken"):
+        light()
+    script.write_text(good)
+    assert light()[1] == ["evaluate"]
+
+
+def test_only_evaluation(light, tmp_path):
+    with pytest.raises(ValueError, match="eval_only, but there is no complete 'out/unlearn'"):
+        light(eval_only=True)
+    light()
+    assert light(eval_only=True, **{"unlearn.learning_rate": 5, "evaluate.bonus": 2})[1] == ["evaluate"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/weights").write_text("0.5")
+    results, ran = light(unlearned_dir="mine", output_dir="other")
+    assert ran == ["evaluate"] and results["metrics"]["evaluate.classes.unlearning_accuracy"] == 5
+    assert not (tmp_path / "other/unlearn").exists()
+
+
+def test_other_peoples_files_stay(light, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="output_dir 'out' holds other files"):
+        light()
+    light(output_dir="new")
+    (tmp_path / "new/stages/evaluate.json").unlink()
+    with pytest.raises(ValueError, match="'new/evaluate' holds files that no pipeline left there"):
+        light(output_dir="new")
+    (tmp_path / "new/stages/evaluate.json").write_text("{")
+    with pytest.raises(ValueError, match="evaluate.json' is damaged: delete it"):
+        light(output_dir="new")
+    assert (tmp_path / "out/notes.txt").read_text() == "mine" and (tmp_path / "new/evaluate/evaluation.json").is_file()
+
+
+def test_two_processes_do_not_share_a_folder(light, tmp_path):
+    light()
+    with FolderLock(tmp_path / "out"), pytest.raises(ValueError, match="another process works in 'out'"):
+        light()
+
+
+def test_a_hash_in_the_name_tells_settings_apart(light):
+    def folder(*words):
+        base = ["--config", "pipeline.yaml", "--unlearn.concept=bag", "--output_dir=runs/{hash}"]
+        return str(parse_pipeline([*base, *words], light.root).output)
+
+    first = folder()
+    assert re.fullmatch("runs/[0-9a-f]{12}", first)
+    assert (
+        folder("--unlearn.report_to=all") == folder("--score={a: 1}") == folder("--unlearn.learning_rate=1.0") == first
+    )
+    others = [folder("--unlearn.learning_rate=1e-5"), folder("--evaluate.bonus=1"), folder("--unlearn.concept=boot")]
+    assert len({first, *others}) == 4
+
+
+def test_dry_run_says_what_would_run(light, tmp_path, capsys):
+    light()
+    capsys.readouterr()
+    assert light(dry_run=True, **{"evaluate.bonus": 2}) == ({}, [])
+    assert "unlearn: complete, would not run" in (said := capsys.readouterr().out)
+    assert "evaluate: bonus was 0.0 and is 2.0" in said and "train_scripts/judge.py --config out/stages/" in said
+
+
+def wait_for(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def drive(words, root, said):
+    """A pipeline in a process of its own."""
+    with open(said, "w") as sys.stderr:
+        try:
+            run_pipeline(parse_pipeline(words, root))
+        except Stopped as stopped:
+            raise SystemExit(stop_message(stopped)) from None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_stopped_or_killed_the_stage_ends_too_and_the_same_command_goes_on(number, light, tmp_path):
+    words = ["--config", "pipeline.yaml", "--unlearn.concept=bag", "--unlearn.sleep=60"]
+    light.trace.write_text("")
+    process = multiprocessing.get_context("fork").Process(target=drive, args=(words, light.root, "said"))
+    process.start()
+    wait_for(lambda: "pid" in light.trace.read_text())
+    child = int(light.trace.read_text().split("pid ")[1])
+    os.kill(process.pid, number)
+    process.join(20)
+    if number == signal.SIGTERM:
+        assert process.exitcode == 143
+        assert (tmp_path / "said").read_text() == "stopped by SIGTERM: the same command goes on from here\n"
+    with FolderLock(tmp_path / "out", 20):  # which the child holds as long as it lives
+        status = Path(f"/proc/{child}/status")
+        assert not status.exists() or "State:\tZ" in status.read_text()
+    light(**{"unlearn.sleep": 60})
+    assert light.trace.read_text().splitlines()[0] == "unlearn 1.0 latest"
+
+
+def test_a_stage_gets_no_run_of_the_tracker(light, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "secret-run")
+    script = light.root / "train_scripts/train.py"
+    script.write_text("import os\nassert 'WANDB_RUN_ID' not in os.environ\n" + script.read_text())
+    assert light()[1] == ["unlearn", "evaluate"]
+
+
+BAD = {
+    "no kind": ([], "no kind is given: set kind to one of"),
+    "unknown kind": (["--kind=gan"], "unknown kind 'gan'"),
+    "unknown stage": (["--kind=sd", "--output_dir=x", "--stages=[paint]"], "unknown stage paint"),
+    "filled setting": (["--config", "pipeline.yaml", "--evaluate.model=x"], "evaluate.model"),
+    "no number": (["--config", "pipeline.yaml", "--unlearn.learning_rate=fast"], "unlearn.learning_rate"),
+    "missing": (["--kind=sd", "--output_dir=x"], "unlearn.concept"),
+    "no processes": (
+        ["--config", "pipeline.yaml", "--unlearn.concept=bag", "--launch.num_processes=0"],
+        "must be at least 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_settings_are_one_line_before_anything_runs(name, light, tmp_path, monkeypatch, capsys):
+    words, message = BAD[name]
+    monkeypatch.setattr(sys, "argv", ["run_pipeline.py", *words])
+    with pytest.raises(SystemExit) as caught:
+        run_script(run_pipeline, lambda arguments: parse_pipeline(arguments, light.root))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert caught.value.code in (1, 2) and line.startswith("error: ") and message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_signals_are_not_swallowed(light):
+    """A stage that a signal ends, not sent by us, is a failure and not a stop."""
+    script = light.root / "train_scripts/train.py"
+    script.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    with pytest.raises(ValueError, match=r"stage unlearn failed \(exit status -9\)"):
+        light()
+    assert not issubclass(Stopped, ValueError)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_pipeline_of_the_repository_is_valid(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    pipeline = parse_pipeline(["--config", str(path)], ROOT)
+    assert [stage.name for stage in pipeline.stages][-1] == "evaluate"
+    assert all((ROOT / stage.script).is_file() for stage in pipeline.stages)

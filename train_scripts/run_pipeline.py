@@ -1,0 +1,38 @@
+"""Run a whole pipeline from one YAML file: unlearn -> generate -> evaluate -> track.
+
+    python train_scripts/run_pipeline.py --config train_scripts/configs/pipeline_fashion_class.yaml
+
+Any field is a dotted flag (`--unlearn.learning_rate 1e-5`). A second run of the same command runs only what is not
+complete, or depends on something that changed: settings, data, weights, code, versions of libraries.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from barrier_diffusers.pipelines import Pipeline, parse_pipeline, run_pipeline, stop_message
+from barrier_diffusers.processes import Stopped
+from barrier_diffusers.tracking import RESULTS_NAME
+from barrier_diffusers.training import run_script
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def parse(arguments: list[str]) -> Pipeline:
+    """The pipeline that the command line asks for."""
+    return parse_pipeline(arguments, ROOT)
+
+
+def main(pipeline: Pipeline) -> None:
+    """Run the stages, print where the numbers are."""
+    try:
+        results = run_pipeline(pipeline)
+    except Stopped as stopped:
+        raise SystemExit(stop_message(stopped)) from stopped
+    if results:
+        score = f"score {results['score']:.4g}, " if "score" in results else ""
+        print(f"{score}{len(results['metrics'])} numbers: {pipeline.output / RESULTS_NAME}")
+
+
+if __name__ == "__main__":
+    run_script(main, parse)

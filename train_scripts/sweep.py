@@ -1,0 +1,43 @@
+"""One worker of a sweep over a pipeline's settings; start the same command as often as there are machines for it.
+
+    python train_scripts/sweep.py --sweep train_scripts/sweeps/fashion_class.yaml --output_dir runs/sweeps/fashion
+
+The file is in wandb's sweep format, and `wandb sweep FILE` runs the same trials. Here Optuna draws them, and a journal
+in output_dir holds them. The last worker leaves results.csv, results.md, importances.png and trade_off.png.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from barrier_diffusers.pipelines import stop_message
+from barrier_diffusers.processes import Stopped
+from barrier_diffusers.sweep_file import read_sweep
+from barrier_diffusers.sweep_report import MARKDOWN_NAME, report
+from barrier_diffusers.sweeps import SweepConfig, Worker, check_sweep
+from barrier_diffusers.training import require_writable, run_script
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main(config: SweepConfig) -> None:
+    """Read and check the file -> trials until none is left -> table and plots."""
+    sweep = read_sweep(config.sweep)
+    lines = check_sweep(sweep, ROOT)
+    if config.dry_run:
+        for line in lines:
+            print(f"{ROOT / 'train_scripts' / 'run_pipeline.py'} {' '.join(line)}")
+        return
+    worker = Worker(config, sweep, ROOT)
+    require_writable(config.output_dir)
+    try:
+        worker.run()
+    except Stopped as stopped:
+        raise SystemExit(stop_message(stopped)) from stopped
+    rows = report(worker.study, sweep, config.trade_off or [], worker.output)
+    if rows:
+        print((worker.output / MARKDOWN_NAME).read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    run_script(main, SweepConfig)
