@@ -86,6 +86,8 @@ class Method:
                 )
             if config.saliency_mask is not None:
                 raise ValueError(f"method {self.name!r} does not read saliency_mask: leave it out")
+        if self.loss is None and self.edit is None and config.trained_weights != "all":
+            raise ValueError(f"method {self.name!r} trains every weight: set trained_weights to all")
         if self.edit is not None and config.resume_from_checkpoint is not None:
             raise ValueError(f"method {self.name!r} has no training to resume: leave out resume_from_checkpoint")
 

@@ -19,7 +19,7 @@ def inverse_fisher_product(gradients_SP: Tensor, vector_P: Tensor, damping: floa
     WoodFisher (Singh and Alistarh, arXiv 2004.14340) applies the same identity to one sample after another.
     """
     num = len(gradients_SP)
-    gram_SS = gradients_SP @ gradients_SP.T + damping * num * torch.eye(num, device=gradients_SP.device)
+    gram_SS = gradients_SP @ gradients_SP.T + damping * num * torch.eye(num).to(gradients_SP)
     weights_S = torch.linalg.solve(gram_SS, gradients_SP @ vector_P)
     return (vector_P - gradients_SP.T @ weights_S) / damping
 
