@@ -35,11 +35,15 @@ from barrier_diffusers.objectives.base import Condition
 
 
 def load_image_text(
-    source: str, split: str, image_column: str = "image", caption_column: str | None = "text"
+    source: str,
+    split: str,
+    image_column: str = "image",
+    caption_column: str | None = "text",
+    subset: str | None = None,
 ) -> Dataset:
     """Captioned images from an image folder with a metadata file, a folder of parquet or Arrow files, or a hub name.
 
-    With caption_column None images are enough.
+    With caption_column None images are enough. `subset` names one of a hub data set's configurations.
 
     Raises:
         ValueError: a folder path that does not exist, an unknown split, or a column that is missing.
@@ -56,7 +60,7 @@ def load_image_text(
             dataset = dataset[split]
     else:
         try:
-            dataset = load_dataset(str(folder) if folder.is_dir() else source, split=split)
+            dataset = load_dataset(str(folder) if folder.is_dir() else source, subset, split=split)
         except (FileNotFoundError, ValueError) as error:
             raise ValueError(f"cannot read split {split!r} of {source!r}: {error}") from error
     for column in (image_column, caption_column):

@@ -67,6 +67,7 @@ def load_labelled(
     resolution: int = 32,
     num_channels: int = 3,
     names: Sequence[str] | None = None,
+    subset: str | None = None,
 ) -> LabelledImages:
     """A split of a labelled data set, from a folder (parquet, Arrow, image folder) or a hub name of `datasets`.
 
@@ -75,12 +76,13 @@ def load_labelled(
     Args:
         names: the labels in order, e.g. those of the training split; None: the data's own, sorted if they are plain
             values rather than a ClassLabel.
+        subset: one of a hub data set's configurations, e.g. cropped_digits of SVHN.
 
     Raises:
         ValueError: a source, split or column that does not exist, a damaged image (the row is named), or a label that
             is not in `names`.
     """
-    rows = load_image_text(source, split, image_column, label_column)
+    rows = load_image_text(source, split, image_column, label_column, subset)
     known, labels = _labels(rows, label_column, names)
     images = np.empty((len(rows), resolution, resolution, num_channels), np.uint8)
     column = rows.select_columns([image_column])

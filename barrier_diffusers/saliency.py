@@ -7,19 +7,26 @@ forget data|.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from barrier_diffusers.objectives.base import DiffusionStep
 from barrier_diffusers.targets import ProtectedMap
 
 LOSS_SCALE = 2.0**8  # changes no ranking; keeps small gradients above half precision's smallest number
 NUDGE = 1e-3  # size of the largest entry of B, relative to A's, when A is scored
 
 
-def summed_gradients(parameters: Sequence[nn.Parameter], steps: Iterable[DiffusionStep]) -> list[Tensor]:
+class ScoredStep(Protocol):
+    """A mini-batch of forget samples: `DiffusionStep`, or a classifier's."""
+
+    def ordinary_loss(self) -> Tensor: ...
+
+    def __len__(self) -> int: ...
+
+
+def summed_gradients(parameters: Sequence[nn.Parameter], steps: Iterable[ScoredStep]) -> list[Tensor]:
     """Gradient of the samples' ordinary losses, summed over `steps`, times LOSS_SCALE; .grad is left alone.
 
     Raises:
@@ -27,7 +34,7 @@ def summed_gradients(parameters: Sequence[nn.Parameter], steps: Iterable[Diffusi
     """
     totals = [torch.zeros_like(parameter) for parameter in parameters]
     for step in steps:
-        loss = step.ordinary_loss() * len(step.noisy) * LOSS_SCALE
+        loss = step.ordinary_loss() * len(step) * LOSS_SCALE
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         for total, gradient in zip(totals, gradients, strict=True):
             if gradient is not None:
@@ -39,7 +46,7 @@ def summed_gradients(parameters: Sequence[nn.Parameter], steps: Iterable[Diffusi
 
 def saliency_scores(
     maps: Sequence[ProtectedMap],
-    steps: Callable[[], Iterable[DiffusionStep]],
+    steps: Callable[[], Iterable[ScoredStep]],
     reduce: Callable[[Tensor], Tensor] = lambda total: total,
 ) -> list[list[tuple[nn.Parameter, Tensor]]]:
     """Groups of (parameter, scores) in which entries are ranked together.

@@ -35,6 +35,9 @@ class DiffusionStep:
     reference: Predict | None = None  # the network before training, no graph; None if the objective needs none
     options: ObjectiveConfig = field(default_factory=ObjectiveConfig)  # temperature, eta, ...
 
+    def __len__(self) -> int:
+        return len(self.noisy)
+
     def prediction(self) -> Tensor:
         """The network's prediction for the sample's own prompt, with gradient."""
         return self.predict(self.noisy, self.timesteps, self.condition)

@@ -1,0 +1,38 @@
+"""Judge a classifier that was made to forget: UA, RA, TA, MIA, likelihood-ratio attack, gap to retraining.
+
+    python -m classification_ext.evaluate --config classification_ext/configs/fashion_evaluate.yaml
+
+Any field of `EvaluateConfig` is a dotted flag. output_dir gets evaluation.json.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from barrier_diffusers.files import write_json
+from barrier_diffusers.training import claim_output_dir, manifest, module_hash, run_script
+from classification_ext.data import load_split, make_splits
+from classification_ext.evaluation import evaluate, print_table
+from classification_ext.models import load_classifier
+from classification_ext.settings import EvaluateConfig
+
+EVALUATION_NAME = "evaluation.json"
+
+
+def main(config: EvaluateConfig) -> None:
+    """Load -> measure -> write."""
+    output = claim_output_dir(config.output_dir, config.overwrite_output_dir, resume=False)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_classifier(config.pretrained_model_name_or_path).to(device)
+    reads = (model.resolution, model.num_channels, model.names)
+    train, test = (load_split(config, split, *reads) for split in (config.train_split, config.test_split))
+    splits = make_splits(train, test, config)
+    metrics = evaluate(model, splits, config.evaluation, config.seed, device)
+    hashes = {"model": module_hash(model), **splits.digests()}
+    write_json(output / EVALUATION_NAME, manifest(config, hashes, metrics=metrics))
+    print_table(None, metrics, config.pretrained_model_name_or_path)
+    print(f"numbers: {output / EVALUATION_NAME}")
+
+
+if __name__ == "__main__":
+    run_script(main, EvaluateConfig)

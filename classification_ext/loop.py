@@ -1,0 +1,131 @@
+"""The accelerate loop that training and unlearning share: checkpoints, interruption, losses, trackers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
+from diffusers.optimization import get_scheduler
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from barrier_diffusers.barrier import Barrier
+from barrier_diffusers.checkpoints import Checkpoints
+from barrier_diffusers.interruption import Interruption
+from barrier_diffusers.training import History, claim_output_dir
+from classification_ext.settings import LoopConfig
+
+ONE_CYCLE = "one_cycle"  # torch's: up for a fifth of the steps, then down to nothing
+
+
+def open_run(config: LoopConfig) -> tuple[Accelerator, Path]:
+    """The accelerator of a run, its output folder claimed, the seed set."""
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            config.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_dir=config.output_dir,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+    )
+    if accelerator.is_main_process:
+        claim_output_dir(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint is not None)
+    accelerator.wait_for_everyone()
+    set_seed(config.seed + accelerator.process_index)
+    return accelerator, Path(config.output_dir)
+
+
+class Loop:
+    """Optimizer, schedule and the steps of one run.
+
+    Args:
+        modules: the networks that train, the classifier first; afterwards `models` are the prepared ones.
+        parameters: what the optimizer may change.
+        steps_per_epoch: batches of an epoch in this process, before gradient accumulation.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        config: LoopConfig,
+        modules: Sequence[nn.Module],
+        parameters: Iterable[nn.Parameter],
+        steps_per_epoch: int,
+    ):
+        self.accelerator, self.config, self.parameters = accelerator, config, list(parameters)
+        self.checkpoints = Checkpoints(accelerator, Path(config.output_dir), config, config.checkpoints_total_limit)
+        self.checkpoint = self.checkpoints.find(config.resume_from_checkpoint)
+        self.checkpoints.states["history"] = self.history = History()
+        self.micro_steps = config.gradient_accumulation_steps
+        self.max_steps = config.max_train_steps or config.num_train_epochs * -(-steps_per_epoch // self.micro_steps)
+        self.plain_optimizer = self._optimizer()
+        schedule = self._schedule()
+        prepared = accelerator.prepare(*modules, self.plain_optimizer, schedule)
+        self.models, self.optimizer, self.schedule = list(prepared[:-2]), prepared[-2], prepared[-1]
+        accelerator.init_trackers("logs")
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        config = self.config
+        rate, decay = config.learning_rate, config.weight_decay
+        if config.optimizer == "adamw":
+            return torch.optim.AdamW(self.parameters, rate, weight_decay=decay)
+        momentum = config.momentum
+        return torch.optim.SGD(self.parameters, rate, momentum, weight_decay=decay, nesterov=momentum > 0)
+
+    def _schedule(self) -> torch.optim.lr_scheduler.LRScheduler:
+        config, processes = self.config, self.accelerator.num_processes
+        steps = self.max_steps * processes
+        if config.lr_scheduler == ONE_CYCLE:
+            return torch.optim.lr_scheduler.OneCycleLR(
+                self.plain_optimizer, config.learning_rate, total_steps=steps, pct_start=0.2
+            )
+        warmup = config.lr_warmup_steps * processes
+        return get_scheduler(config.lr_scheduler, self.plain_optimizer, warmup, steps)
+
+    def resume(self) -> int:
+        """Restore the checkpoint to go on from, if there is one; micro steps done."""
+        self.first = self.checkpoints.load(self.checkpoint, self.max_steps) if self.checkpoint else 0
+        return self.first * self.micro_steps
+
+    def run(self, terms: Callable[[int], dict[str, Tensor]], desc: str, barrier: Barrier | None = None) -> float:
+        """Train to the end; seconds. `terms(step)` gives the parts of the loss on the next batches.
+
+        Raises:
+            FloatingPointError: a loss or weights that are not finite.
+        """
+        accelerator, config, checkpoints = self.accelerator, self.config, self.checkpoints
+        progress = tqdm(range(self.first, self.max_steps), desc=desc, disable=not accelerator.is_local_main_process)
+        start = time.perf_counter()
+        with Interruption(accelerator) as interruption:
+            for step in progress:
+                losses: dict[str, float] = {}
+                for _ in range(self.micro_steps):
+                    with accelerator.accumulate(*self.models):
+                        parts = terms(step)
+                        for name, value in parts.items():
+                            losses[name] = losses.get(name, 0.0) + value.item() / self.micro_steps
+                        checkpoints.check_losses(losses, step + 1)
+                        accelerator.backward(torch.stack(list(parts.values())).sum())
+                        if accelerator.sync_gradients and config.max_grad_norm is not None:
+                            accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
+                        self.optimizer.step()
+                        if barrier is not None and accelerator.sync_gradients:
+                            barrier.project()
+                        self.schedule.step()
+                        self.optimizer.zero_grad()
+                self.history.append(**losses)
+                accelerator.log({f"loss/{name}": value for name, value in losses.items()}, step=step + 1)
+                every, stop = config.checkpointing_steps, interruption.requested
+                due = every and (step + 1) % every == 0 and step + 1 < self.max_steps
+                if stop or due:
+                    saved = checkpoints.save(step + 1, self.parameters, barrier)
+                if stop:
+                    interruption.leave(saved)
+            checkpoints.check_weights(self.parameters, self.max_steps)
+        accelerator.wait_for_everyone()
+        return round(time.perf_counter() - start, 2)

@@ -1,0 +1,113 @@
+"""What every unlearning method gets, and the registry that maps a name to it.
+
+Shapes: B batch, N images, C channels, H height, W width, J labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from barrier_diffusers.labelled import LabelledImages
+from classification_ext.settings import MethodConfig, UnlearnConfig
+
+Logits = Callable[[Tensor], Tensor]  # images (B, C, H, W) in [-1, 1] -> logits (B, J)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One mini-batch of the images the method is about: forget images, or with over="retain" retained ones."""
+
+    model: Logits  # the network that trains; with shadow_label it has J + 1 outputs
+    pixels: Tensor  # (B, C, H, W) in [-1, 1]
+    labels: Tensor  # (B,); after `relabel` the method's own
+    num_labels: int  # J
+    parameters: list[nn.Parameter]  # those that train
+    progress: float  # share of the run that is done, [0, 1)
+    options: MethodConfig
+
+    def ordinary_loss(self) -> Tensor:
+        """Mean cross-entropy: the loss the network was trained with."""
+        return F.cross_entropy(self.model(self.pixels).float(), self.labels)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What a method without training steps gets; it changes the parameters in place."""
+
+    model: nn.Module
+    parameters: dict[str, nn.Parameter]  # those that may change, by name
+    forget: LabelledImages
+    retain: LabelledImages
+    device: torch.device
+    batch_size: int
+    seed: int
+    options: MethodConfig
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to unlearn: a loss on batches, a closed-form edit, or (neither) training anew on the retained images."""
+
+    name: str
+    loss: Callable[[Step], Tensor] | None = None
+    edit: Callable[[Edit], None] | None = None
+    relabel: Callable[[Logits, Tensor, Tensor, MethodConfig], Tensor] | None = None  # once, before training
+    shadow_label: bool = False  # the forget images' label while training is a further one, dropped afterwards
+    over: Literal["forget", "retain"] = "forget"  # whose batches the loss sees, and whose passes are epochs
+    reads: tuple[str, ...] = ()  # fields of MethodConfig
+
+    def check(self, config: UnlearnConfig) -> None:
+        """Refuse a setting that this method never reads.
+
+        Raises:
+            ValueError: says which setting, and what to do.
+        """
+        read = {"name", *self.reads} | ({"alpha"} if self.loss and self.over == "forget" else set())
+        for entry in fields(MethodConfig):
+            value = getattr(config.method, entry.name)
+            if entry.name not in read and value != entry.default:
+                raise ValueError(
+                    f"method {self.name!r} does not read method.{entry.name}: leave it at {entry.default}"
+                )
+        if self.loss is None:
+            if config.protected:
+                raise ValueError(
+                    f"method {self.name!r} runs no training step that the protection could act on: set "
+                    "barrier.lambda_interval to 0 and leave barrier.constraint at penalty"
+                )
+            if config.saliency_mask is not None:
+                raise ValueError(f"method {self.name!r} does not read saliency_mask: leave it out")
+        if self.loss is None and self.edit is None and config.trained_weights != "all":
+            raise ValueError(f"method {self.name!r} trains every weight: set trained_weights to all")
+        if self.edit is not None and config.resume_from_checkpoint is not None:
+            raise ValueError(f"method {self.name!r} has no training to resume: leave out resume_from_checkpoint")
+
+
+METHODS: dict[str, Method] = {}
+
+
+def enter(method: Method) -> None:
+    """Put a method into the registry; a second one of the same name is a ValueError."""
+    if method.name in METHODS:
+        raise ValueError(f"a method named {method.name!r} is registered already")
+    METHODS[method.name] = method
+
+
+def get_method(name: str) -> Method:
+    """The method called `name`.
+
+    Raises:
+        ValueError: unknown name; the message lists the known ones.
+    """
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; known are {', '.join(sorted(METHODS))}")
+    return METHODS[name]

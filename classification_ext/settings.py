@@ -1,0 +1,205 @@
+"""Every setting of training, unlearning and evaluation, checked before any work starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from barrier_diffusers.config import BarrierConfig
+
+POSITIVE = (
+    *("resolution", "train_batch_size", "num_train_epochs", "max_train_steps", "gradient_accumulation_steps"),
+    *("checkpointing_steps", "checkpoints_total_limit", "num_mia_samples", "num_samples"),
+)
+
+
+def check_positive(config: object) -> None:
+    """A ValueError for an amount below 1."""
+    for entry in fields(config):  # type: ignore[arg-type]
+        value = getattr(config, entry.name)
+        if entry.name in POSITIVE and value is not None and value < 1:
+            raise ValueError(f"{entry.name} is {value}, but must be at least 1")
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Where the images are."""
+
+    train_data_dir: str  # folder (parquet, Arrow, image folder) or hub name, e.g. uoft-cs/cifar10
+    dataset_subset: str | None = None  # of a hub data set, e.g. cropped_digits of ufldl-stanford/svhn
+    train_split: str = "train"
+    test_split: str = "test"  # Tiny ImageNet on the hub: valid
+    image_column: str = "image"
+    label_column: str = "label"
+
+
+@dataclass(kw_only=True)
+class ForgetConfig:
+    """What is to be forgotten: one of the three."""
+
+    forget_class: str | list[str] | None = None  # every training photo of these labels
+    forget_fraction: float | None = None  # (0, 1); a random share of the training photos
+    forget_count: int | None = None  # a random number of them
+    forget_seed: int = 0  # which random ones; apart from `seed`, so that runs can share them
+
+    def __post_init__(self) -> None:
+        names = ("forget_class", "forget_fraction", "forget_count")
+        given = [name for name in names if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are given: choose one way to say what is to be forgotten")
+        if self.forget_fraction is not None and not 0 < self.forget_fraction < 1:
+            raise ValueError(f"forget_fraction is {self.forget_fraction}, but must be between 0 and 1")
+        if self.forget_count is not None and self.forget_count < 1:
+            raise ValueError(f"forget_count is {self.forget_count}, but must be at least 1")
+        if self.forget_class is not None and not self.classes:
+            raise ValueError("forget_class is empty: name at least one label")
+
+    @property
+    def classes(self) -> list[str]:
+        """The forgotten labels; empty for random data."""
+        if self.forget_class is None:
+            return []
+        return [self.forget_class] if isinstance(self.forget_class, str) else list(self.forget_class)
+
+    @property
+    def forgets(self) -> bool:
+        """Whether anything is to be forgotten."""
+        return bool(self.classes) or self.forget_fraction is not None or self.forget_count is not None
+
+
+@dataclass(kw_only=True)
+class LoopConfig:
+    """The training loop and its surroundings; the names are those of the diffusers examples."""
+
+    output_dir: str
+    overwrite_output_dir: bool = False
+    seed: int = 0
+    train_batch_size: int = 128  # per process and step
+    num_train_epochs: int = 10
+    max_train_steps: int | None = None  # overrides num_train_epochs
+    gradient_accumulation_steps: int = 1
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: float = 0.01
+    lr_scheduler: str = "constant"  # of diffusers.optimization, or one_cycle
+    lr_warmup_steps: int = 0
+    momentum: float = 0.9  # of sgd
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None  # None: no clipping
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    report_to: Literal["tensorboard", "wandb", "all", "none"] = "none"
+    checkpointing_steps: int | None = None  # None: a checkpoint only when a signal stops the run
+    checkpoints_total_limit: int | None = 2
+    resume_from_checkpoint: str | None = None  # a checkpoint's name, or latest
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """How a network is trained from scratch, beyond the loop."""
+
+    label_smoothing: float = 0.0
+    flip: bool = True  # mirror half of the images; not for digits
+    shift: int = 2  # each image by up to this many pixels, on black
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """What is measured."""
+
+    eval_batch_size: int = 500
+    before: bool = True  # unlearn.py: also judge the classifier it starts from
+    # members, and as many non-members, that the membership attack learns from: an SVC's cost grows with the square
+    num_mia_samples: int = 1000
+    # folders of classifiers that never saw the forget images, e.g. retrained ones: with any, the likelihood-ratio
+    # attack runs
+    shadow_models: list[str] = field(default_factory=list)
+    retrained: str | None = None  # folder of a run with method retrain, for the gap to it
+
+    def __post_init__(self) -> None:
+        check_positive(self)
+
+
+@dataclass(kw_only=True)
+class TrainConfig(Recipe, LoopConfig, ForgetConfig, DataConfig):
+    """Everything a training run depends on; with forget_* it trains on the rest alone."""
+
+    model_name_or_path: str = "resnet18"  # a name in models.ARCHITECTURES, or a folder or hub id to fine-tune
+    resolution: int = 32  # of our own architectures; others say it themselves
+    num_channels: int = 3
+    eval_batch_size: int = 500
+    save_dtype: Literal["fp32", "fp16"] = "fp32"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self)
+
+
+@dataclass(kw_only=True)
+class MethodConfig:
+    """The unlearning method; a setting it does not read must keep its default."""
+
+    name: str = "rl"
+    alpha: float = 0.0  # weight of the retain images' cross-entropy; 0: they are neither loaded nor run
+    l1_weight: float = 5e-4  # of l1_sparse, falling linearly to 0
+    epsilon: float = 0.1  # boundary_shrink: step across the boundary, in pixels of [-1, 1]
+    noise: float = 1e-7  # fisher: variance of a weight's noise is noise / sqrt(its Fisher information)
+    damping: float = 1e-3  # wfisher: added to the Fisher matrix
+    scale: float = 1.0  # wfisher: multiple of the influence step
+    num_samples: int = 256  # fisher, wfisher: retained images that stand for all
+
+    def __post_init__(self) -> None:
+        check_positive(self)
+        for name in ("alpha", "l1_weight", "epsilon", "noise", "scale"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"method.{name} is {getattr(self, name)}, but must be >= 0")
+        if not self.damping > 0:
+            raise ValueError(f"method.damping is {self.damping}, but must be > 0")
+
+
+@dataclass(kw_only=True)
+class UnlearnConfig(LoopConfig, ForgetConfig, DataConfig):
+    """Everything an unlearning run depends on."""
+
+    pretrained_model_name_or_path: str  # folder of a classifier, or hub id of an AutoModelForImageClassification
+    # which weights move: the barrier's targets, or all. Methods that come with no protection usually train all
+    trained_weights: Literal["targets", "all"] = "targets"
+    saliency_mask: float | None = None  # SalUn: only this fraction of the trained entries moves; None: all
+    method: MethodConfig = field(default_factory=MethodConfig)
+    barrier: BarrierConfig = field(default_factory=lambda: BarrierConfig(targets=["Conv2d1x1", "fc"]))
+    recipe: Recipe = field(default_factory=Recipe)  # of method retrain
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self)
+        if not self.forgets:
+            raise ValueError("nothing is to be forgotten: set forget_class, forget_fraction or forget_count")
+        if self.saliency_mask is not None and not 0 < self.saliency_mask <= 1:
+            raise ValueError(f"saliency_mask is {self.saliency_mask}, but must be a fraction in (0, 1]")
+        if self.saliency_mask is not None and self.barrier.has_projection:
+            raise ValueError("saliency_mask holds entries that a projection has to move: use one of the two")
+        if self.trained_weights == "all" and self.protected:
+            raise ValueError(
+                "BARRIER protects the targets alone: trained_weights='all' needs barrier.lambda_interval 0 and "
+                "barrier.constraint penalty"
+            )
+
+    @property
+    def protected(self) -> bool:
+        """Whether a protection loss or a projection takes part."""
+        return self.barrier.protects
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig(ForgetConfig, DataConfig):
+    """What is judged, and on what."""
+
+    pretrained_model_name_or_path: str
+    output_dir: str
+    overwrite_output_dir: bool = False
+    seed: int = 0  # which samples the membership attack draws
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.forgets:
+            raise ValueError("nothing was to be forgotten: set forget_class, forget_fraction or forget_count")
