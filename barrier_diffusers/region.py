@@ -84,7 +84,7 @@ def fit_directions(moments: Moments, config: BarrierConfig, name: str = "") -> D
     """Mean and leading directions after the first pass over the forget data.
 
     "svd" and "pca" come from the same routine: the right singular vectors of the centred rows are the eigenvectors of
-    their covariance, rows are not kept, and the singular value decomposition of a covariance takes seven times as long.
+    their covariance, rows are not kept, and the SVD of a covariance takes seven times as long.
 
     Raises:
         ValueError: reduced_dim exceeds the number of input features; no rows.

@@ -1,8 +1,7 @@
-"""The accelerate loop that training and unlearning share: checkpoints, interruption, losses, trackers."""
+"""What training and unlearning share around the loop: accelerator, optimizer, schedule, checkpoints."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -11,11 +10,10 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from barrier_diffusers.barrier import Barrier
 from barrier_diffusers.checkpoints import Checkpoints
-from barrier_diffusers.interruption import Interruption
+from barrier_diffusers.loop import train
 from barrier_diffusers.training import History, claim_output_dir
 from classification_ext.settings import LoopConfig
 
@@ -98,34 +96,17 @@ class Loop:
         Raises:
             FloatingPointError: a loss or weights that are not finite.
         """
-        accelerator, config, checkpoints = self.accelerator, self.config, self.checkpoints
-        progress = tqdm(range(self.first, self.max_steps), desc=desc, disable=not accelerator.is_local_main_process)
-        start = time.perf_counter()
-        with Interruption(accelerator) as interruption:
-            for step in progress:
-                losses: dict[str, float] = {}
-                for _ in range(self.micro_steps):
-                    with accelerator.accumulate(*self.models):
-                        parts = terms(step)
-                        for name, value in parts.items():
-                            losses[name] = losses.get(name, 0.0) + value.item() / self.micro_steps
-                        checkpoints.check_losses(losses, step + 1)
-                        accelerator.backward(torch.stack(list(parts.values())).sum())
-                        if accelerator.sync_gradients and config.max_grad_norm is not None:
-                            accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
-                        self.optimizer.step()
-                        if barrier is not None and accelerator.sync_gradients:
-                            barrier.project()
-                        self.schedule.step()
-                        self.optimizer.zero_grad()
-                self.history.append(**losses)
-                accelerator.log({f"loss/{name}": value for name, value in losses.items()}, step=step + 1)
-                every, stop = config.checkpointing_steps, interruption.requested
-                due = every and (step + 1) % every == 0 and step + 1 < self.max_steps
-                if stop or due:
-                    saved = checkpoints.save(step + 1, self.parameters, barrier)
-                if stop:
-                    interruption.leave(saved)
-            checkpoints.check_weights(self.parameters, self.max_steps)
-        accelerator.wait_for_everyone()
-        return round(time.perf_counter() - start, 2)
+        return train(
+            self.accelerator,
+            self.models,
+            self.parameters,
+            self.optimizer,
+            self.schedule,
+            terms,
+            self.config,
+            self.checkpoints,
+            self.history,
+            range(self.first, self.max_steps),
+            barrier,
+            desc=desc,
+        )
