@@ -113,9 +113,9 @@ class RetainInputs:
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{what} has a {type(tensor).__name__} in it, but must be tensors")
         if isinstance(layer, torch.nn.Embedding):
-            rows, whole = len(layer.weight), not (tensor.is_floating_point() or tensor.is_complex())
-            if not whole or tensor.numel() == 0 or not 0 <= int(tensor.min()) <= int(tensor.max()) < rows:
-                raise ValueError(f"{what} must hold whole numbers from 0 to {rows - 1}, rows of {entry.name}")
+            count, whole = len(layer.weight), not (tensor.is_floating_point() or tensor.is_complex())
+            if not whole or tensor.numel() == 0 or not 0 <= int(tensor.min()) <= int(tensor.max()) < count:
+                raise ValueError(f"{what} must hold whole numbers from 0 to {count - 1}, rows of {entry.name}")
             return input_rows(tensor.detach().to(layer.weight.device, torch.long), layer)
         is_image = isinstance(layer, torch.nn.Conv2d)
         width = tensor.shape[1] if is_image and tensor.dim() == 4 else tensor.shape[-1] if tensor.dim() else 0

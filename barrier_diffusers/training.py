@@ -183,7 +183,7 @@ def freeze_normalisation(module: nn.Module) -> None:
             layer.eval()
 
 
-def endless(loader: DataLoader, batches_done: int = 0) -> Iterator[dict[str, Any]]:
+def endless(loader: DataLoader, batches_done: int = 0) -> Iterator[Any]:
     """Batches for ever, reshuffled every epoch; continues after `batches_done` exactly where a killed run stopped."""
     epoch, skip = divmod(batches_done, len(loader))
     while True:
