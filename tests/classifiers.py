@@ -17,7 +17,7 @@ NAMES = ["north", "east", "south", "west"]
 SIDE = 8
 TRAIN = {"model_name_or_path": "resnet8-tiny", "resolution": SIDE, "num_channels": 1, "num_train_epochs": 6}
 TRAIN |= {"train_batch_size": 32, "optimizer": "adamw", "learning_rate": 5e-3, "flip": False, "shift": 1}
-UNLEARN = {"forget_class": "east", "train_batch_size": 16, "num_train_epochs": 4, "learning_rate": 0.05}
+UNLEARN = {"forget_class": "east", "train_batch_size": 16, "num_train_epochs": 10, "learning_rate": 0.02}
 UNLEARN |= {"method.alpha": 1.0, "barrier.lambda_interval": 0.1, "barrier.reduced_dim": 4}
 UNLEARN |= {"evaluation.num_mia_samples": 40}
 
