@@ -99,9 +99,3 @@ def draw(rows: LabelledImages, ids: list[int], limit: int | None, generator: tor
         chosen.append(mine[torch.randperm(len(mine), generator=generator)[:share]])
     together = torch.cat(chosen)
     return rows[together[torch.randperm(len(together), generator=generator)]]
-
-
-def check_names(names: list[str], pipeline: ClassConditionalDDPMPipeline) -> None:
-    """A ValueError if data and pipeline do not have the same labels in the same order."""
-    if names != pipeline.labels:
-        raise ValueError(f"the data has the labels {', '.join(names)}; the pipeline {', '.join(pipeline.labels)}")
