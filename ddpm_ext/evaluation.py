@@ -124,9 +124,11 @@ def retained_quality(
         probabilities_NJ: of the generated images.
     """
     found = fidelity(real, generated, judge.extractor, cache=cache)
-    features = [F.normalize(judge.extractor.features(ByteImages(images), 256), dim=1) for images in (real, generated)]
+    real_ND, generated_MD = (
+        F.normalize(judge.extractor.features(ByteImages(images), 256), dim=1) for images in (real, generated)
+    )
     name = judge.extractor.name
-    manifold = precision_recall(*features, neighbours=judge.config.neighbours)
+    manifold = precision_recall(real_ND, generated_MD, judge.config.neighbours)
     found |= {f"{key}_{name}": value for key, value in manifold.items()}
     found[f"is_{name}"] = round(inception_score(probabilities_NJ), 4)
     found["details"] |= {"neighbours": judge.config.neighbours, "features_of_precision_and_recall": "unit length"}

@@ -27,6 +27,7 @@ from barrier_diffusers.evaluation.erasure import generate_cached
 from barrier_diffusers.evaluation.report import before_after_grid, loss_curves, print_metrics, strip
 from barrier_diffusers.files import write_json
 from barrier_diffusers.generation import generate
+from barrier_diffusers.loop import train
 from barrier_diffusers.objectives import Objective
 from barrier_diffusers.preparation import attach_saliency_mask, batches, sampler_and_reference, set_up_protection
 from barrier_diffusers.targets import Snapshots, snapshot_of
@@ -42,7 +43,7 @@ from barrier_diffusers.training import (
     module_hashes,
     run_script,
 )
-from barrier_diffusers.unlearning import Losses, train
+from barrier_diffusers.unlearning import UnlearningTerms
 from ddpm_ext.diffusion import LabelDiffusion, LabelRows, UnlearningRows, draw
 from ddpm_ext.evaluation import Judge, Questions, evaluate, make_questions, real_images
 from ddpm_ext.loading import load_pipeline, load_rows
@@ -140,8 +141,8 @@ def finish(job: Job, history: dict[str, list[float]], facts: dict[str, Any]) -> 
     job.barrier.remove()
     pipeline.save_pretrained(output)
     after = generate(pipeline, job.questions.labels, config.evaluation.sampling, desc="images after")
-    rgb = [np.repeat(found, 3, -1) if found.shape[-1] == 1 else found for found in (job.before, after)]
-    before_after_grid(*rgb, job.questions.labels, job.questions.forgotten, output / "before_after.png")
+    was, now = (np.repeat(found, 3, -1) if found.shape[-1] == 1 else found for found in (job.before, after))
+    before_after_grid(was, now, job.questions.labels, job.questions.forgotten, output / "before_after.png")
     loss_curves(history, output / "loss_curves.png")
     metrics: dict[str, Any] = {"num_images": len(after), **facts}
     if job.judge is not None:
@@ -225,7 +226,7 @@ def main(config: UnlearnConfig) -> None:
     accelerator.init_trackers("logs")
     first = checkpoints.load(checkpoint, max_steps) if checkpoint else 0
 
-    losses = Losses(
+    terms = UnlearningTerms(
         objective,
         StepMaker(model, diffusion, options, reference, sampler),
         endless(forget_loader, first * micro_steps),
@@ -243,18 +244,26 @@ def main(config: UnlearnConfig) -> None:
             freeze_normalisation(model)
 
     freeze_normalisation(model)
-    loop = (optimizer, schedule, losses, config, checkpoints, history, range(first, max_steps), validate)
-    seconds = train(accelerator, model, parameters, *loop)
-    accelerator.wait_for_everyone()
+    seconds = train(
+        accelerator,
+        [model],
+        parameters,
+        optimizer,
+        schedule,
+        terms,
+        config,
+        checkpoints,
+        history,
+        range(first, max_steps),
+        terms.barrier,
+        validate,
+        names=UnlearningTerms.NAMES,
+    )
     if accelerator.is_main_process:
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # gives the UNet its own forward back
-        facts = {
-            "num_steps": max_steps,
-            "seconds_training": round(seconds, 2),
-            "seconds_setup": round(seconds_setup, 2),
-        }
-        base_hash = hashes["unet"]
-        job = Job(config, output, cache, pipeline, barrier, snapshots, judge, questions, before, real, base_hash)
+        facts = {"num_steps": max_steps, "seconds_training": seconds, "seconds_setup": round(seconds_setup, 2)}
+        base = hashes["unet"]
+        job = Job(config, output, cache, pipeline, barrier, snapshots, judge, questions, before, real, base)
         finish(job, history.values, facts)
     accelerator.wait_for_everyone()
     accelerator.end_training()
