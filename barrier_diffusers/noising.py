@@ -43,15 +43,11 @@ class DiffusionNoising:
     The target is what the scheduler's `prediction_type` says: the noise (epsilon) or the velocity
     sqrt(a_t) noise - sqrt(1 - a_t) x_0 (v_prediction).
 
-    Args:
-        clip_sample: `sampler` keeps its estimate of x_0 in [-1, 1]: for pixels, as latents have no range.
-
     Raises:
         ValueError: another prediction type.
     """
 
-    def __init__(self, scheduler: Any, tokens_side: int, clip_sample: bool = False):
-        self.clip_sample = clip_sample
+    def __init__(self, scheduler: Any, tokens_side: int):
         self.scheduler = DDPMScheduler.from_config(scheduler.config)
         self.prediction_type = self.scheduler.config.prediction_type
         if self.prediction_type not in ("epsilon", "v_prediction"):
@@ -67,7 +63,7 @@ class DiffusionNoising:
 
     def sampler(self, num_steps: int, latent_shape: tuple[int, int, int]) -> DDIMScheduler:
         """DDIM, whatever the pipeline's own sampler is; see `Noising`."""
-        scheduler = DDIMScheduler.from_config(self.scheduler.config, clip_sample=self.clip_sample)
+        scheduler = DDIMScheduler.from_config(self.scheduler.config, clip_sample=False)  # latents have no range
         scheduler.set_timesteps(num_steps)
         return scheduler
 

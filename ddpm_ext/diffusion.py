@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from barrier_diffusers.architectures import Facts
 from barrier_diffusers.labelled import LabelledImages, as_pixels
-from barrier_diffusers.noising import DiffusionNoising, Noised
+from barrier_diffusers.noising import DiffusionNoising, Noised, Noising
 from barrier_diffusers.objectives.base import Condition
 from ddpm_ext.pipeline import ClassConditionalDDPMPipeline
 
@@ -33,7 +33,7 @@ class LabelDiffusion:
         self.pipeline = pipeline
         self.denoiser: Any = pipeline.unet
         self.facts = Facts(vae_scale_factor=pipeline.config.patch_size, guidance=None)
-        self.noising = DiffusionNoising(pipeline.scheduler, 1, bool(pipeline.scheduler.config.get("clip_sample")))
+        self.noising: Noising = DiffusionNoising(pipeline.scheduler, 1)
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(c, h, w) of what the UNet sees of square images."""
@@ -99,9 +99,3 @@ def draw(rows: LabelledImages, ids: list[int], limit: int | None, generator: tor
         chosen.append(mine[torch.randperm(len(mine), generator=generator)[:share]])
     together = torch.cat(chosen)
     return rows[together[torch.randperm(len(together), generator=generator)]]
-
-
-def check_names(names: list[str], pipeline: ClassConditionalDDPMPipeline) -> None:
-    """A ValueError if data and pipeline do not have the same labels in the same order."""
-    if names != pipeline.labels:
-        raise ValueError(f"the data has the labels {', '.join(names)}; the pipeline {', '.join(pipeline.labels)}")

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from barrier_diffusers.config import BarrierConfig
+from barrier_diffusers.generation import SamplingConfig
+from barrier_diffusers.objectives import Objective, ObjectiveConfig, get_objective, load_module
+
 POSITIVE = (
     *("resolution", "train_batch_size", "max_train_steps", "gradient_accumulation_steps", "checkpointing_steps"),
     *("checkpoints_total_limit", "validation_steps"),
@@ -21,7 +25,7 @@ def require_positive(config: object, names: tuple[str, ...] = POSITIVE) -> None:
 
 @dataclass
 class LabelledDataConfig:
-    """A data set of labelled images; defaults are those of CIFAR-10 on the hub."""
+    """A data set of labelled images; from a folder or the hub."""
 
     train_data_dir: str | None = None  # folder readable by `datasets`: parquet, Arrow or an image folder
     dataset_name: str | None = None  # or a hub name, e.g. cifar10 or tanganke/stl10
@@ -107,3 +111,135 @@ class TrainConfig:
                 f"resolution is {self.resolution}, but must be a multiple of {self.unet.unit} for "
                 f"{len(self.unet.block_out_channels)} levels and patch_size {self.unet.patch_size}"
             )
+
+
+TARGETS = ["to_q", "to_k", "to_v", "class_embedding"]  # as the paper's DDPM setting
+
+
+@dataclass
+class EvaluationConfig:
+    """Which images are judged, and by whom."""
+
+    judge: str | None = "assets/fashion_classifier"  # folder of an AttributeClassifier; null: nothing is judged
+    attribute: str = "class"  # of its heads; must know every label
+    # how images are shown to it. plain: as they are; ink: a bright photo on black as black ink on white paper, padded
+    # (not scaled) to the judge's side, which is what the embedded classifier learned from
+    rendering: Literal["plain", "ink"] = "plain"
+    images_per_label: int = 50  # of the forgotten labels
+    images_per_retained_label: int | None = None  # of every other label; None: as many
+    split: str | None = "test"  # real images that FID, precision and recall compare with; null: not compared
+    neighbours: int = 3  # of precision and recall
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(25, 2.0))
+
+    def __post_init__(self) -> None:
+        require_positive(self, ("images_per_label", "images_per_retained_label", "neighbours"))
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig:
+    """Everything an evaluation depends on."""
+
+    pretrained_model_name_or_path: str  # folder of the pipeline that is judged
+    output_dir: str  # gets evaluation.json and the picture
+    data: LabelledDataConfig
+    concept: str | list[str] = field(default_factory=list)  # labels it was made to forget; none: accuracy of all
+    base_model: str | None = None  # the pipeline before it was unlearned, for the "before" columns
+    overwrite_output_dir: bool = False
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        if self.evaluation.judge is None:
+            raise ValueError("nobody judges the images: set evaluation.judge, a folder of an AttributeClassifier")
+
+    @property
+    def concepts(self) -> list[str]:
+        """The forgotten labels, always a list."""
+        return [self.concept] if isinstance(self.concept, str) else list(self.concept)
+
+
+@dataclass(kw_only=True)
+class UnlearnConfig:
+    """Everything an unlearning run depends on."""
+
+    pretrained_model_name_or_path: str  # folder of a ClassConditionalDDPMPipeline
+    output_dir: str  # gets the unlearned pipeline, metrics and pictures
+    concept: str | list[str]  # labels to forget
+    data: LabelledDataConfig
+    max_forget_images: int | None = 1000  # at most so many, drawn at random
+    max_retain_images: int | None = 2000  # equally many of every other label
+    label_dropout: float = 0.1  # share of retain rows with "no label", as in training: guidance needs it kept, too
+    cache_dir: str | None = None  # "before" images; default output_dir/cache
+    overwrite_output_dir: bool = False
+    seed: int = 0
+    train_batch_size: int = 64  # forget images per process and step; as many retain images when alpha > 0
+    num_train_epochs: int = 3  # over the forget images
+    max_train_steps: int | None = None  # overrides num_train_epochs
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-4
+    lr_scheduler: str = "constant"
+    lr_warmup_steps: int = 0
+    adam_weight_decay: float = 0.0  # decay would drift the weights away from the snapshot
+    max_grad_norm: float = 1.0
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    saliency_mask: float | None = None  # SalUn: only this fraction of the trained entries moves; None: all
+    report_to: Literal["tensorboard", "wandb", "all", "none"] = "tensorboard"
+    validation_prompt: list[str] = field(default_factory=list)  # labels sampled every validation_steps
+    validation_steps: int = 100
+    checkpointing_steps: int | None = None  # None: a checkpoint only when a signal stops the run
+    checkpoints_total_limit: int | None = 2
+    resume_from_checkpoint: str | None = None  # a checkpoint's name, or latest
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    barrier: BarrierConfig = field(default_factory=lambda: BarrierConfig(targets=list(TARGETS)))
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        require_positive(self, (*POSITIVE, "num_train_epochs", "max_forget_images", "max_retain_images"))
+        if not self.concepts:
+            raise ValueError("concept is empty: name the labels to forget")
+        if len(set(self.concepts)) < len(self.concepts):
+            raise ValueError(f"concept names a label twice: {', '.join(self.concepts)}")
+        if not 0 <= self.label_dropout < 1:
+            raise ValueError(f"label_dropout is {self.label_dropout}, but must be in [0, 1)")
+        if self.saliency_mask is not None and not 0 < self.saliency_mask <= 1:
+            raise ValueError(f"saliency_mask is {self.saliency_mask}, but must be a fraction in (0, 1]")
+        if self.saliency_mask is not None and self.barrier.has_projection:
+            raise ValueError("saliency_mask holds entries that a projection has to move: use one of the two")
+
+    @property
+    def concepts(self) -> list[str]:
+        """The labels to forget, always a list."""
+        return [self.concept] if isinstance(self.concept, str) else list(self.concept)
+
+    @property
+    def protected(self) -> bool:
+        """Whether a protection loss or a projection takes part."""
+        return self.barrier.protects
+
+    @property
+    def needs_retain(self) -> bool:
+        """Whether any retain data is read: for the retain loss, or to fit the protection."""
+        return self.objective.alpha > 0 or (self.protected and self.barrier.needs_retain_data)
+
+
+def chosen_objective(config: UnlearnConfig) -> Objective:
+    """The objective of a run, from the user's module if one is named, checked against every other setting.
+
+    Raises:
+        ValueError: an unknown name, a closed-form edit, a setting that the objective does not read, or anchors that do
+            not fit.
+    """
+    options = config.objective
+    if options.module is not None:
+        load_module(options.module)
+    objective = get_objective(options.name)
+    if objective.edit is not None:
+        raise ValueError(f"objective {objective.name!r} edits cross-attention, which a UNet2DModel does not have")
+    if options.anchor_prompt is not None:
+        raise ValueError("a label is no prompt: set objective.anchor, a label or one per forgotten label")
+    objective.check(options)
+    anchors = options.anchor if isinstance(options.anchor, list) else [options.anchor] * len(config.concepts)
+    if len(anchors) != len(config.concepts):
+        raise ValueError(f"objective.anchor lists {len(anchors)} labels for {len(config.concepts)} to forget")
+    for label in set(anchors) & set(config.concepts):
+        raise ValueError(f"objective.anchor {label!r} is to be forgotten itself: choose a label that is retained")
+    return objective

@@ -9,7 +9,6 @@ unlearning.
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,12 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from tqdm.auto import tqdm
 
 from barrier_diffusers.checkpoints import Checkpoints
 from barrier_diffusers.evaluation.report import loss_curves
 from barrier_diffusers.files import write_json
-from barrier_diffusers.interruption import Interruption
 from barrier_diffusers.labelled import LabelledImages, as_pixels, load_labelled
+from barrier_diffusers.loop import train
 from barrier_diffusers.training import (
     MANIFEST_NAME,
     History,
@@ -131,7 +129,8 @@ def main(config: TrainConfig) -> None:
     if accelerator.device.type == "cpu" and config.mixed_precision == "bf16":
         plain_attention(unet)
     noising = DDPMScheduler(num_train_timesteps=config.num_train_timesteps)
-    sampler = DDIMScheduler.from_config(noising.config, timestep_spacing="trailing")
+    # clipping x_0 and not the noise with it, as diffusers' DDIM does by default, spoils guided images
+    sampler = DDIMScheduler.from_config(noising.config, timestep_spacing="trailing", clip_sample=False)
     pipeline = ClassConditionalDDPMPipeline(unet, sampler, rows.names, config.unet.patch_size)
     if accelerator.process_index:
         set_seed(config.seed + accelerator.process_index)
@@ -148,71 +147,53 @@ def main(config: TrainConfig) -> None:
     )
     averages = Averages(parameters, decay=config.ema_decay, use_ema_warmup=True, power=0.75)
     averages.to(accelerator.device)
-    history = History()
-    checkpoints.states.update(history=history, averages=averages)
+    optimizer.optimizer.register_step_post_hook(lambda *_: averages.step(parameters))
+    checkpoints.states["history"] = history = History()
+    checkpoints.states["averages"] = averages
     accelerator.init_trackers("logs")
     first = checkpoints.load(checkpoint, config.max_train_steps) if checkpoint else 0
+    stream = endless(loader, first * config.gradient_accumulation_steps)
 
-    micro_steps = config.gradient_accumulation_steps
-    stream = endless(loader, first * micro_steps)
-    progress = tqdm(range(first, config.max_train_steps), desc="training", disable=not accelerator.is_main_process)
-    start = time.perf_counter()
+    def noise_error(step: int) -> dict[str, Tensor]:
+        images, labels = next(stream)
+        pixels = as_pixels(images)
+        if config.random_flip:
+            mirrored = torch.rand(len(pixels), 1, 1, 1, device=pixels.device) < 0.5
+            pixels = torch.where(mirrored, pixels.flip(-1), pixels)
+        clean = pipeline.to_patches(pixels)
+        noise = torch.randn_like(clean)
+        timesteps = torch.randint(config.num_train_timesteps, (len(clean),), device=clean.device)
+        condition = drop_labels(labels, config.label_dropout, pipeline.null_label)
+        prediction = model(noising.add_noise(clean, noise, timesteps), timesteps, class_labels=condition).sample
+        return {"loss": F.mse_loss(prediction.float(), noise)}
+
     model.train()
-    with Interruption(accelerator) as interruption:
-        for step in progress:
-            mean_loss = 0.0
-            for _ in range(micro_steps):
-                images, labels = next(stream)
-                pixels = as_pixels(images)
-                if config.random_flip:
-                    mirrored = torch.rand(len(pixels), 1, 1, 1, device=pixels.device) < 0.5
-                    pixels = torch.where(mirrored, pixels.flip(-1), pixels)
-                clean = pipeline.to_patches(pixels)
-                noise = torch.randn_like(clean)
-                timesteps = torch.randint(config.num_train_timesteps, (len(clean),), device=clean.device)
-                condition = drop_labels(labels, config.label_dropout, pipeline.null_label)
-                with accelerator.accumulate(model):
-                    noisy = noising.add_noise(clean, noise, timesteps)
-                    prediction = model(noisy, timesteps, class_labels=condition).sample
-                    loss = F.mse_loss(prediction.float(), noise)
-                    mean_loss += loss.item() / micro_steps
-                    checkpoints.check_losses({"loss": mean_loss}, step + 1)
-                    accelerator.backward(loss)
-                    if accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-                    optimizer.step()
-                    schedule.step()
-                    optimizer.zero_grad()
-            averages.step(parameters)
-            history.append(loss=mean_loss)
-            if step % 20 == 0:
-                recent = history.values["loss"][-50:]
-                shown = sum(recent) / len(recent)
-                accelerator.log({"loss": shown, "learning_rate": schedule.get_last_lr()[0]}, step=step + 1)
-                progress.set_postfix(loss=f"{shown:.4f}")
-            due = config.checkpointing_steps and (step + 1) % config.checkpointing_steps == 0
-            stop = interruption.requested
-            if stop or (due and step + 1 < config.max_train_steps):
-                saved = checkpoints.save(step + 1, parameters, None)
-            if stop:
-                interruption.leave(saved)
-        checkpoints.check_weights(parameters, config.max_train_steps)
-
-    seconds = time.perf_counter() - start
-    accelerator.wait_for_everyone()
+    seconds = train(
+        accelerator,
+        [model],
+        parameters,
+        optimizer,
+        schedule,
+        noise_error,
+        config,
+        checkpoints,
+        history,
+        range(first, config.max_train_steps),
+        desc="training",
+    )
     if accelerator.is_main_process:
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         averages.copy_to(parameters)
-        pipeline.to(getattr(torch, config.save_dtype)).save_pretrained(output)
-        loss_curves(history.values, output / "loss_curves.png")
         losses = history.values["loss"][-100:]
         facts = {
             "num_steps": config.max_train_steps,
-            "seconds_training": round(seconds, 1),
+            "seconds_training": seconds,
             "num_images": len(rows),
             "num_parameters": sum(parameter.numel() for parameter in parameters),
             "loss_of_the_last_100_steps": round(sum(losses) / len(losses), 5),
         }
+        pipeline.to(getattr(torch, config.save_dtype)).save_pretrained(output)
+        loss_curves(history.values, output / "loss_curves.png")
         hashes = {"data": rows.digest(), **module_hashes(pipeline)}
         write_json(output / MANIFEST_NAME, manifest(config, hashes, **facts))
         print(f"pipeline: {output}")

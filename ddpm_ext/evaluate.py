@@ -1,0 +1,56 @@
+"""Judge a class-conditional DDPM: what is recognised, per label, and how near its images are to real ones.
+
+    python ddpm_ext/evaluate.py --config ddpm_ext/configs/evaluate_fashion.yaml
+
+With `concept` and `base_model` the pipeline is compared with the one it was before it forgot these labels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from barrier_diffusers.data import fingerprint
+from barrier_diffusers.evaluation.erasure import generate_cached
+from barrier_diffusers.evaluation.report import image_rows, print_metrics
+from barrier_diffusers.files import write_json
+from barrier_diffusers.generation import generate
+from barrier_diffusers.training import claim_output_dir, module_hashes, run_script
+from ddpm_ext.evaluation import Judge, evaluate, make_questions, real_images
+from ddpm_ext.loading import load_pipeline
+from ddpm_ext.settings import EvaluateConfig
+
+RESULT_NAME = "evaluation.json"
+
+
+def main(config: EvaluateConfig) -> None:
+    """Generate -> judge -> write evaluation.json and the picture."""
+    output = claim_output_dir(config.output_dir, config.overwrite_output_dir, resume=False)
+    pipeline = load_pipeline(config.pretrained_model_name_or_path)
+    judge = Judge(config.evaluation, pipeline.labels)
+    questions = make_questions(config.evaluation, pipeline.labels, config.concepts)
+    real = real_images(config.evaluation, config.data, pipeline, config.concepts)
+    sampling, before = config.evaluation.sampling, None
+    if config.base_model is not None:
+        base = load_pipeline(config.base_model)
+        if base.labels != pipeline.labels:
+            raise ValueError(f"{config.base_model!r} has other labels than {config.pretrained_model_name_or_path!r}")
+        made_by = fingerprint(module_hashes(base))
+        before = generate_cached(base, questions.labels, sampling, output / "cache", made_by)
+    images = generate(pipeline, questions.labels, sampling)
+    scores = evaluate(judge, questions, before, images, real, output / "cache")
+    scores |= {"model": module_hashes(pipeline), "scheduler": type(pipeline.scheduler).__name__}
+    write_json(Path(output) / RESULT_NAME, scores)
+    shown = np.repeat(images, 3, -1) if images.shape[-1] == 1 else images
+    image_rows(shown, questions.labels, Path(output) / "images.png")
+    if questions.forgotten:
+        print_metrics(scores, config.evaluation.attribute, questions.forgotten)
+    else:
+        low, high = scores["accuracy"]["interval_95"]
+        print(f"recognised: {scores['accuracy']['value']:.1f} % of {len(images)} images ({low:.1f} to {high:.1f})")
+    print(f"result: {output / RESULT_NAME}")
+
+
+if __name__ == "__main__":
+    run_script(main, EvaluateConfig)

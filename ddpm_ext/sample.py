@@ -1,0 +1,56 @@
+"""Sample labels of a class-conditional DDPM into a folder of PNG files.
+
+    python ddpm_ext/sample.py --pretrained_model_name_or_path assets/fashion_ddpm --labels '[sneaker, bag]' \\
+        --output_dir runs/samples
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from diffusers import DDIMScheduler, DDPMScheduler
+from PIL import Image
+
+from barrier_diffusers.generation import SamplingConfig, generate
+from barrier_diffusers.training import claim_output_dir, run_script
+from ddpm_ext.loading import load_pipeline
+from ddpm_ext.settings import require_positive
+
+SCHEDULERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
+
+
+@dataclass(kw_only=True)
+class SampleConfig:
+    """What is sampled, and how."""
+
+    pretrained_model_name_or_path: str  # folder of a ClassConditionalDDPMPipeline
+    output_dir: str  # gets LABEL_I.png, image I of each label
+    labels: list[str] = field(default_factory=list)  # none: all
+    images_per_label: int = 8
+    scheduler: Literal["own", "ddim", "ddpm"] = "own"  # own: the pipeline's; the noise schedule is its own in any case
+    overwrite_output_dir: bool = False
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(25, 2.0))
+
+    def __post_init__(self) -> None:
+        require_positive(self, ("images_per_label",))
+
+
+def main(config: SampleConfig) -> None:
+    """Load -> sample -> write."""
+    pipeline = load_pipeline(config.pretrained_model_name_or_path)
+    labels = [label for label in config.labels or pipeline.labels for _ in range(config.images_per_label)]
+    pipeline.label_ids(labels)  # a wrong one ends here
+    if config.scheduler != "own":
+        pipeline.scheduler = SCHEDULERS[config.scheduler].from_config(pipeline.scheduler.config)
+    output = claim_output_dir(config.output_dir, config.overwrite_output_dir, resume=False)
+    images = generate(pipeline, labels, config.sampling)
+    for index, (label, image) in enumerate(zip(labels, images, strict=True)):
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(
+            output / f"{label}_{index % config.images_per_label}.png"
+        )
+    print(f"{len(images)} images in {output}")
+
+
+if __name__ == "__main__":
+    run_script(main, SampleConfig)

@@ -1,0 +1,273 @@
+"""Make a class-conditional DDPM forget labels while BARRIER protects the rest.
+
+    accelerate launch ddpm_ext/unlearn.py --config ddpm_ext/configs/unlearn_fashion.yaml
+
+Any field of `UnlearnConfig` is a dotted flag (`--barrier.lambda_interval 1`). output_dir becomes the unlearned
+pipeline, with metrics.json, manifest.json and the pictures beside it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
+from diffusers.optimization import get_scheduler
+from torch import Tensor
+
+from barrier_diffusers import Barrier
+from barrier_diffusers.checkpoints import Checkpoints
+from barrier_diffusers.data import fingerprint
+from barrier_diffusers.evaluation.erasure import generate_cached
+from barrier_diffusers.evaluation.report import before_after_grid, loss_curves, print_metrics, strip
+from barrier_diffusers.files import write_json
+from barrier_diffusers.generation import generate
+from barrier_diffusers.loop import train
+from barrier_diffusers.objectives import Objective
+from barrier_diffusers.preparation import attach_saliency_mask, batches, sampler_and_reference, set_up_protection
+from barrier_diffusers.targets import Snapshots, snapshot_of
+from barrier_diffusers.training import (
+    MANIFEST_NAME,
+    METRICS_NAME,
+    History,
+    StepMaker,
+    claim_output_dir,
+    endless,
+    freeze_normalisation,
+    manifest,
+    module_hashes,
+    run_script,
+)
+from barrier_diffusers.unlearning import UnlearningTerms
+from ddpm_ext.diffusion import LabelDiffusion, LabelRows, UnlearningRows, draw
+from ddpm_ext.evaluation import Judge, Questions, evaluate, make_questions, real_images
+from ddpm_ext.loading import load_pipeline, load_rows
+from ddpm_ext.pipeline import ClassConditionalDDPMPipeline
+from ddpm_ext.settings import UnlearnConfig, chosen_objective
+
+
+def unlearning_rows(
+    config: UnlearnConfig, objective: Objective, pipeline: ClassConditionalDDPMPipeline
+) -> UnlearningRows:
+    """Forget rows with the anchors that the objective asks for, and retain rows if anything reads them.
+
+    Raises:
+        ValueError: a label that there is not, or that the data has no image of.
+    """
+    data, generator = load_rows(config.data, pipeline), torch.Generator().manual_seed(config.seed)
+    forget_ids = [data.index_of(label) for label in config.concepts]
+    retain_ids = [index for index in range(len(data.names)) if index not in forget_ids]
+    if not retain_ids:
+        raise ValueError("every label is to be forgotten: nothing is left to retain")
+    forget = draw(data, forget_ids, config.max_forget_images, generator)
+    null = pipeline.null_label if objective.needs_unconditional else None
+    anchors = anchor_ids(config, forget.labels, forget_ids, retain_ids, data.names, generator)
+    with_images = not objective.own_samples or config.saliency_mask is not None
+    rows = LabelRows(
+        forget.labels, forget.images if with_images else None, anchors if objective.needs_anchor else None, null
+    )
+    if not config.needs_retain:
+        return UnlearningRows(rows, None)
+    retain = draw(data, retain_ids, config.max_retain_images, generator)
+    dropped = torch.rand(len(retain), generator=generator) < config.label_dropout
+    return UnlearningRows(
+        rows, LabelRows(retain.labels.masked_fill(dropped, pipeline.null_label), retain.images, None, null)
+    )
+
+
+def anchor_ids(
+    config: UnlearnConfig,
+    labels_N: Tensor,
+    forget_ids: list[int],
+    retain_ids: list[int],
+    names: list[str],
+    generator: torch.Generator,
+) -> Tensor:
+    """The label whose prediction each forget image is to get: the named one, or a retained one at random.
+
+    Raises:
+        ValueError: an anchor that there is not.
+    """
+    named = config.objective.anchor
+    if named is None:
+        return torch.tensor(retain_ids)[torch.randint(len(retain_ids), (len(labels_N),), generator=generator)]
+    for anchor in [named] if isinstance(named, str) else named:
+        if anchor not in names:
+            raise ValueError(f"objective.anchor {anchor!r} is no label of the data: {', '.join(names)}")
+    anchors = [named] * len(forget_ids) if isinstance(named, str) else named
+    chosen = {label: names.index(anchor) for label, anchor in zip(forget_ids, anchors, strict=True)}
+    return torch.tensor([chosen[int(label)] for label in labels_N])
+
+
+@torch.no_grad()
+def relative_drifts(barrier: Barrier, before: Snapshots) -> dict[str, float]:
+    """|W - W0| / |W0| of every map, with or without a protection."""
+    pairs = [(entry.layer.weight.float(), before[entry.name][0].float()) for entry in barrier.maps]
+    ratios = torch.stack([(now - then).norm() / then.norm() for now, then in pairs]).tolist()
+    return {entry.name: round(value, 6) for entry, value in zip(barrier.maps, ratios, strict=True)}
+
+
+@dataclass
+class Job:
+    """What a run started from, as far as its end asks for it again."""
+
+    config: UnlearnConfig
+    output: Path
+    cache: Path
+    pipeline: ClassConditionalDDPMPipeline
+    barrier: Barrier
+    snapshots: Snapshots
+    judge: Judge | None
+    questions: Questions
+    before: np.ndarray  # images (N, S, S, C) of the questions' labels
+    real: np.ndarray | None
+    base_hash: str
+
+
+def finish(job: Job, history: dict[str, list[float]], facts: dict[str, Any]) -> None:
+    """Save the weights first, then look at what they do: images after, metrics, pictures, manifest."""
+    config, output, pipeline = job.config, job.output, job.pipeline
+    pipeline.unet.eval()
+    (job.barrier if config.protected else config.barrier).save_pretrained(output)
+    trained, everything = job.barrier.num_trainable, sum(p.numel() for p in pipeline.unet.parameters())
+    facts |= {"num_trainable": trained, "num_parameters": everything}
+    facts |= {"percent_trainable": round(100 * trained / everything, 4)}
+    facts["drift"] = relative_drifts(job.barrier, job.snapshots)
+    job.barrier.remove()
+    pipeline.save_pretrained(output)
+    after = generate(pipeline, job.questions.labels, config.evaluation.sampling, desc="images after")
+    was, now = (np.repeat(found, 3, -1) if found.shape[-1] == 1 else found for found in (job.before, after))
+    before_after_grid(was, now, job.questions.labels, job.questions.forgotten, output / "before_after.png")
+    loss_curves(history, output / "loss_curves.png")
+    metrics: dict[str, Any] = {"num_images": len(after), **facts}
+    if job.judge is not None:
+        metrics = {**evaluate(job.judge, job.questions, job.before, after, job.real, job.cache), **facts}
+        print_metrics(metrics, config.evaluation.attribute, job.questions.forgotten)
+    write_json(output / METRICS_NAME, metrics)
+    hashes = {"base_denoiser": job.base_hash, **module_hashes(pipeline)}
+    write_json(output / MANIFEST_NAME, manifest(config, hashes, history=history, **facts))
+    print(f"pipeline: {output}\npicture:  {output / 'before_after.png'}")
+
+
+def main(config: UnlearnConfig) -> None:
+    """Load -> before -> protect -> train -> save -> after."""
+    objective, options = chosen_objective(config), config.objective
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            config.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_dir=config.output_dir,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+    )
+    output, device = Path(config.output_dir), accelerator.device
+    if accelerator.is_main_process:
+        claim_output_dir(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint is not None)
+    accelerator.wait_for_everyone()
+    checkpoints = Checkpoints(accelerator, output, config, config.checkpoints_total_limit)
+    checkpoint = checkpoints.find(config.resume_from_checkpoint)
+    set_seed(config.seed)
+    pipeline = load_pipeline(config.pretrained_model_name_or_path).to(device)
+    unet, diffusion = pipeline.unet, LabelDiffusion(pipeline)
+    hashes = module_hashes(pipeline)
+    questions = make_questions(config.evaluation, pipeline.labels, config.concepts)
+    judge = Judge(config.evaluation, pipeline.labels) if config.evaluation.judge else None
+    barrier = Barrier(unet, config.barrier)
+    with accelerator.main_process_first():
+        rows = unlearning_rows(config, objective, pipeline)
+    cache = Path(config.cache_dir or output / "cache")
+    before, real = np.empty(0), None
+    if accelerator.is_main_process:
+        real = real_images(config.evaluation, config.data, pipeline, config.concepts) if judge else None
+        made_by = fingerprint(hashes)
+        before = generate_cached(pipeline, questions.labels, config.evaluation.sampling, cache, made_by)
+    accelerator.wait_for_everyone()
+    if accelerator.process_index:  # the first process draws as a single one would, the others their own noise
+        set_seed(config.seed + accelerator.process_index)
+    snapshots = {entry.name: snapshot_of(entry.layer) for entry in barrier.maps}
+
+    sampler, reference = sampler_and_reference(objective, options, barrier, diffusion, pipeline.resolution)
+    start = time.perf_counter()
+    if config.protected and checkpoint:
+        barrier.remove()
+        barrier = Barrier.from_pretrained(checkpoint / "barrier", unet)
+    elif config.protected:
+        set_up_protection(barrier, accelerator, config, diffusion, rows, sampler, {})
+    seconds_setup = time.perf_counter() - start
+
+    parameters = barrier.trainable_parameters()
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.adam_weight_decay)
+    if config.saliency_mask is not None:
+        given = (StepMaker(unet, diffusion), rows.forget, config.train_batch_size)
+        checkpoints.states["saliency_mask"] = attach_saliency_mask(
+            config.saliency_mask, barrier, optimizer, *given, accelerator, checkpoint is not None
+        )
+    forget_loader = batches(rows.forget, config, config.seed, accelerator.num_processes)
+    retain_loader = None
+    if options.alpha > 0 and rows.retain is not None:
+        retain_loader = batches(rows.retain, config, config.seed + 1, accelerator.num_processes)
+    model, optimizer, forget_loader, retain_loader = accelerator.prepare(unet, optimizer, forget_loader, retain_loader)
+    micro_steps = config.gradient_accumulation_steps
+    max_steps = config.max_train_steps or config.num_train_epochs * -(-len(forget_loader) // micro_steps)
+    schedule = get_scheduler(
+        config.lr_scheduler,
+        optimizer,
+        num_warmup_steps=config.lr_warmup_steps * accelerator.num_processes,
+        num_training_steps=max_steps * accelerator.num_processes,
+    )
+    schedule = accelerator.prepare(schedule)
+    checkpoints.states["history"] = history = History()
+    accelerator.init_trackers("logs")
+    first = checkpoints.load(checkpoint, max_steps) if checkpoint else 0
+
+    terms = UnlearningTerms(
+        objective,
+        StepMaker(model, diffusion, options, reference, sampler),
+        endless(forget_loader, first * micro_steps),
+        options.alpha,
+        StepMaker(model, diffusion),
+        endless(retain_loader, first * micro_steps) if retain_loader else None,
+        barrier if config.protected else None,
+    )
+
+    def validate(step: int) -> None:
+        if config.validation_prompt and step % config.validation_steps == 0 and accelerator.is_main_process:
+            unet.eval()
+            images = generate(pipeline, config.validation_prompt, config.evaluation.sampling, desc="validation")
+            strip(images, config.validation_prompt, output / "validation" / f"step-{step:06d}.png")
+            freeze_normalisation(model)
+
+    freeze_normalisation(model)
+    seconds = train(
+        accelerator,
+        [model],
+        parameters,
+        optimizer,
+        schedule,
+        terms,
+        config,
+        checkpoints,
+        history,
+        range(first, max_steps),
+        terms.barrier,
+        validate,
+        names=UnlearningTerms.NAMES,
+    )
+    if accelerator.is_main_process:
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # gives the UNet its own forward back
+        facts = {"num_steps": max_steps, "seconds_training": seconds, "seconds_setup": round(seconds_setup, 2)}
+        base = hashes["unet"]
+        job = Job(config, output, cache, pipeline, barrier, snapshots, judge, questions, before, real, base)
+        finish(job, history.values, facts)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_script(main, UnlearnConfig)
