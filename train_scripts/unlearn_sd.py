@@ -264,6 +264,7 @@ def main(config: UnlearnConfig) -> None:
         StepMaker(model, diffusion),
         endless(retain_loader, first * micro_steps) if retain_loader else None,
         barrier if config.protected else None,
+        micro_steps,
     )
 
     def after_step(step: int) -> None:
