@@ -28,7 +28,7 @@ class LoopSettings(Protocol):
 
 
 class HostCopy:
-    """Numbers on their way from the device: reading them waits for what computed them, and for nothing queued later."""
+    """Numbers on their way from the device: reading waits for what computed them, and for nothing queued later."""
 
     def __init__(self, values: Tensor):
         self._values, self._ready = values, None
