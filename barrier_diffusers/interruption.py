@@ -9,7 +9,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -41,9 +43,16 @@ class Interruption:
         if kind is None and self._received is not None:  # it came after the last look
             signal.raise_signal(self._received)
 
+    def flag(self, device: torch.device) -> Tensor:
+        """1 if this process got a signal, else 0: to be summed over the processes along with other numbers."""
+        return torch.full((), float(self._received is not None), device=device)
+
     @property
     def requested(self) -> bool:
-        """Whether any process of the run got a signal; every process has to ask, at the same step."""
+        """Whether any process of the run got a signal; every process has to ask, at the same step. With several of
+        them it waits for the device: a loop that sums `flag` along with its losses does not."""
+        if self.accelerator.num_processes == 1:
+            return self._received is not None
         if self._received is not None:
             self.accelerator.set_trigger()
         return self.accelerator.check_trigger()

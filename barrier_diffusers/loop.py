@@ -27,6 +27,24 @@ class LoopSettings(Protocol):
     def max_grad_norm(self) -> float | None: ...
 
 
+class HostCopy:
+    """Numbers on their way from the device: reading waits for what computed them, and for nothing queued later."""
+
+    def __init__(self, values: Tensor):
+        self._values, self._ready = values, None
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._ready = torch.cuda.Event()
+            self._ready.record()
+
+    def read(self) -> list[float]:
+        """The numbers."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        return self._values.tolist()
+
+
 def train(
     accelerator: Accelerator,
     models: Sequence[nn.Module],
@@ -45,11 +63,14 @@ def train(
 ) -> float:
     """Run the steps; seconds. Checkpoints are written as the settings say, and when a signal ends the run.
 
+    The host waits for the device once in a step, for the parts of the loss, while the device works on the gradients.
+    They are means over micro-steps and processes, and are looked at before the weights change.
+
     Args:
         models, optimizer, schedule: prepared by the accelerator.
         parameters: those that train.
         terms: step -> the parts of the loss on the next batches, with gradient; their sum is minimised.
-        history: gets each part's mean over the micro-steps of every step.
+        history: gets each part's mean over the micro-steps and processes of every step.
         steps: numbers of the steps still to do, e.g. `range(first, max_steps)`.
         barrier: projects after each step; its loss, if any, is one of the terms.
         after_step: called with the number of steps done.
@@ -64,16 +85,23 @@ def train(
     start = time.perf_counter()
     with Interruption(accelerator) as interruption:
         for step in progress:
-            means = dict.fromkeys(names, 0.0)
+            sums: dict[str, Tensor] = {}
             for _ in range(micro_steps):
                 with accelerator.accumulate(*models):
                     parts = terms(step)
                     for name, value in parts.items():
-                        means[name] = means.get(name, 0.0) + value.item() / micro_steps
-                    checkpoints.check_losses(means, step + 1)
+                        part = value.detach().float() / micro_steps
+                        sums[name] = sums[name] + part if name in sums else part
+                    if accelerator.sync_gradients:
+                        numbers = torch.stack([*sums.values(), interruption.flag(accelerator.device)])
+                        arriving = HostCopy(accelerator.reduce(numbers, "mean"))
                     accelerator.backward(torch.stack(list(parts.values())).sum())
-                    if accelerator.sync_gradients and settings.max_grad_norm is not None:
-                        accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
+                    if accelerator.sync_gradients:
+                        if settings.max_grad_norm is not None:
+                            accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
+                        *values, signals = arriving.read()
+                        means = dict.fromkeys(names, 0.0) | dict(zip(sums, values, strict=True))
+                        checkpoints.check_losses(means, step + 1)
                     optimizer.step()
                     if barrier is not None and accelerator.sync_gradients:
                         barrier.project()
@@ -82,7 +110,7 @@ def train(
             history.append(**means)
             accelerator.log({f"loss/{name}": value for name, value in means.items()}, step=step + 1)
             progress.set_postfix({name: f"{value:.4g}" for name, value in means.items()})
-            stop = interruption.requested
+            stop = signals > 0 if accelerator.num_processes > 1 else interruption.requested
             due = settings.checkpointing_steps and (step + 1) % settings.checkpointing_steps == 0
             if stop or (due and step + 1 < steps.stop):
                 saved = checkpoints.save(step + 1, parameters, barrier)

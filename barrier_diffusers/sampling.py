@@ -41,16 +41,21 @@ class PartialSampler:
         return self.diffusion.predict(self.diffusion.denoiser, x, t_B, condition).float()
 
     @torch.no_grad()
-    def __call__(self, condition: Condition, unconditional: Condition, index_B: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, condition: Condition, unconditional: Condition, index_B: Tensor, share: tuple[int, int] = (0, 1)
+    ) -> tuple[Tensor, Tensor]:
         """(x_t (B, c, h, w) float32, timesteps (B,)) for the prompts' and the empty prompt's conditions.
 
-        `index_B`, the rows' numbers, tells how many samples there are and on which device.
+        `index_B`, the rows' numbers, tells how many samples there are and on which device; `share` is as in
+        `training.StepMaker`.
         """
         device, size = index_B.device, len(index_B)
         scheduler = self.diffusion.noising.sampler(self.num_inference_steps, self.latent_shape)
         timesteps = scheduler.timesteps.to(device)
         stage = int(torch.randint(len(timesteps), ()))
-        x = torch.randn(size, *self.latent_shape).to(device)
+        process_index, num_processes = share
+        noise = torch.randn(num_processes * size, *self.latent_shape)
+        x = noise[process_index * size : (process_index + 1) * size].to(device)
         for timestep in timesteps[:stage]:
             t_B = timestep.expand(size)
             guided = self._predict(x, t_B, condition)

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import skip_first_batches
+from accelerate import Accelerator, skip_first_batches
+from accelerate.utils import synchronize_rng_states
 from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -193,9 +194,20 @@ def endless(loader: DataLoader, batches_done: int = 0) -> Iterator[Any]:
         epoch, skip = epoch + 1, 0
 
 
+def share_random_state(accelerator: Accelerator) -> None:
+    """Give every process the random state of the first one."""
+    if accelerator.num_processes > 1:
+        synchronize_rng_states(["torch", "cuda"] if accelerator.device.type == "cuda" else ["torch"])
+
+
 class StepMaker:
     """Puts a batch in the form the objectives take, with noise and timesteps drawn for its cached latents, or with
-    `sampler` its x_t sampled by the model itself from the prompts alone."""
+    `sampler` its x_t sampled by the model itself from the prompts alone.
+
+    Args:
+        share: (process index, number of processes): draw for the batches of all processes, and take one's own. If all
+            have the same random state (`share_random_state`), they do together what one process would.
+    """
 
     def __init__(
         self,
@@ -204,8 +216,9 @@ class StepMaker:
         options: ObjectiveConfig | None = None,
         reference: FrozenReference | None = None,
         sampler: PartialSampler | None = None,
+        share: tuple[int, int] = (0, 1),
     ):
-        self.model, self.diffusion = model, diffusion
+        self.model, self.diffusion, self.share = model, diffusion, share
         self.options, self.sampler = options or ObjectiveConfig(), sampler
         self.reference = partial(reference, self.run) if reference else None
 
@@ -215,11 +228,14 @@ class StepMaker:
 
     def __call__(self, batch: dict[str, Any]) -> DiffusionStep:
         if self.sampler is not None:
-            noisy, timesteps = self.sampler(batch["condition"], batch["unconditional"], batch["index"])
+            noisy, timesteps = self.sampler(batch["condition"], batch["unconditional"], batch["index"], self.share)
             target = None
         else:
-            drawn = self.diffusion.noised(batch["moments"])
-            noisy, timesteps, target = drawn.noisy, drawn.timesteps, drawn.target
+            moments, (index, processes) = batch["moments"], self.share
+            everybodys = moments.repeat(processes, *[1] * (moments.dim() - 1)) if processes > 1 else moments
+            drawn = self.diffusion.noised(everybodys)
+            own = slice(index * len(moments), (index + 1) * len(moments))
+            noisy, timesteps, target = drawn.noisy[own], drawn.timesteps[own], drawn.target[own]
         prompts = (batch["condition"], batch.get("anchor"), batch.get("unconditional"))
         return DiffusionStep(self.run, noisy, timesteps, target, *prompts, self.reference, self.options)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +16,10 @@ MakeStep = Callable[[dict[str, Any]], DiffusionStep]
 
 @dataclass
 class UnlearningTerms:
-    """Where the parts of the loss come from; `retain` and `barrier` are None where they play no part."""
+    """Where the parts of the loss come from; `retain` and `barrier` are None where they play no part.
+
+    The protection loss depends on no batch: it is computed in the last micro-step of a step, as many times as heavy.
+    """
 
     objective: Objective
     make_step: MakeStep
@@ -25,6 +28,8 @@ class UnlearningTerms:
     make_retain_step: MakeStep | None = None
     retain: Iterator[dict[str, Any]] | None = None
     barrier: Barrier | None = None
+    micro_steps: int = 1  # of a step
+    _calls: int = field(default=0, init=False)
 
     NAMES = ("objective", "retain", "protection")
 
@@ -33,6 +38,7 @@ class UnlearningTerms:
         terms = {"objective": self.objective.loss_of(self.make_step(next(self.forget)))}
         if self.retain is not None and self.make_retain_step is not None:
             terms["retain"] = self.alpha * self.make_retain_step(next(self.retain)).ordinary_loss()
-        if self.barrier is not None:
-            terms["protection"] = self.barrier.compute_protection_loss()
+        self._calls += 1
+        if self.barrier is not None and self._calls % self.micro_steps == 0:
+            terms["protection"] = self.micro_steps * self.barrier.compute_protection_loss()
         return terms

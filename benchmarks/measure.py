@@ -28,7 +28,7 @@ class BenchmarkConfig:
 
     model: str = "sd14"  # sd14, sdxl or tiny (models.py), with random weights
     device: str = "cpu"  # or cuda
-    num_threads: int = 2  # on a CPU
+    num_threads: int = 1  # on a CPU
     repeats: int = 5  # of every case, in turns; medians are printed
     json: str | None = None  # file that gets the figures
 
@@ -47,17 +47,22 @@ def synchronise(device: torch.device) -> None:
 def interleaved(
     cases: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device, warmup: int = 1
 ) -> dict[str, float]:
-    """Median seconds of every case: all cases once, then all again, so that a busy machine slows them alike."""
+    """Median seconds of every case: all cases once, then all again, so that a busy machine slows them alike.
+
+    On a CPU these are seconds of processor time, which do not count what the machine gives to other programs; with
+    one thread and a quiet machine they are the seconds on the clock. On a GPU they are the seconds on the clock.
+    """
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(warmup + repeats):
         for name, run in cases.items():
             gc.collect()
             synchronise(device)
-            start = time.perf_counter()
+            start = clock()
             run()
             synchronise(device)
             if turn >= warmup:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

@@ -67,6 +67,7 @@ from barrier_diffusers.training import (
     manifest,
     module_hashes,
     run_script,
+    share_random_state,
 )
 from barrier_diffusers.unlearning import UnlearningTerms
 
@@ -251,6 +252,8 @@ def main(config: UnlearnConfig) -> None:
         num_training_steps=max_steps * accelerator.num_processes,
     )
     schedule = accelerator.prepare(schedule)
+    share_random_state(accelerator)
+    share = (accelerator.process_index, processes)
     checkpoints.states["history"] = history = History()
     accelerator.init_trackers("logs")
     first = checkpoints.load(checkpoint, max_steps) if checkpoint else 0
@@ -258,12 +261,13 @@ def main(config: UnlearnConfig) -> None:
     freeze_normalisation(model)
     terms = UnlearningTerms(
         objective,
-        StepMaker(model, diffusion, steer, reference, sampler),
+        StepMaker(model, diffusion, steer, reference, sampler, share),
         endless(forget_loader, first * micro_steps),
         steer.alpha,
-        StepMaker(model, diffusion),
+        StepMaker(model, diffusion, share=share),
         endless(retain_loader, first * micro_steps) if retain_loader else None,
         barrier if config.protected else None,
+        micro_steps,
     )
 
     def after_step(step: int) -> None:

@@ -1,0 +1,84 @@
+"""Two processes (gloo, CPU) do what one does on the same global batch: regions, losses, weights; one of them writes."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from short_runs import ROOT, flags, run
+
+COMMON = {"evaluation.classifier": "null", "evaluation.images_per_label": 1, "barrier.lambda_interval": 1.0}
+COMMON |= {"evaluation.sampling.num_inference_steps": 1, "learning_rate": 1e-3}
+VARIANTS = {
+    "full weights, retain loss": {},
+    "LoRA, alpha 0": {"rank": 2, "objective.alpha": 0},
+    "LoRA, accumulation and checkpointing": {
+        "rank": 2,
+        "gradient_accumulation_steps": 2,
+        "gradient_checkpointing": "true",
+    },
+    "full weights, projection": {
+        "barrier.constraint": "both",
+        "barrier.use_actual_bounds": "true",
+        "objective.alpha": 0,
+    },
+    "full weights, bf16": {"mixed_precision": "bf16"},
+}
+FAST = "full weights, retain loss"
+
+
+def launch(output, cache, *launcher, **changes):
+    """A run of two processes as users start it; stdout and stderr."""
+    with socket.socket() as probe:  # a free port, so that parallel tests do not meet
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
+    command += ["--cpu", "--num_cpu_threads_per_process", "1", "--main_process_port", str(port), *launcher]
+    words = flags(output, cache_dir=cache, **changes)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "BARRIER_TRACEBACK": "1"}
+    return subprocess.run(
+        [*command, "train_scripts/unlearn_sd.py", *words], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == FAST else [pytest.mark.slow]) for name in VARIANTS]
+)
+def test_two_processes_equal_one(name, tmp_path, cache, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    settings = {**COMMON, **VARIANTS[name]}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    _, one = run(tmp_path / "one", cache, train_batch_size=8, **settings)
+    done = launch(tmp_path / "two", cache, train_batch_size=4, **settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("picture: ") == 1
+    folders = [tmp_path / "one", tmp_path / "two"]
+    names = [sorted(path.name for path in folder.iterdir()) for folder in folders]
+    assert names[0] == names[1]
+    for fitted in ("barrier_regions.safetensors", "barrier_projections.safetensors"):
+        if (folders[0] / fitted).is_file():
+            ours, theirs = (load_file(folder / fitted) for folder in folders)
+            tolerance = 1e-5 if name != "full weights, bf16" else 0.05  # batches of another size round otherwise
+            for key, value in ours.items():
+                scale = value.abs().max().item() or 1.0
+                torch.testing.assert_close(theirs[key], value, rtol=0, atol=tolerance * scale, msg=key)
+    precise = {"rel": 2e-4, "abs": 1e-7} if "bf16" not in name else {"rel": 0.1, "abs": 1e-3}
+    two = read_history(folders[1])
+    assert one["history"]["protection"][-1] > 0
+    for part, values in one["history"].items():
+        assert two[part] == pytest.approx(values, **precise), part
+
+
+def read_history(folder):
+    import json
+
+    return json.loads((folder / "manifest.json").read_text())["history"]
