@@ -238,7 +238,9 @@ def run_stage(pipeline: Pipeline, stage: Stage, lock: FolderLock) -> None:
     if status:
         raise ValueError(f"stage {stage.name} failed (exit status {status}): {last_error(log)}; log {log}")
     seconds = time.monotonic() - start
-    record.end(stage_inputs(stage, values, pipeline.root), seconds)
+    changed = record.end(stage_inputs(stage, pipeline.filled(stage), pipeline.root), seconds)
+    if changed:
+        print(f"warning: {'; '.join(changed[:3])} while {stage.name} ran; the next run does it again", file=sys.stderr)
     print(f"{stage.name}: done in {seconds:.0f} seconds", flush=True)
 
 

@@ -181,15 +181,13 @@ class Record:
         write_json(self.path, self.content)
         return same
 
-    def end(self, inputs: Mapping[str, Any], seconds: float) -> None:
-        """Note the end.
+    def end(self, inputs: Mapping[str, Any], seconds: float) -> list[str]:
+        """Note the end. What changed while the stage ran, in words: the next run will find it, and do the stage again.
 
-        Raises:
-            ValueError: data or code changed while the stage ran, so nobody knows which of them it read.
+        Args:
+            inputs: of the stage as they are now.
         """
-        changed = differences(self.content["inputs"], inputs)
-        if changed:
-            raise ValueError(f"{'; '.join(changed[:3])} while the stage ran: run the pipeline again")
         output = content_hash(self.folder)
-        self.content = {"inputs": dict(inputs), "complete": True, "output": output, "seconds": round(seconds, 1)}
+        self.content = {**self.content, "complete": True, "output": output, "seconds": round(seconds, 1)}
         write_json(self.path, self.content)
+        return differences(self.content["inputs"], inputs)
