@@ -60,12 +60,17 @@ class PipelineConfig:
     track: TrackConfig = field(default_factory=TrackConfig)
 
     def __post_init__(self) -> None:
-        known = [stage.name for stage in KINDS[self.kind]]
-        unknown = [name for name in self.stages or () if name not in known]
-        if unknown:
-            raise ValueError(f"unknown stage {', '.join(unknown)}; {self.kind!r} has {', '.join(known)}")
+        check_stages(self.kind, self.stages or [])
         if self.unlearned_dir and not Path(self.unlearned_dir).is_dir():
             raise ValueError(f"unlearned_dir {self.unlearned_dir!r} does not exist")
+
+
+def check_stages(kind: str, stages: Sequence[str]) -> None:
+    """A ValueError for a stage that the kind does not have."""
+    known = [stage.name for stage in KINDS[kind]]
+    unknown = [str(name) for name in stages if name not in known]
+    if unknown:
+        raise ValueError(f"unknown stage {', '.join(unknown)}; {kind!r} has {', '.join(known)}")
 
 
 @dataclass
@@ -122,8 +127,10 @@ def _peek(arguments: Sequence[str], name: str) -> Any:
     words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--") else [word])]
     for word, value in zip(words, words[1:], strict=False):
         if word == "--config":
-            with open(value, encoding="utf-8") as file:
-                content = yaml.safe_load(file)
+            try:
+                content = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+            except yaml.YAMLError as error:
+                raise ValueError(f"{value!r} is no YAML: {error}") from error
             if not isinstance(content, dict):
                 raise ValueError(f"{value!r} holds no settings: expected is YAML of the form `name: value`")
             found = content.get(name, found)
@@ -143,6 +150,7 @@ def parse_pipeline(arguments: list[str], root: Path) -> Pipeline:
         given = "no kind is given" if kind is None else f"unknown kind {kind!r}"
         raise ValueError(f"{given}: set kind to one of {', '.join(KINDS)}")
     chosen = _peek(arguments, "stages")
+    check_stages(kind, chosen if isinstance(chosen, list) else [])
     stages = [stage for stage in KINDS[kind] if not isinstance(chosen, list) or stage.name in chosen]
     names = [stage.name for stage in stages]
     sections = [stage for stage in stages if stage.section in ("", stage.name) or stage.section not in names]
@@ -155,8 +163,14 @@ def parse_pipeline(arguments: list[str], root: Path) -> Pipeline:
         for name, source in shared.items():
             default = default_of(source)
             parser.add_argument(f"--{section}.{name}", type=Literal[default] | hints[name], default=default)
+    unread = {stage.section or stage.name for stage in KINDS[kind]} - {
+        stage.section or stage.name for stage in sections
+    }
+    for section in unread:  # of stages that are not chosen
+        parser.add_argument(f"--{section}", type=dict)
     values = vars(parser.instantiate_classes(parser.parse_args(arguments)))
-    del values["config"]
+    for name in ("config", *unread):
+        del values[name]
     settings = {
         name: _plain(values.pop(name).as_dict()) for name in [stage.section or stage.name for stage in sections]
     }

@@ -238,6 +238,12 @@ def test_bad_settings_are_one_line_before_anything_runs(name, light, tmp_path, m
     assert not (tmp_path / "out").exists()
 
 
+def test_a_part_of_the_stages(light, tmp_path):
+    (tmp_path / "pipeline.yaml").write_text((tmp_path / "pipeline.yaml").read_text() + "evaluate: {bonus: 3}\n")
+    assert light(stages="[unlearn]")[1] == ["unlearn"]
+    assert light()[1] == ["evaluate"]
+
+
 def test_signals_are_not_swallowed(light):
     """A stage that a signal ends, not sent by us, is a failure and not a stop."""
     script = light.root / "train_scripts/train.py"
@@ -259,15 +265,20 @@ def stand_ins(text):
             (path / "config.json").write_text("{}")
 
 
+def enter_repository(config, folder, monkeypatch):
+    """A folder from which the paths of a configuration lead somewhere."""
+    monkeypatch.chdir(folder)
+    for name in ("assets", "train_scripts"):
+        (folder / name).symlink_to(ROOT / name)
+    if "ddpm" in config.stem and not (ROOT / "ddpm_ext/unlearn.py").is_file():
+        pytest.skip("no DDPM scripts")
+    if "fashion" not in config.stem:
+        stand_ins(config.read_text())
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_pipeline_of_the_repository_is_valid(path, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for folder in ("assets", "train_scripts"):
-        (tmp_path / folder).symlink_to(ROOT / folder)
-    if "ddpm" in path.stem and not (ROOT / "ddpm_ext/unlearn.py").is_file():
-        pytest.skip("no DDPM scripts")
-    if "fashion" not in path.stem:
-        stand_ins(path.read_text())
+    enter_repository(path, tmp_path, monkeypatch)
     pipeline = parse_pipeline(["--config", str(path)], ROOT)
     assert pipeline.names[-1] == "evaluate" and "unlearn" in pipeline.names
     assert all((ROOT / stage.script).is_file() for stage in pipeline.stages)

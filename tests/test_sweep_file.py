@@ -8,6 +8,7 @@ import optuna
 import pytest
 import yaml
 from short_runs import ROOT
+from test_pipelines import CONFIGS, enter_repository
 
 from barrier_diffusers.pipelines import parse_pipeline
 from barrier_diffusers.sweep_file import LOG_RANGES, OPTIONS, ROUNDED, TAIL, decode, encode, read_sweep
@@ -80,10 +81,10 @@ def test_optuna_draws_every_point_of_the_grid_once(tmp_path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_every_sweep_of_the_repository(path, monkeypatch):
+def test_every_sweep_of_the_repository(path, tmp_path, monkeypatch):
     """wandb accepts it, its trials are valid pipelines, and a grid is the same to both readers."""
-    monkeypatch.chdir(ROOT)
     content = yaml.safe_load(path.read_text())
+    enter_repository(ROOT / content["command"][4], tmp_path, monkeypatch)
     assert sweeps.schema_violations_from_proposed_config(content) == []
     sweep = read_sweep(str(path))
     lines = check_sweep(sweep, ROOT)
@@ -96,6 +97,11 @@ def test_every_sweep_of_the_repository(path, monkeypatch):
         assert len(folders) == len(wanted)
         agent = [[*sweep.words, *(f"--{name}={value}" for name, value in trial.items())] for trial in wanted]
         assert {str(parse_pipeline(line, ROOT).output) for line in agent} == folders  # as wandb's agent writes them
+
+
+def test_every_pipeline_has_a_sweep():
+    names = {path.stem.removeprefix("pipeline_").removesuffix("_random") for path in CONFIGS}
+    assert names == {path.stem for path in FILES}
 
 
 RANGES = {
