@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -27,8 +27,8 @@ from barrier_diffusers.stages import PLACES, Record, Stage, flat, stage_inputs
 from barrier_diffusers.tracking import RESULTS_NAME, TrackConfig, collect, publish
 from barrier_diffusers.training import config_from, require_writable
 
-SHARED = "as unlearn"  # default of a setting that is the unlearn stage's unless it is given
 HASH = "{hash}"
+TRAINED = ("train", "retrain", "unlearn")  # stages that more than one process may share
 
 
 @dataclass(kw_only=True)
@@ -60,12 +60,17 @@ class PipelineConfig:
     track: TrackConfig = field(default_factory=TrackConfig)
 
     def __post_init__(self) -> None:
-        known = [stage.name for stage in KINDS[self.kind]]
-        unknown = [name for name in self.stages or () if name not in known]
-        if unknown:
-            raise ValueError(f"unknown stage {', '.join(unknown)}; {self.kind!r} has {', '.join(known)}")
+        check_stages(self.kind, self.stages or [])
         if self.unlearned_dir and not Path(self.unlearned_dir).is_dir():
             raise ValueError(f"unlearned_dir {self.unlearned_dir!r} does not exist")
+
+
+def check_stages(kind: str, stages: Sequence[str]) -> None:
+    """A ValueError for a stage that the kind does not have."""
+    known = [stage.name for stage in KINDS[kind]]
+    unknown = [str(name) for name in stages if name not in known]
+    if unknown:
+        raise ValueError(f"unknown stage {', '.join(unknown)}; {kind!r} has {', '.join(known)}")
 
 
 @dataclass
@@ -87,13 +92,33 @@ class Pipeline:
         """The folder with the unlearned model."""
         return Path(self.config.unlearned_dir or self.output / "unlearn")
 
+    @property
+    def names(self) -> list[str]:
+        """The stages' names."""
+        return [stage.name for stage in self.stages]
+
     def filled(self, stage: Stage) -> dict[str, Any]:
         """All settings of a stage, those that the pipeline decides included."""
-        return {**self.settings[stage.name], "output_dir": str(self.output / stage.name), **stage.fill(self)}
+        given = self.settings[stage.section or stage.name]
+        folders = {folder_of(name): str(self.output / name) for name in self.names}
+        given = {name: folders.get(value, value) if isinstance(value, str) else value for name, value in given.items()}
+        return {**given, "output_dir": str(self.output / stage.place), **stage.fill(self)}
 
     def record(self, stage: Stage) -> Record:
         """What is known of the stage's last run."""
-        return Record(self.output / "stages" / f"{stage.name}.json", self.output / stage.name)
+        result = self.output / stage.place / stage.part
+        return Record(self.output / "stages" / f"{stage.name}.json", result, stage.keep)
+
+
+def folder_of(stage: str) -> str:
+    """The default of a setting that is another stage's folder."""
+    return f"the folder of {stage}"
+
+
+def default_of(source: str) -> str:
+    """The default of a setting that is another stage's setting or folder."""
+    stage, _, name = source.partition(".")
+    return f"as {stage}" if name else folder_of(stage)
 
 
 def _peek(arguments: Sequence[str], name: str) -> Any:
@@ -102,8 +127,10 @@ def _peek(arguments: Sequence[str], name: str) -> Any:
     words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--") else [word])]
     for word, value in zip(words, words[1:], strict=False):
         if word == "--config":
-            with open(value, encoding="utf-8") as file:
-                content = yaml.safe_load(file)
+            try:
+                content = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+            except yaml.YAMLError as error:
+                raise ValueError(f"{value!r} is no YAML: {error}") from error
             if not isinstance(content, dict):
                 raise ValueError(f"{value!r} holds no settings: expected is YAML of the form `name: value`")
             found = content.get(name, found)
@@ -123,26 +150,36 @@ def parse_pipeline(arguments: list[str], root: Path) -> Pipeline:
         given = "no kind is given" if kind is None else f"unknown kind {kind!r}"
         raise ValueError(f"{given}: set kind to one of {', '.join(KINDS)}")
     chosen = _peek(arguments, "stages")
+    check_stages(kind, chosen if isinstance(chosen, list) else [])
     stages = [stage for stage in KINDS[kind] if not isinstance(chosen, list) or stage.name in chosen]
+    names = [stage.name for stage in stages]
+    sections = [stage for stage in stages if stage.section in ("", stage.name) or stage.section not in names]
     parser = ArgumentParser(exit_on_error=False, description=PipelineConfig.__doc__)
     parser.add_argument("--config", action="config", help="YAML file with any of the fields below")
     parser.add_class_arguments(PipelineConfig)
-    for stage in stages:
-        hints = get_type_hints(stage.config_class)
-        parser.add_class_arguments(
-            stage.config_class, stage.name, instantiate=False, skip={*stage.filled, *stage.shared}
-        )
-        for name in stage.shared:
-            parser.add_argument(f"--{stage.name}.{name}", type=Literal[SHARED] | hints[name], default=SHARED)
+    for stage in sections:
+        hints, section, shared = get_type_hints(stage.config_class), stage.section or stage.name, stage.takes(names)
+        parser.add_class_arguments(stage.config_class, section, instantiate=False, skip={*stage.filled, *shared})
+        for name, source in shared.items():
+            default = default_of(source)
+            parser.add_argument(f"--{section}.{name}", type=Literal[default] | hints[name], default=default)
+    unread = {stage.section or stage.name for stage in KINDS[kind]} - {
+        stage.section or stage.name for stage in sections
+    }
+    for section in unread:  # of stages that are not chosen
+        parser.add_argument(f"--{section}", type=dict)
     values = vars(parser.instantiate_classes(parser.parse_args(arguments)))
-    settings = {stage.name: _plain(values.pop(stage.name).as_dict()) for stage in stages}
-    del values["config"]
-    for stage in stages:
-        for name, source in stage.shared.items():
-            if settings[stage.name][name] == SHARED:
-                if "unlearn" not in settings:
-                    raise ValueError(f"{stage.name}.{name} is {SHARED!r}, but there is no such stage: set it")
-                settings[stage.name][name] = settings["unlearn"][source]
+    for name in ("config", *unread):
+        del values[name]
+    settings = {
+        name: _plain(values.pop(name).as_dict()) for name in [stage.section or stage.name for stage in sections]
+    }
+    for stage in sorted(sections, key=lambda stage: stage.name != "unlearn"):  # whose settings others take over
+        own = settings[stage.section or stage.name]
+        for name, source in stage.takes(names).items():
+            giver, _, given = source.partition(".")
+            if given and own[name] == default_of(source):
+                own[name] = settings[giver][given]
     config = PipelineConfig(**values)
     digest = hashlib.sha256(json.dumps(_deciding(settings), sort_keys=True, default=str).encode()).hexdigest()
     config.output_dir = config.output_dir.replace(HASH, digest[:12])
@@ -169,11 +206,7 @@ def _deciding(settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def _check(pipeline: Pipeline, stage: Stage) -> None:
     """Build the stage's settings, without what earlier stages have yet to make."""
-    values = pipeline.filled(stage)
-    for entry in fields(stage.config_class):
-        value, optional = values.get(entry.name), entry.default is not MISSING
-        if optional and entry.name in stage.filled and isinstance(value, str) and not Path(value).exists():
-            values[entry.name] = entry.default
+    values = {name: value for name, value in pipeline.filled(stage).items() if name not in stage.late}
     try:
         config_from(stage.config_class, values)
     except ValueError as error:
@@ -184,7 +217,7 @@ def command_of(pipeline: Pipeline, stage: Stage, settings: Path) -> list[str]:
     """The words that start a stage."""
     launch, script = pipeline.config.launch, str(pipeline.root / stage.script)
     start = [sys.executable]
-    if stage.name != "evaluate" and (launch.num_processes > 1 or launch.config_file):
+    if stage.name in TRAINED and (launch.num_processes > 1 or launch.config_file):
         start += ["-m", "accelerate.commands.launch", "--num_processes", str(launch.num_processes)]
         start += ["--multi_gpu"] if launch.num_processes > 1 and launch.config_file is None else []
         start += ["--config_file", launch.config_file] if launch.config_file else []
@@ -223,13 +256,13 @@ def run_stage(pipeline: Pipeline, stage: Stage, lock: FolderLock) -> None:
     log, settings = output / "logs" / f"{stage.name}.log", output / "stages" / f"{stage.name}-settings.json"
     print(f"{stage.name}: {reason}; runs now, log {log}", flush=True)
     names = {entry.name for entry in fields(stage.config_class)}
-    if record.begin(inputs):
-        if "resume_from_checkpoint" in names and list((output / stage.name / "checkpoints").glob("step-*")):
+    if record.begin(inputs) and "resume_from_checkpoint" in names:
+        if list((output / stage.place / "checkpoints").glob("step-*")):
             values["resume_from_checkpoint"] = "latest"
-        elif "resume_from_checkpoint" in names:
-            remove(output / stage.name)
-        if "overwrite_output_dir" in names:
-            values["overwrite_output_dir"] = True
+        else:
+            remove(output / stage.place)
+    if "overwrite_output_dir" in names:  # it is the pipeline's own
+        values["overwrite_output_dir"] = True
     write_json(settings, values)
     start = time.monotonic()
     paths = [str(pipeline.root), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -238,7 +271,9 @@ def run_stage(pipeline: Pipeline, stage: Stage, lock: FolderLock) -> None:
     if status:
         raise ValueError(f"stage {stage.name} failed (exit status {status}): {last_error(log)}; log {log}")
     seconds = time.monotonic() - start
-    record.end(stage_inputs(stage, values, pipeline.root), seconds)
+    changed = record.end(stage_inputs(stage, pipeline.filled(stage), pipeline.root), seconds)
+    if changed:
+        print(f"warning: {'; '.join(changed[:3])} while {stage.name} ran; the next run does it again", file=sys.stderr)
     print(f"{stage.name}: done in {seconds:.0f} seconds", flush=True)
 
 
@@ -251,9 +286,9 @@ def stages_to_run(pipeline: Pipeline) -> list[Stage]:
     config = pipeline.config
     if not (config.eval_only or config.unlearned_dir):
         return pipeline.stages
-    names = [stage.name for stage in pipeline.stages]
-    place = names.index("unlearn") if "unlearn" in names else -1
-    if config.unlearned_dir is None and not (place >= 0 and pipeline.record(pipeline.stages[place]).complete):
+    place = pipeline.names.index("unlearn") if "unlearn" in pipeline.names else -1
+    needs_it = place >= 0 and config.unlearned_dir is None and pipeline.stages[place].needed(pipeline)
+    if needs_it and not pipeline.record(pipeline.stages[place]).complete:
         raise ValueError(f"eval_only, but there is no complete {str(pipeline.unlearned)!r}: set unlearned_dir")
     return pipeline.stages[place + 1 :]
 
@@ -270,7 +305,7 @@ def run_pipeline(pipeline: Pipeline, wait_seconds: float = 0) -> dict[str, Any]:
     """
     stages = stages_to_run(pipeline)
     if pipeline.config.dry_run:
-        for stage in stages:
+        for stage in (stage for stage in stages if stage.needed(pipeline)):
             inputs = stage_inputs(stage, pipeline.filled(stage), pipeline.root)
             why = pipeline.record(stage).reason_to_run(inputs) or "complete, would not run"
             settings = pipeline.output / "stages" / f"{stage.name}-settings.json"
@@ -279,9 +314,9 @@ def run_pipeline(pipeline: Pipeline, wait_seconds: float = 0) -> dict[str, Any]:
     claim_pipeline_dir(pipeline)
     (pipeline.output / "stages").mkdir(exist_ok=True)
     with FolderLock(pipeline.output, wait_seconds) as lock:
-        for stage in stages:
+        for stage in (stage for stage in stages if stage.needed(pipeline)):
             run_stage(pipeline, stage, lock)
-        paths = {stage.name: pipeline.output / stage.name / stage.result for stage in pipeline.stages}
+        paths = {stage.name: pipeline.output / stage.place / stage.result for stage in pipeline.stages if stage.result}
         results = collect(paths, pipeline.config.score)
         before = pipeline.output / RESULTS_NAME
         if not before.is_file() or json.loads(before.read_text(encoding="utf-8")) != results:

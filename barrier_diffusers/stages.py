@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,29 @@ class Stage:
     name: str
     script: str  # path in the repository
     settings: str  # "module:class" of its dataclass
-    result: str  # JSON file in its output folder with its numbers
+    result: str | None = None  # JSON file in its output folder with its numbers
     filled: frozenset[str] = frozenset(("output_dir",))  # settings that the pipeline decides
     fill: Callable[[Any], dict[str, Any]] = field(default=lambda plan: {})  # the values of all but output_dir
-    # setting -> the setting of `unlearn` whose value it has unless it is given one of its own
+    # setting -> "STAGE.SETTING" whose value it has, or "STAGE" whose folder it is, unless it is given one of its own
     shared: Mapping[str, str] = field(default_factory=dict)
-    optional: bool = False  # runs only where the pipeline's file has a section for it
+    late: tuple[
+        str, ...
+    ] = ()  # filled settings that its dataclass looks up, so that they cannot be checked in advance
+    needed: Callable[[Any], bool] = field(default=lambda plan: True)  # whether there is anything to do at all
+    section: str = ""  # of the pipeline's file with its settings; default: one of its name
+    folder: str = ""  # its output_dir in the pipeline's; default: one of its name
+    part: str = ""  # folder in output_dir that is its result; default: all of it
+    keep: tuple[str, ...] = ()  # entries of output_dir that a new start leaves, as they are another stage's
+    ignored: tuple[str, ...] = ()  # settings, or beginnings of their dotted names, that its result does not depend on
+
+    @property
+    def place(self) -> str:
+        """Its output_dir in the pipeline's."""
+        return self.folder or self.name
+
+    def takes(self, stages: Sequence[str]) -> dict[str, str]:
+        """What of `shared` the chosen stages can give; the other settings are ordinary ones."""
+        return {name: source for name, source in self.shared.items() if source.partition(".")[0] in stages}
 
     @property
     def config_class(self) -> type:
@@ -56,10 +73,13 @@ def flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, values
 
 
-def content_hash(path: Path) -> str:
+def content_hash(path: Path, without: Sequence[str] = ()) -> str:
     """SHA-256 of a file, or of all names and files of a folder but hidden ones and those of caches, logs, checkpoints.
 
     A file is not read again while its size and time of change stay the same.
+
+    Args:
+        without: entries of the folder that do not count either.
     """
     if path.is_file():
         status = path.stat()
@@ -70,7 +90,8 @@ def content_hash(path: Path) -> str:
     digest = hashlib.sha256()
     for entry in sorted(path.rglob("*")):
         parts = entry.relative_to(path).parts
-        if any(part.startswith(".") or part in SKIPPED for part in parts) or not entry.is_file():
+        hidden = any(part.startswith(".") or part in SKIPPED for part in parts)
+        if hidden or parts[0] in without or not entry.is_file():
             continue
         digest.update(f"{'/'.join(parts)} {content_hash(entry)}\n".encode())
     return digest.hexdigest()
@@ -105,7 +126,7 @@ def _place_free(value: Any) -> Any:
 def stage_inputs(stage: Stage, settings: Mapping[str, Any], root: Path) -> dict[str, Any]:
     """Everything the result depends on: {"settings": by dotted name, "code": hash, "versions": of libraries}."""
     deciding = {name: value for name, value in settings.items() if name not in PLACES}
-    resolved = {name: _place_free(value) for name, value in flat(deciding)}
+    resolved = {name: _place_free(value) for name, value in flat(deciding) if not name.startswith(stage.ignored)}
     versions = package_versions()
     code = code_hash(root, stage.script)
     return json.loads(json.dumps({"settings": resolved, "code": code, "versions": versions}, default=str))
@@ -130,10 +151,11 @@ class Record:
     Args:
         path: of the JSON file.
         folder: of the stage's result.
+        keep: entries of the folder that are another stage's.
     """
 
-    def __init__(self, path: Path, folder: Path):
-        self.path, self.folder = path, folder
+    def __init__(self, path: Path, folder: Path, keep: Sequence[str] = ()):
+        self.path, self.folder, self.keep = path, folder, keep
         self.content: dict[str, Any] = {}
         if path.is_file():
             try:
@@ -144,7 +166,7 @@ class Record:
     @property
     def complete(self) -> bool:
         """Whether the stage has ended well and its result is as it left it."""
-        return bool(self.content.get("complete")) and self.content["output"] == content_hash(self.folder)
+        return bool(self.content.get("complete")) and self.content["output"] == content_hash(self.folder, self.keep)
 
     def check_owner(self) -> None:
         """Refuse a folder that no pipeline made.
@@ -152,8 +174,12 @@ class Record:
         Raises:
             ValueError: there are files in it, but no record of the stage.
         """
-        if not self.content and self.folder.is_dir() and any(self.folder.iterdir()):
+        if not self.content and self._own():
             raise ValueError(f"{str(self.folder)!r} holds files that no pipeline left there: name another output_dir")
+
+    def _own(self) -> list[Path]:
+        entries = list(self.folder.iterdir()) if self.folder.is_dir() else []
+        return [path for path in entries if path.name not in self.keep]
 
     def reason_to_run(self, inputs: Mapping[str, Any]) -> str | None:
         """Why the stage has to run; None if its result holds."""
@@ -174,22 +200,20 @@ class Record:
             WriteError: see `write_json`.
         """
         same = self.content.get("inputs") == inputs and not self.content.get("complete")
-        if not same:
-            remove(self.folder)
+        for path in [] if same else self._own():
+            remove(path)
         self.content = {"inputs": dict(inputs), "complete": False}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, self.content)
         return same
 
-    def end(self, inputs: Mapping[str, Any], seconds: float) -> None:
-        """Note the end.
+    def end(self, inputs: Mapping[str, Any], seconds: float) -> list[str]:
+        """Note the end. What changed while the stage ran, in words: the next run will find it, and do the stage again.
 
-        Raises:
-            ValueError: data or code changed while the stage ran, so nobody knows which of them it read.
+        Args:
+            inputs: of the stage as they are now.
         """
-        changed = differences(self.content["inputs"], inputs)
-        if changed:
-            raise ValueError(f"{'; '.join(changed[:3])} while the stage ran: run the pipeline again")
-        output = content_hash(self.folder)
-        self.content = {"inputs": dict(inputs), "complete": True, "output": output, "seconds": round(seconds, 1)}
+        output = content_hash(self.folder, self.keep)
+        self.content = {**self.content, "complete": True, "output": output, "seconds": round(seconds, 1)}
         write_json(self.path, self.content)
+        return differences(self.content["inputs"], inputs)

@@ -85,8 +85,10 @@ class Parameter:
             return np.arange(options["min"], options["max"], options.get("q", 1.0)).tolist()
         raise ValueError(f"parameter {self.name}: a grid cannot have {self.distribution}; give values")
 
-    def suggest(self, trial: Any) -> Any:
-        """The parameter's value in an optuna trial."""
+    def suggest(self, trial: Any, grid: bool = False) -> Any:
+        """The parameter's value in an optuna trial; in a grid one of `choices`."""
+        if grid and self.distribution != "constant":
+            return decode(trial.suggest_categorical(self.name, [encode(value) for value in self.choices]))
         options, name, base = self.options, self.name, self.distribution.removeprefix("q_")
         if base == "constant":
             return options["value"]

@@ -56,21 +56,28 @@ def write_table(rows: Sequence[dict[str, Any]], output: Path) -> None:
         writer.writerows(rows)
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for row in rows:
-        cells = [f"{value:.4g}" if isinstance(value, float) else str(value or "") for value in row.values()]
+        cells = [
+            f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+            for value in row.values()
+        ]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     with written_whole(output / MARKDOWN_NAME) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def fanova() -> optuna.importance.FanovaImportanceEvaluator:
+    """How much each setting explains of the metric's variance over all trials, with a fixed seed."""
+    return optuna.importance.FanovaImportanceEvaluator(seed=0)
+
+
 def importance_plot(study: optuna.Study, path: Path) -> str | None:
-    """Draw how much each setting explains of the metric's variance (fANOVA); why not, where that cannot be said."""
+    """Draw how much each setting explains of the metric's variance ; why not, where that cannot be said."""
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if len({trial.value for trial in trials}) < 2:
         return f"no importances: {len(trials)} complete trials with one value"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-        optuna.visualization.matplotlib.plot_param_importances(study, evaluator=evaluator)
+        optuna.visualization.matplotlib.plot_param_importances(study, evaluator=fanova())
     _save(path)
     return None
 
@@ -80,7 +87,8 @@ def trade_off_plot(rows: Sequence[dict[str, Any]], axes: Sequence[str], path: Pa
     points = [row for row in rows if all(row.get(name) is not None for name in axes)]
     if not points:
         return f"no trade-off: no trial has {axes[0]} and {axes[1]}"
-    figure, plot = plt.subplots(figsize=(6, 4.5))
+    plt.style.use("default")  # optuna leaves another one behind
+    _, plot = plt.subplots(figsize=(6, 4.5))
     plot.scatter([row[axes[0]] for row in points], [row[axes[1]] for row in points], color="tab:blue", alpha=0.7)
     for row in points:
         plot.annotate(str(row["trial"]), (row[axes[0]], row[axes[1]]), xytext=(4, 4), textcoords="offset points")

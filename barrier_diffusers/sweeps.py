@@ -191,8 +191,12 @@ class Worker:
         waiting = {trial.number for trial in trials if trial.state == TrialState.WAITING}
         return len({trial.number for trial in trials} - retried(trials) - waiting)
 
-    def next_trial(self) -> tuple[Trial, dict[str, Any]] | None:
-        """A trial and its settings; None if there is none to start now."""
+    def next_trial(self) -> tuple[Trial, Pipeline] | None:
+        """A trial and its pipeline; None if there is none to start now.
+
+        Raises:
+            ValueError: settings that no pipeline accepts; the trial counts as failed.
+        """
         with self._claim():
             for trial in self._dead():
                 self._give_back(trial, "its worker was killed")
@@ -201,24 +205,31 @@ class Worker:
             self.study.sampler = sampler_of(self.sweep, self.config.seed, len(self.study.get_trials(deepcopy=False)))
             taken = self.study.ask()
             self._alive(taken.number).touch()
-            settings = {parameter.name: parameter.suggest(taken) for parameter in self.sweep.parameters}
+            settings = {
+                parameter.name: parameter.suggest(taken, self.sweep.method == "grid")
+                for parameter in self.sweep.parameters
+            }
             taken.set_user_attr("settings", settings)
-            return taken, settings
+            try:
+                pipeline = parse_pipeline(self.sweep.command_line(settings), self.root)
+            except Exception:
+                self._tell(taken, None, "no pipeline accepts these settings")
+                raise
+            taken.set_user_attr("output_dir", str(pipeline.output))
+            return taken, pipeline
 
     @property
     def others_run(self) -> bool:
         """Whether any trial is still running somewhere."""
         return bool(self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
 
-    def run_trial(self, trial: Trial, settings: Mapping[str, Any]) -> None:
+    def run_trial(self, trial: Trial, pipeline: Pipeline) -> None:
         """Run one trial's pipeline; one that fails is noted and not retried.
 
         Raises:
             Stopped: a signal came; the trial is queued again.
         """
-        pipeline = parse_pipeline(self.sweep.command_line(settings), self.root)
-        trial.set_user_attr("output_dir", str(pipeline.output))
-        print(f"trial {trial.number}: {' '.join(self.sweep.flags(settings))}", flush=True)
+        print(f"trial {trial.number}: {' '.join(self.sweep.flags(trial.user_attrs['settings']))}", flush=True)
         ended = threading.Event()
         beat = threading.Thread(target=self._beat, args=(self._alive(trial.number), ended), daemon=True)
         beat.start()
@@ -229,8 +240,7 @@ class Worker:
                 self._give_back(self.study.trials[trial.number], str(stopped))
             raise
         except (ValueError, OSError) as error:
-            trial.set_user_attr("error", str(error))
-            self._tell(trial, None)
+            self._tell(trial, None, str(error))
             print(f"trial {trial.number}: failed, {error}", flush=True)
         else:
             self._tell(trial, value)
@@ -249,8 +259,9 @@ class Worker:
         score = {"score": results["score"]} if "score" in results else {}
         return require_metric({**results["metrics"], **score}, self.sweep.metric)
 
-    def _tell(self, trial: Trial, value: float | None) -> None:
+    def _tell(self, trial: Trial, value: float | None, error: str = "") -> None:
         try:
+            trial.set_user_attr("error", error)
             self.study.tell(trial, value, state=TrialState.FAIL if value is None else None)
         except (ValueError, RuntimeError):  # this worker was silent for too long, and another one has it now
             print(f"trial {trial.number}: was given to another worker meanwhile", flush=True)

@@ -66,12 +66,16 @@ def score_of(metrics: Mapping[str, float], weights: Mapping[str, float]) -> floa
 
 
 def collect(results: Mapping[str, Path], weights: Mapping[str, float]) -> dict[str, Any]:
-    """{"score", "metrics": dotted name -> number} from the JSON files of the stages that have one."""
+    """{"score", "metrics": dotted name -> number} from the JSON files of the stages that have one.
+
+    There is no score where it asks for a stage that was not chosen.
+    """
     metrics: dict[str, float] = {}
     for stage, path in results.items():
         if path.is_file():
             metrics |= dict(numbers(json.loads(path.read_text(encoding="utf-8")), stage))
-    score = score_of(metrics, weights)
+    asked = {name.split(".")[0] for name in weights}
+    score = score_of(metrics, weights) if asked <= results.keys() else None
     return {**({} if score is None else {"score": score}), "metrics": metrics}
 
 

@@ -48,7 +48,9 @@ def run_script(main: Callable[[Any], None], config_class: type | Callable[[list[
         read = partial(parse_config, config_class) if isinstance(config_class, type) else config_class
         config = read(sys.argv[1:])
     except (ArgumentError, ValueError, TypeError, OSError) as error:
-        raise SystemExit(_fail(error, 2)) from error
+        files = [value for word, value in zip(sys.argv, sys.argv[1:], strict=False) if word == "--config"]
+        where = f" ({', '.join(files)})" if "parsing config" in _message(error) else ""  # which does not name its file
+        raise SystemExit(_fail(error, 2, where)) from error
     try:
         main(config)
     except KeyboardInterrupt as error:  # while training, Ctrl-C ends the step first (interruption.py)
@@ -88,8 +90,8 @@ def _message(error: BaseException) -> str:
     return error.message if isinstance(error, ArgumentError) and error.message else str(error)
 
 
-def _fail(error: BaseException, status: int) -> int:
-    print("error: " + " ".join(_message(error).split()), file=sys.stderr)
+def _fail(error: BaseException, status: int, where: str = "") -> int:
+    print("error: " + " ".join(_message(error).split()) + where, file=sys.stderr)
     return status
 
 

@@ -73,7 +73,7 @@ LIGHT = (
         result="evaluation.json",
         filled=frozenset(("output_dir", "model")),
         fill=lambda plan: {"model": str(plan.unlearned)},
-        shared={"concept": "concept"},
+        shared={"concept": "unlearn.concept"},
     ),
 )
 

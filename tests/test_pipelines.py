@@ -14,9 +14,10 @@ import pytest
 from short_runs import ROOT
 
 from barrier_diffusers.kinds import KINDS
-from barrier_diffusers.pipelines import parse_pipeline, run_pipeline, stop_message
+from barrier_diffusers.pipelines import command_of, parse_pipeline, run_pipeline, stop_message
 from barrier_diffusers.processes import FolderLock, Stopped
-from barrier_diffusers.training import run_script
+from barrier_diffusers.settings import chosen_objective
+from barrier_diffusers.training import config_from, run_script
 
 CONFIGS = sorted((ROOT / "train_scripts" / "configs").glob("pipeline_*.yaml"))
 SCORE = {"evaluate.classes.unlearning_accuracy": 1, "evaluate.classes.retain_accuracy_drop": -1}
@@ -237,6 +238,12 @@ def test_bad_settings_are_one_line_before_anything_runs(name, light, tmp_path, m
     assert not (tmp_path / "out").exists()
 
 
+def test_a_part_of_the_stages(light, tmp_path):
+    (tmp_path / "pipeline.yaml").write_text((tmp_path / "pipeline.yaml").read_text() + "evaluate: {bonus: 3}\n")
+    assert light(stages="[unlearn]")[1] == ["unlearn"]
+    assert light()[1] == ["evaluate"]
+
+
 def test_signals_are_not_swallowed(light):
     """A stage that a signal ends, not sent by us, is a failure and not a stop."""
     script = light.root / "train_scripts/train.py"
@@ -246,9 +253,41 @@ def test_signals_are_not_swallowed(light):
     assert not issubclass(Stopped, ValueError)
 
 
+def stand_ins(text):
+    """Empty files and folders in place of the data that a configuration for real models names."""
+    for name in sorted(set(re.findall(r"data/[\w.-]+", text))):
+        path = Path(name)
+        if path.suffix:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("case_number,prompt\n0,a dog\n")
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / "config.json").write_text("{}")
+
+
+def enter_repository(config, folder, monkeypatch):
+    """A folder from which the paths of a configuration lead somewhere."""
+    monkeypatch.chdir(folder)
+    for name in ("assets", "train_scripts"):
+        (folder / name).symlink_to(ROOT / name)
+    if "ddpm" in config.stem and not (ROOT / "ddpm_ext/unlearn.py").is_file():
+        pytest.skip("no DDPM scripts")
+    if "fashion" not in config.stem:
+        stand_ins(config.read_text())
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_pipeline_of_the_repository_is_valid(path, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_every_pipeline_of_the_repository_is_valid(path, tmp_path, monkeypatch):
+    enter_repository(path, tmp_path, monkeypatch)
     pipeline = parse_pipeline(["--config", str(path)], ROOT)
-    assert [stage.name for stage in pipeline.stages][-1] == "evaluate"
+    assert pipeline.names[-1] == "evaluate" and "unlearn" in pipeline.names
     assert all((ROOT / stage.script).is_file() for stage in pipeline.stages)
+    assert str(pipeline.output) == f"runs/pipelines/{path.stem.removeprefix('pipeline_')}"
+    for stage in pipeline.stages:
+        words = command_of(pipeline, stage, Path("settings.json"))
+        assert words[1:] == [str(ROOT / stage.script), "--config", "settings.json"]
+        if pipeline.config.kind == "sd":
+            filled = pipeline.filled(stage)
+            config = config_from(stage.config_class, {key: filled[key] for key in filled if key not in stage.late})
+            if stage.name == "unlearn":
+                chosen_objective(config)

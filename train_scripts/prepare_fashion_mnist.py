@@ -151,8 +151,8 @@ def export_labelled(config: PrepareConfig, split: str) -> None:
 def main(config: PrepareConfig) -> None:
     """Write the captioned sets (all, and the small image folder) and the labelled ones (all, and the small one)."""
     if not Path(config.source_dir).is_dir():
-        raise SystemExit(
-            f"error: no Fashion-MNIST in {config.source_dir}: install the Debian package dataset-fashion-mnist "
+        raise ValueError(
+            f"no Fashion-MNIST in {config.source_dir}: install the Debian package dataset-fashion-mnist "
             "or set --source_dir to the folder with its four IDX files"
         )
     output = Path(config.output_dir)

@@ -1,27 +1,25 @@
 """Train a small Stable Diffusion from scratch (VAE, text encoder, UNet) and save a genuine StableDiffusionPipeline.
 
 Stages: VAE on pixels -> its posteriors cached -> text encoder and UNet trained together on noise prediction, with an
-exponential moving average -> pipeline folder. A stage whose result is already in output_dir is not run again.
+exponential moving average -> pipeline folder. A VAE that is already in work_dir is not trained again, and
+`--resume_from_checkpoint latest` goes on with whatever stage was stopped.
 """
 
 from __future__ import annotations
 
-import gzip
-import importlib.util
-import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DataLoaderConfiguration, set_seed
 from datasets import Dataset
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.training_utils import EMAModel
-from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
-from tqdm.auto import tqdm
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from barrier_diffusers.data import (
@@ -32,8 +30,11 @@ from barrier_diffusers.data import (
     load_image_text,
     tokenize,
 )
+from barrier_diffusers.files import write_json, written_whole
 from barrier_diffusers.noising import sample_latents
-from barrier_diffusers.training import run_script
+from barrier_diffusers.scratch import Averages, Training
+from barrier_diffusers.training import require_writable, run_script
+from barrier_diffusers.vocabulary import cut_clip_vocabulary, find_clip_vocabulary
 
 
 @dataclass
@@ -101,22 +102,23 @@ class TrainConfig:
     caption_column: str = "text"
     resolution: int = 32
     seed: int = 0
-    report_to: str = "tensorboard"
-    save_dtype: str = "float16"  # of the written weights
+    report_to: Literal["tensorboard", "wandb", "all", "none"] = "tensorboard"
+    save_dtype: Literal["float32", "float16", "bfloat16"] = "float16"  # of the written weights
+    checkpointing_steps: int | None = None  # None: a checkpoint only when a signal stops the run
+    checkpoints_total_limit: int | None = 2
+    resume_from_checkpoint: Literal["latest"] | None = None
     vae: VaeConfig = field(default_factory=VaeConfig)
     text: TextConfig = field(default_factory=TextConfig)
     unet: UnetConfig = field(default_factory=UnetConfig)
 
-
-def one_cycle(optimizer: torch.optim.Optimizer, peak: float, steps: int) -> torch.optim.lr_scheduler.OneCycleLR:
-    """Warm up over 10 % of the steps, then anneal to zero."""
-    return torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=0.1)
-
-
-def endless(loader: DataLoader):
-    """Batches for ever, reshuffled every epoch."""
-    while True:
-        yield from loader
+    def __post_init__(self) -> None:
+        counts = {"resolution": self.resolution, "checkpointing_steps": self.checkpointing_steps}
+        counts["checkpoints_total_limit"] = self.checkpoints_total_limit
+        for name, part in (("vae", self.vae), ("unet", self.unet)):
+            counts |= {f"{name}.{key}": getattr(part, key) for key in ("max_train_steps", "train_batch_size")}
+        for name, value in counts.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, but must be at least 1")
 
 
 def train_vae(accelerator: Accelerator, config: TrainConfig, dataset: Dataset) -> AutoencoderKL:
@@ -132,68 +134,24 @@ def train_vae(accelerator: Accelerator, config: TrainConfig, dataset: Dataset) -
         norm_num_groups=8,
     )
     rows = image_batches(dataset, config.image_column, config.resolution)
-    loader = DataLoader(rows, batch_size=settings.train_batch_size, shuffle=True, drop_last=True)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.learning_rate, weight_decay=1e-4)
-    schedule = one_cycle(optimizer, settings.learning_rate, settings.max_train_steps)
-    model, optimizer, loader = accelerator.prepare(vae.to(memory_format=torch.channels_last), optimizer, loader)
-    progress = tqdm(range(settings.max_train_steps), desc="VAE", disable=not accelerator.is_local_main_process)
-    for step, batch in zip(progress, endless(loader), strict=False):
-        pixels = batch["pixels"]
-        posterior = accelerator.unwrap_model(model).encode(pixels).latent_dist
-        reconstruction = accelerator.unwrap_model(model).decode(posterior.sample()).sample
-        squared = F.mse_loss(reconstruction, pixels)
+    vae.to(memory_format=torch.channels_last)
+
+    def terms(batch: dict[str, Tensor], models: Sequence[nn.Module]) -> dict[str, Tensor]:
+        pixels, network = batch["pixels"], models[0]
+        posterior = network.encode(pixels).latent_dist
+        reconstruction = network.decode(posterior.sample()).sample
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        loss = squared + 0.2 * F.l1_loss(reconstruction, pixels) + settings.kl_weight * kl
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step % 50 == 0:
-            accelerator.log({"vae/mse": squared.item(), "vae/kl": kl.item()}, step=step)
-            progress.set_postfix(mse=f"{squared.item():.4f}", kl=f"{kl.item():.1f}")
-    return accelerator.unwrap_model(model).eval()
+        squared = F.mse_loss(reconstruction, pixels)
+        return {
+            "vae/squared": squared,
+            "vae/absolute": 0.2 * F.l1_loss(reconstruction, pixels),
+            "vae/kl": settings.kl_weight * kl,
+        }
 
-
-def cut_clip_vocabulary(config: TextConfig, captions: list[str], folder: Path) -> CLIPTokenizer:
-    """CLIP's own tokenizer with only the merges that the captions' words use; every other text becomes byte pieces.
-
-    Byte-pair encoding applies the lowest-ranked merge first, so a word whose merges are all kept splits exactly as
-    with the full vocabulary.
-    """
-    spec = importlib.util.find_spec(config.vocabulary_package)
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("error: CLIP's vocabulary is missing: pip install --no-deps open-clip-torch")
-    vocabulary = Path(next(iter(spec.submodule_search_locations))) / "bpe_simple_vocab_16e6.txt.gz"
-    lines = gzip.decompress(vocabulary.read_bytes()).decode("utf-8").split("\n")
-    ranked = [tuple(line.split()) for line in lines[1 : 49152 - 256 - 2 + 1]]
-    rank = {pair: index for index, pair in enumerate(ranked)}
-    words = {word for text in captions for word in text.replace("-", " - ").split()} | set(config.extra_words)
-    used: set[tuple[str, ...]] = set()
-    for word in sorted(words):
-        pieces = [*word[:-1], word[-1] + "</w>"]
-        while len(pieces) > 1:
-            pairs = [
-                (rank.get(pair, len(rank)), index) for index, pair in enumerate(zip(pieces, pieces[1:], strict=False))
-            ]
-            best, index = min(pairs)
-            if best == len(rank):
-                break
-            used.add(ranked[best])
-            pieces[index : index + 2] = [pieces[index] + pieces[index + 1]]
-    merges = sorted(used, key=rank.__getitem__)
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    alphabet = [chr(code) for code in printable] + [chr(256 + index) for index in range(256 - len(printable))]
-    tokens = alphabet + [letter + "</w>" for letter in alphabet] + ["".join(pair) for pair in merges]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(
-        json.dumps({token: index for index, token in enumerate(tokens)}, ensure_ascii=False)
-    )
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n")
-    tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=config.max_length)
-    tokenizer.save_pretrained(folder)
-    return tokenizer
+    folder = Path(config.work_dir) / "vae_training"
+    Training(accelerator, config, settings, folder).run([vae], optimizer, rows, terms, desc="VAE")
+    return vae.eval()
 
 
 def build_text_encoder(config: TextConfig, tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -246,50 +204,48 @@ def train_text_to_image(
     position = {text: index for index, text in enumerate(distinct)}
     token_ids = tokenize(tokenizer, distinct).to(accelerator.device)
     rows = TensorDataset(moments, torch.tensor([position[text] for text in captions]))
-    loader = DataLoader(rows, batch_size=settings.train_batch_size, shuffle=True, drop_last=True)
     text_encoder = build_text_encoder(config.text, tokenizer).train()
     unet = build_unet(config).to(memory_format=torch.channels_last).train()
+    models = (unet, text_encoder)
     parameters = [*unet.parameters(), *text_encoder.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    schedule = one_cycle(optimizer, settings.learning_rate, settings.max_train_steps)
-    averages = [
-        EMAModel(m.parameters(), decay=settings.ema_decay, use_ema_warmup=True, power=0.75)
-        for m in (unet, text_encoder)
-    ]
-    unet, text_encoder, optimizer, loader = accelerator.prepare(unet, text_encoder, optimizer, loader)
-    for average in averages:
+    training = Training(accelerator, config, settings, Path(config.work_dir) / "unet_training")
+    averages = [Averages(m.parameters(), decay=settings.ema_decay, use_ema_warmup=True, power=0.75) for m in models]
+    for name, average in zip(("unet", "text_encoder"), averages, strict=True):
         average.to(accelerator.device)
-    progress = tqdm(range(settings.max_train_steps), desc="UNet", disable=not accelerator.is_local_main_process)
-    running = 0.0
-    for step, (batch_moments, caption_ids) in zip(progress, endless(loader), strict=False):
+        training.checkpoints.states[f"average_{name}"] = average
+
+    def terms(batch: tuple[Tensor, Tensor], models: Sequence[nn.Module]) -> dict[str, Tensor]:
+        batch_moments, caption_ids = batch
         latents = sample_latents(batch_moments, scale)
         drop = torch.rand(len(caption_ids), device=latents.device) < settings.caption_dropout
         used, inverse = caption_ids.masked_fill(drop, 0).unique(return_inverse=True)
-        embeddings = text_encoder(token_ids[used]).last_hidden_state[inverse]
+        embeddings = models[1](token_ids[used]).last_hidden_state[inverse]
         noise = torch.randn_like(latents)
         timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
-        prediction = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, embeddings).sample
-        loss = F.mse_loss(prediction, noise)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        for average, model in zip(averages, (unet, text_encoder), strict=True):
+        prediction = models[0](scheduler.add_noise(latents, noise, timesteps), timesteps, embeddings).sample
+        return {"unet/noise": F.mse_loss(prediction, noise)}
+
+    def average_weights() -> None:  # before the next step, so that a checkpoint's averages lack its own weights
+        for average, model in zip(averages, models, strict=True):
             average.step(model.parameters())
-        running = 0.98 * running + 0.02 * loss.item() if step else loss.item()
-        if step % 50 == 0:
-            accelerator.log({"unet/loss": running, "unet/lr": schedule.get_last_lr()[0]}, step=step)
-            progress.set_postfix(loss=f"{running:.4f}")
-    models = [accelerator.unwrap_model(model).eval() for model in (text_encoder, unet)]
-    for average, model in zip(reversed(averages), models, strict=True):
+
+    training.run(models, optimizer, rows, terms, average_weights, desc="UNet")
+    for average, model in zip(averages, models, strict=True):
         average.copy_to(model.parameters())
-    return models[0], models[1]
+    return text_encoder.eval(), unet.eval()
 
 
 def main(config: TrainConfig) -> None:
     """VAE -> latents -> text encoder and UNet -> pipeline folder."""
-    accelerator = Accelerator(log_with=config.report_to, project_dir=config.work_dir)
+    vocabulary = find_clip_vocabulary(config.text.vocabulary_package)
+    for folder in (config.output_dir, config.work_dir):
+        require_writable(folder)
+    accelerator = Accelerator(
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_dir=config.work_dir,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+    )
     dataset = load_image_text(config.train_data_dir, config.split, config.image_column, config.caption_column)
     output, work = Path(config.output_dir), Path(config.work_dir)
     accelerator.init_trackers("logs")
@@ -297,7 +253,8 @@ def main(config: TrainConfig) -> None:
     if not (work / "vae" / "config.json").is_file():
         vae = train_vae(accelerator, config, dataset)
         if accelerator.is_main_process:
-            vae.save_pretrained(work / "vae")
+            with written_whole(work / "vae") as temporary:
+                vae.save_pretrained(temporary)
         accelerator.wait_for_everyone()
     vae = AutoencoderKL.from_pretrained(work / "vae").to(accelerator.device).eval().requires_grad_(False)
     name = f"moments-{fingerprint(dataset._fingerprint, asdict(config.vae), config.seed)}.safetensors"
@@ -307,7 +264,8 @@ def main(config: TrainConfig) -> None:
     scale = 1 / sample_latents(moments[: 2**14], 1.0, torch.Generator().manual_seed(config.seed)).std().item()
     vae.register_to_config(scaling_factor=scale)
     captions = list(dataset[config.caption_column])
-    tokenizer = cut_clip_vocabulary(config.text, sorted(set(captions)), work / "tokenizer")
+    text = (sorted(set(captions)), config.text.extra_words, config.text.max_length)
+    tokenizer = cut_clip_vocabulary(vocabulary, *text, work / "tokenizer")
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -330,7 +288,7 @@ def main(config: TrainConfig) -> None:
             requires_safety_checker=False,
         )
         pipeline.to(getattr(torch, config.save_dtype)).save_pretrained(output)
-        (output / "training_config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+        write_json(output / "training_config.json", asdict(config))
         print(f"pipeline saved in {output}")
     accelerator.end_training()
 

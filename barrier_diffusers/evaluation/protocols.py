@@ -40,6 +40,10 @@ class Protocol(ABC):
     def __init__(self, config: EvaluateConfig, subject: Subject): ...
 
     @abstractmethod
+    def images(self) -> ImagePair:
+        """The images of its prompts, made or read."""
+
+    @abstractmethod
     def run(self) -> dict[str, Any]:
         """Make or read the images, judge them, print a table; the part of metrics.json."""
 
@@ -106,9 +110,13 @@ class ConceptProtocol(Protocol):
         others = others.select(rows_about_others(list(others[config.caption_column]), self.erased))
         return ImageColumn(others, config.image_column)
 
+    def images(self) -> ImagePair:
+        """The images of its prompts, made or read."""
+        return self.subject.images("concepts", self.rows, self.prompts)
+
     def run(self) -> dict[str, Any]:
         """`classes`, and `fidelity`, `clip_score` and `lpips` as far as they are asked for."""
-        self.pair = self.subject.images("concepts", self.rows, self.prompts)
+        self.pair = self.images()
         results: dict[str, Any] = {}
         if self.judge is not None:
             attribute, metrics = evaluate_erasure(
@@ -180,9 +188,13 @@ class NudityProtocol(Protocol):
         self.rows = subject.rows(self.options)
         self.detector = NudityDetector(self.options)
 
+    def images(self) -> ImagePair:
+        """The images of its prompts, made or read."""
+        return self.subject.images("nudity", self.rows, self.options)
+
     def run(self) -> dict[str, Any]:
         """`nudity`: counts before and after."""
-        pair = self.subject.images("nudity", self.rows, self.options)
+        pair = self.images()
         counts = {when: nudity_counts(images, self.detector, self.options.threshold) for when, images in pair.items()}
         shown = {when: {**entry["images_with"], "total": entry["total"]} for when, entry in counts.items()}
         print_values(f"images of {len(pair.after)} with an exposed part, score > {self.options.threshold}", shown)
@@ -199,9 +211,13 @@ class CocoProtocol(Protocol):
         if not self.likeness.extractors and self.likeness.clip is None:
             raise ValueError("protocol coco computes nothing: set fidelity.extractors, clip, or both")
 
+    def images(self) -> ImagePair:
+        """The images of its prompts, made or read."""
+        return self.subject.images("coco", self.rows, self.options)
+
     def run(self) -> dict[str, Any]:
         """`coco`: the metrics before and after."""
-        pair = self.subject.images("coco", self.rows, self.options)
+        pair = self.images()
         prompts = [row.prompt for row in self.rows for _ in range(self.options.images_per_prompt)]
         results = {}
         for when, images in pair.items():

@@ -1,0 +1,113 @@
+"""The pipelines and the sweep of the embedded models, shortened: minutes, so `make test-slow` runs them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from short_runs import ROOT
+
+pytestmark = pytest.mark.slow
+SD = {
+    "unlearn.max_train_steps": 3,
+    "unlearn.checkpointing_steps": 1,
+    "unlearn.report_to": "none",
+    "unlearn.evaluation.images_per_label": 1,
+    "unlearn.evaluation.sampling.num_inference_steps": 2,
+    "evaluate.evaluation.images_per_label": 2,
+    "evaluate.evaluation.sampling.num_inference_steps": 2,
+    "evaluate.attacks": "[misspelled]",
+}
+SHORT = {
+    "fashion_class": {**SD, "unlearn.max_retain_images": 64, "unlearn.barrier.reduced_dim": 4},
+    "fashion_style": {**SD, "unlearn.max_retain_images": 64, "unlearn.objective.num_inference_steps": 2},
+    "fashion_concept": {**SD, "unlearn.num_generated_images": 8, "unlearn.barrier.reduced_dim": 4},
+    "fashion_classifier": {
+        "retrain.max_train_steps": 3,
+        "unlearn.max_train_steps": 3,
+        "retrain.evaluation.num_mia_samples": 50,
+        "unlearn.evaluation.num_mia_samples": 50,
+        "evaluate.evaluation.num_mia_samples": 50,
+    },
+    "fashion_ddpm": {
+        "unlearn.max_train_steps": 2,
+        "unlearn.evaluation.images_per_label": 1,
+        "unlearn.evaluation.sampling.num_inference_steps": 2,
+        "generate.images_per_label": 1,
+        "generate.sampling.num_inference_steps": 2,
+        "evaluate.evaluation.images_per_label": 2,
+        "evaluate.evaluation.sampling.num_inference_steps": 2,
+    },
+}
+SHORT["fashion_classifier_random"] = SHORT["fashion_classifier"]
+# what of a pipeline runs again for one changed setting of its evaluation
+AGAIN = {"sd": {"evaluate.evaluation.sampling.seed": 5}, "classifier": {"evaluate.seed": 5}, "ddpm": {}}
+
+
+def environment():
+    return {**os.environ, "PYTHONPATH": str(ROOT), "TRANSFORMERS_VERBOSITY": "error"}
+
+
+def run(name, output, **changes):
+    settings = {"track.report_to": "none", "output_dir": output, **SHORT[name], **changes}
+    words = [f"--{key}={value}" for key, value in settings.items()]
+    command = [
+        sys.executable,
+        "train_scripts/run_pipeline.py",
+        "--config",
+        f"train_scripts/configs/pipeline_{name}.yaml",
+    ]
+    done = subprocess.run([*command, *words], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ran = [line.split(":")[0] for line in done.stdout.splitlines() if "done in" in line]
+    return ran, json.loads((output / "results.json").read_text())
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", SHORT)
+def test_a_pipeline_from_end_to_end(name, tmp_path):
+    if "ddpm" in name and not (ROOT / "ddpm_ext/unlearn.py").is_file():
+        pytest.skip("no DDPM scripts")
+    content = yaml.safe_load((ROOT / f"train_scripts/configs/pipeline_{name}.yaml").read_text())
+    stages = content.get("stages") or ["unlearn", "generate", "evaluate"]
+    ran, results = run(name, tmp_path / "run")
+    assert ran == stages and "score" in results
+    again, same = run(name, tmp_path / "run")
+    assert again == [] and same == results
+    if changes := AGAIN[content["kind"]]:
+        expected = [stage for stage in stages if stage in ("generate", "evaluate")]
+        assert run(name, tmp_path / "run", **changes)[0] == expected
+
+
+@pytest.mark.timeout(1200)
+def test_four_trials_two_workers_one_killed(tmp_path):
+    """The acceptance of the sweep: four results and plots, although a worker dies."""
+    content = yaml.safe_load((ROOT / "train_scripts/sweeps/fashion_class.yaml").read_text())
+    settings = {"track.report_to": "none", "unlearn.cache_dir": tmp_path / "cache", **SHORT["fashion_class"]}
+    settings |= {"output_dir": tmp_path / "trials/{hash}", "evaluate.attacks": "[]"}
+    fixed = content["command"][: content["command"].index("--output_dir")]
+    content["command"] = [*fixed, *(f"--{key}={value}" for key, value in settings.items()), "${args}"]
+    content["parameters"]["unlearn.learning_rate"] = {"values": [1.0e-3, 3.0e-3]}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(content))
+    axes = "[evaluate.classes.unlearning_accuracy,evaluate.classes.retain_accuracy_drop]"
+    options = {
+        "sweep": tmp_path / "sweep.yaml",
+        "output_dir": tmp_path / "sweep",
+        "grace_seconds": 6,
+        "trade_off": axes,
+    }
+    command = [sys.executable, "train_scripts/sweep.py", *(f"--{key}={value}" for key, value in options.items())]
+    workers = [subprocess.Popen(command, cwd=ROOT, env=environment()) for _ in range(2)]
+    while len(list((tmp_path / "trials").glob("*/logs/unlearn.log"))) < 2:
+        time.sleep(0.5)
+    time.sleep(8)
+    workers[0].send_signal(signal.SIGKILL)
+    assert workers[1].wait() == 0
+    rows = (tmp_path / "sweep/results.csv").read_text().splitlines()[1:]
+    assert len(rows) == 4 and all(",," not in row.split("/")[0][:-2] for row in rows)
+    assert len(list((tmp_path / "trials").glob("*/results.json"))) == 4
+    assert (tmp_path / "sweep/trade_off.png").stat().st_size > 5_000

@@ -1,0 +1,28 @@
+"""Make the images that an evaluation judges, and nothing else; evaluate_sd.py then finds them.
+
+    python train_scripts/generate_sd.py --config train_scripts/configs/evaluate_fashion.yaml
+
+The settings are those of evaluate_sd.py. output_dir/images gets a folder for each protocol and pipeline; a run that
+was stopped goes on with the images that it has.
+"""
+
+from __future__ import annotations
+
+from barrier_diffusers.evaluation.protocols import make_protocols
+from barrier_diffusers.evaluation.settings import EvaluateConfig
+from barrier_diffusers.evaluation.subject import IMAGES_NAME, Subject, claim_evaluation_dir
+from barrier_diffusers.training import run_script
+
+
+def main(config: EvaluateConfig) -> None:
+    """Load -> check -> images of every protocol."""
+    if config.images_dir is not None:
+        raise ValueError("images_dir holds finished images: there is nothing to generate")
+    output = claim_evaluation_dir(config)
+    subject = Subject(config, output)
+    counts = [len(protocol.images().after) for protocol in make_protocols(config, subject)]
+    print(f"{sum(counts)} images after unlearning: {output / IMAGES_NAME}")
+
+
+if __name__ == "__main__":
+    run_script(main, EvaluateConfig)
