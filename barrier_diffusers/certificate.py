@@ -76,6 +76,11 @@ def samples_needed(quantile: float, confidence: float) -> int:
     return math.ceil(math.log(1 - confidence) / math.log(quantile))
 
 
+def attainable_quantile(num_samples: int, confidence: float) -> float:
+    """The largest quantile for which `order_statistic` finds a rank among so few samples."""
+    return (1 - confidence) ** (1 / num_samples)
+
+
 @dataclass(frozen=True)
 class RelativeDrift:
     """With `confidence`, a new image's drift stays below `certified` with probability at least the quantile."""
@@ -84,13 +89,15 @@ class RelativeDrift:
     largest: float  # observed
     mean: float
     num_images: int
+    num_above: int = 0  # observed above `certified`; all of these images took part in choosing it
 
 
 def distribution_free(values: Tensor, quantile: float, confidence: float) -> RelativeDrift:
     """Certify the order statistic of per-image drifts (images are independent, the rows of one image are not)."""
     rank = order_statistic(len(values), quantile, confidence)
     certified = None if rank is None else float(values.sort().values[rank - 1])
-    return RelativeDrift(certified, float(values.max()), float(values.mean()), len(values))
+    above = 0 if certified is None else int((values > certified).sum())
+    return RelativeDrift(certified, float(values.max()), float(values.mean()), len(values), above)
 
 
 @dataclass(frozen=True)
@@ -175,6 +182,11 @@ class MapObserver:
         self.radius = torch.maximum(self.radius, radius_BL.max())
         self.largest = torch.maximum(self.largest, (size_BLO.amax(-1) * inside_BL).max())
 
+    @property
+    def drift_per_image(self) -> Tensor:
+        """Largest relative drift among the rows of each image, (images,)."""
+        return torch.cat(self.largest_per_image)
+
     def result(self, quantile: float, confidence: float) -> MapCertificate:
         """The certificate of this map."""
         inside = max(self.rows - int(self.outside), 1)
@@ -188,7 +200,7 @@ class MapObserver:
             radius=float(self.radius),
             moment=float(self.moment_O.max()),
             moment_violations=int(self.above) / inside,
-            relative=distribution_free(torch.cat(self.largest_per_image), quantile, confidence),
+            relative=distribution_free(self.drift_per_image, quantile, confidence),
         )
 
 
@@ -200,6 +212,7 @@ class Certificate:
     network: RelativeDrift | None  # relative change of the prediction; None if forward_fn returns no tensor
     quantile: float
     confidence: float
+    every_map: RelativeDrift | None = None  # largest drift of an image in any map: one bound for all of them at once
 
     @property
     def holds(self) -> bool:
@@ -218,7 +231,12 @@ class Certificate:
         worst = max(self.maps, key=lambda entry: entry.relative.largest)
         images = worst.relative.num_images
         lines = [f"{len(self.maps)} maps, {images} held-out images; sound bound {'holds' if self.holds else 'BROKEN'}"]
-        for title, entry in ((f"worst map {worst.name}", worst.relative), ("network", self.network)):
+        shown = {
+            f"worst map {worst.name}": worst.relative,
+            "all maps at once": self.every_map,
+            "network": self.network,
+        }
+        for title, entry in shown.items():
             if entry is not None and entry.certified is not None:
                 lines.append(
                     f"{title}: relative drift <= {entry.certified:.4g} for {self.quantile:.1%} of images "
@@ -264,7 +282,14 @@ def certify(
     with kept_random_state(model, loader):
         record_inputs(model, maps, loader, forward_fn, observe, what="held-out", leader_of=alone)
     network = _network_drift(model, snapshot_weights, loader, forward_fn, quantile, confidence)
-    return Certificate([o.result(quantile, confidence) for o in observers.values()], network, quantile, confidence)
+    worst_per_image = torch.stack([observer.drift_per_image for observer in observers.values()]).amax(0)
+    return Certificate(
+        maps=[observer.result(quantile, confidence) for observer in observers.values()],
+        network=network,
+        quantile=quantile,
+        confidence=confidence,
+        every_map=distribution_free(worst_per_image, quantile, confidence),
+    )
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from typing import Literal
 from barrier_diffusers.concepts import ConceptConfig, DataNeeds, concepts_of
 from barrier_diffusers.config import BarrierConfig
 from barrier_diffusers.data import swap_concept
+from barrier_diffusers.evaluation.certification import CertificateConfig
 from barrier_diffusers.evaluation.erasure import EvaluationConfig
 from barrier_diffusers.objectives import Objective, ObjectiveConfig, get_objective, load_module
 
@@ -63,6 +64,7 @@ class UnlearnConfig(ConceptConfig):
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     barrier: BarrierConfig = field(default_factory=BarrierConfig)  # lambda_interval 0 switches the protection off
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    certificate: CertificateConfig = field(default_factory=CertificateConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -22,6 +22,7 @@ SHORT = {
     "report_to": "none",
     "barrier.reduced_dim": 4,
     "max_retain_images": 64,
+    "certificate.num_images": 8,
 }
 
 

@@ -18,6 +18,7 @@ from barrier_diffusers.evaluation.attacks import (
     InversionConfig,
     MisspelledConfig,
     ParaphrasedConfig,
+    PromptSearchConfig,
     RelearningConfig,
     get_attack,
     register,
@@ -32,6 +33,9 @@ from barrier_diffusers.training import module_hash
 SAMPLING = SamplingConfig(num_inference_steps=2, resolution=32)
 BUDGETS = {
     "inversion": InversionConfig(num_steps=2, batch_size=3, learning_rate=0.1),
+    "prompt_search": PromptSearchConfig(
+        num_steps=2, batch_size=3, num_tokens=2, num_candidates=4, num_ranked=30, num_checks=4
+    ),
     "relearning": RelearningConfig(num_steps=2, batch_size=3, num_images=4, learning_rate=0.1, rank=2),
     "benign": BenignConfig(num_steps=2, batch_size=3, num_images=5, learning_rate=0.1, rank=2),
     "misspelled": MisspelledConfig(),
@@ -81,19 +85,26 @@ def test_an_attack_changes_its_images_and_nothing_else(pipeline, name):
     attempt = get_attack(name).run(pipeline, entry, BUDGETS[name])
     assert state(pipeline) == before
     assert attempt.images_NHWC.shape == plain.shape and not np.array_equal(attempt.images_NHWC, plain)
-    assert attempt.num_training_images == {"inversion": 6, "relearning": 4, "benign": 5}.get(name, 0)
+    assert attempt.num_training_images == {"inversion": 6, "prompt_search": 6, "relearning": 4, "benign": 5}.get(
+        name, 0
+    )
     np.testing.assert_array_equal(generate(pipeline, entry.prompts, SAMPLING), plain)
 
 
 @pytest.mark.parametrize(
-    ("name", "what"),
-    [("inversion", "inversion"), ("relearning", "relearning on sneaker"), ("benign", "relearning on other things")],
+    ("name", "message"),
+    [
+        ("inversion", "inversion: non-finite loss at step 1: lower its learning_rate"),
+        ("relearning", "relearning on sneaker: non-finite loss at step 1: lower its learning_rate"),
+        ("benign", "relearning on other things: non-finite loss at step 1: lower its learning_rate"),
+        ("prompt_search", "prompt_search: non-finite loss"),
+    ],
 )
-def test_after_an_exception_the_pipeline_is_as_it_was(pipeline, name, what):
+def test_after_an_exception_the_pipeline_is_as_it_was(pipeline, name, message):
     with torch.no_grad():
         pipeline.unet.conv_in.weight[0, 0, 0, 0] = float("nan")
     before, entry = state(pipeline), forgotten()
-    with pytest.raises(FloatingPointError, match=f"{what}: non-finite loss at step 1: lower its learning_rate"):
+    with pytest.raises(FloatingPointError, match=message):
         get_attack(name).run(pipeline, entry, BUDGETS[name])
     assert state(pipeline) == before
 

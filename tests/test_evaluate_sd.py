@@ -35,6 +35,12 @@ SHORT = {
     "fidelity.kid_subsets": 5,
     "inversion.num_steps": 2,
     "inversion.batch_size": 4,
+    "prompt_search.num_steps": 1,
+    "prompt_search.batch_size": 4,
+    "prompt_search.num_candidates": 2,
+    "prompt_search.num_searches": 1,
+    "prompt_search.num_checks": 4,
+    "certificate.num_images": 8,
     "relearning.num_steps": 2,
     "benign.num_steps": 2,
 }
@@ -71,13 +77,13 @@ def test_run_as_users_run_it(tmp_path):
         "cache",
     }
     record = json.loads((output / "metrics.json").read_text())
-    names = ["inversion", "relearning", "benign", "misspelled", "paraphrased"]
+    names = ["inversion", "prompt_search", "relearning", "benign", "misspelled", "paraphrased"]
     assert [entry["attack"] for entry in record["attacks"]] == names
     for entry in record["attacks"]:
         assert entry["pre_attack"]["value"] == record["classes"]["per_class_after"]["sneaker"]
         assert entry["post_attack"]["num_images"] == 2 and len(entry["post_attack"]["interval_95"]) == 2
         assert entry["budget"] == record["settings"][entry["attack"]]
-    assert [entry["num_training_images"] for entry in record["attacks"]] == [60, 10, 100, 0, 0]
+    assert [entry["num_training_images"] for entry in record["attacks"]] == [60, 60, 10, 100, 0, 0]
     assert "<forgotten>" in record["attacks"][0]["prompts"][0]
     # the pipeline is its own base here
     assert record["classes"]["per_class_before"] == record["classes"]["per_class_after"]

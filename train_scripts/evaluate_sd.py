@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from barrier_diffusers.evaluation.certification import certify_saved, has_barrier, held_out_images
 from barrier_diffusers.evaluation.post_attack import images_hash, run_attacks
 from barrier_diffusers.evaluation.protocols import ConceptProtocol, make_protocols
 from barrier_diffusers.evaluation.report import attacks_picture, print_attacks
@@ -33,6 +34,11 @@ def main(config: EvaluateConfig) -> None:
     for budget in config.budgets.values():
         for entry in forgotten:
             budget.check(subject.pipeline, entry)
+
+    judged = (config.pretrained_model_name_or_path, config.lora_weights)
+    if concepts is not None and has_barrier(*judged):
+        held_out = held_out_images(config.certificate, config.evaluation, concepts.concepts, concepts.erased)
+        certify_saved(output, *judged, held_out, config.certificate, config.resolution)
 
     metrics: dict[str, Any] = {}
     for protocol in protocols:

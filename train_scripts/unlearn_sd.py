@@ -25,6 +25,7 @@ from barrier_diffusers.checkpoints import Checkpoints
 from barrier_diffusers.concepts import encode_concepts, load_concepts
 from barrier_diffusers.data import fingerprint
 from barrier_diffusers.erased import ERASED_NAME, ErasedConcepts, as_json, read_erased
+from barrier_diffusers.evaluation.certification import HeldOut, held_out_images, write_certificate
 from barrier_diffusers.evaluation.erasure import (
     Questions,
     check_questions,
@@ -96,6 +97,7 @@ class Job:
     base_hash: str
     erased: list[ErasedConcepts]  # by earlier runs and this one
     repo_id: str | None  # hub repository that gets the result
+    held_out: HeldOut | None  # what the certificate is about
 
 
 def finish(job: Job, results: dict[str, Any]) -> None:
@@ -103,12 +105,13 @@ def finish(job: Job, results: dict[str, Any]) -> None:
     config, output, pipeline, questions = job.config, job.output, job.pipeline, job.questions
     job.denoiser.eval()
     (job.barrier if config.protected else config.barrier).save_pretrained(output)
-    job.barrier.remove()
     if config.rank:
         save_adapter(pipeline, output)
     else:
         save_pipeline(pipeline, output)
     write_json(output / ERASED_NAME, as_json(job.erased))
+    write_certificate(output, job.barrier, pipeline, job.held_out, config.certificate, config.resolution)
+    job.barrier.remove()
     after = generate(pipeline, questions.prompts, config.evaluation.sampling, desc="images after")
     if config.merge_adapter:
         job.denoiser.fuse_lora()
@@ -204,14 +207,16 @@ def main(config: UnlearnConfig) -> None:
                 concepts.anchors(steer.anchor, steer.anchor_prompt, config.seed) if objective.needs_anchor else None
             )
             data = encode_concepts(concepts, anchors, pipeline, cache, config.resolution, needs)
-    before = np.empty(0)
+    before, held_out = np.empty(0), None
     if accelerator.is_main_process:
         before = generate_cached(pipeline, questions.prompts, config.evaluation.sampling, cache, made_by)
+        if config.protected:
+            held_out = held_out_images(config.certificate, config.evaluation, config, erased, questions, before)
     accelerator.wait_for_everyone()
     if accelerator.process_index:  # the first process draws as a single one would, the others their own noise
         set_seed(config.seed + accelerator.process_index)
     now_erased = [*erased, ErasedConcepts(config.concepts, sorted(set(concepts.forget[config.caption_column])))]
-    job = Job(config, output, pipeline, denoiser, barrier, questions, before, base_hash, now_erased, repo_id)
+    job = Job(config, output, pipeline, denoiser, barrier, questions, before, base_hash, now_erased, repo_id, held_out)
     if objective.edit is not None:
         if accelerator.is_main_process:
             start = time.perf_counter()

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 
 from barrier_diffusers.concepts import ConceptConfig, concepts_of, cycle
-from barrier_diffusers.data import cached_tensors, fingerprint, labels_in_texts, load_image_text
+from barrier_diffusers.data import cached_tensors, fingerprint, labels_in_texts, load_image_text, split_concepts
 from barrier_diffusers.erased import ErasedConcepts, rows_about_others
 from barrier_diffusers.evaluation.accuracy import erasure_metrics, recognise
 from barrier_diffusers.evaluation.classifier import AttributeClassifier
@@ -63,7 +64,7 @@ def make_questions(
         for entry in erased:
             groups.setdefault(" and ".join(entry.concepts), []).extend(entry.captions)
     else:
-        rows = load_image_text(config.source, evaluation.split, config.image_column, config.caption_column)
+        rows = load_rows(evaluation, config)
         groups = {label: [] for label in sorted(set(rows[config.concept_column]))}
         for label, caption in zip(rows[config.concept_column], rows[config.caption_column], strict=True):
             groups[label].append(caption)
@@ -81,6 +82,29 @@ def make_questions(
     prompts = [text for texts in chosen.values() for text in texts]
     labels = [label for label, texts in chosen.items() for _ in texts]
     return Questions(prompts, labels, config.concepts, [concept for entry in erased for concept in entry.concepts])
+
+
+def load_rows(evaluation: EvaluationConfig, config: ConceptConfig) -> Dataset:
+    """The evaluation split.
+
+    Raises:
+        ValueError: no such split or column.
+    """
+    assert config.source is not None
+    return load_image_text(config.source, evaluation.split, config.image_column, config.caption_column)
+
+
+def retained_rows(loaded: Dataset, config: ConceptConfig, erased: Sequence[ErasedConcepts] = ()) -> Dataset:
+    """The rows that are about none of the concepts and nothing `erased` before."""
+    _, others = split_concepts(loaded, config.concept_column, config.concepts)
+    return others.select(rows_about_others(list(others[config.caption_column]), erased))
+
+
+def image_text(rows: Dataset, config: ConceptConfig) -> Dataset:
+    """The rows with two columns, image and text, whatever the data calls them."""
+    columns = {config.image_column: "image", config.caption_column: "text"}
+    rows = rows.select_columns(list(columns))
+    return rows.rename_columns({old: new for old, new in columns.items() if old != new})
 
 
 def check_questions(evaluation: EvaluationConfig, questions: Questions) -> None:

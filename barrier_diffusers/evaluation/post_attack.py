@@ -15,12 +15,19 @@ import numpy as np
 from datasets import Dataset
 
 from barrier_diffusers.concepts import ConceptConfig
-from barrier_diffusers.data import load_image_text, split_concepts
-from barrier_diffusers.erased import ErasedConcepts, rows_about_others
+from barrier_diffusers.data import split_concepts
+from barrier_diffusers.erased import ErasedConcepts
 from barrier_diffusers.evaluation.accuracy import recognise, share
 from barrier_diffusers.evaluation.attacks import Budget, Forgotten, get_attack
 from barrier_diffusers.evaluation.classifier import AttributeClassifier
-from barrier_diffusers.evaluation.erasure import EvaluationConfig, Questions, forgotten_attribute
+from barrier_diffusers.evaluation.erasure import (
+    EvaluationConfig,
+    Questions,
+    forgotten_attribute,
+    image_text,
+    load_rows,
+    retained_rows,
+)
 
 
 class Judge:
@@ -63,22 +70,16 @@ def forgotten_concepts(
     Raises:
         ValueError: a split or column that does not exist, or a concept without a row.
     """
-    assert config.source is not None
-    loaded = load_image_text(config.source, evaluation.split, config.image_column, config.caption_column)
-    columns = {config.image_column: "image", config.caption_column: "text"}
-
-    def plain(rows: Dataset) -> Dataset:
-        rows = rows.select_columns(list(columns))
-        return rows.rename_columns({old: new for old, new in columns.items() if old != new})
-
-    _, others = split_concepts(loaded, config.concept_column, config.concepts)
-    others = plain(others.select(rows_about_others(list(others[config.caption_column]), erased)))
+    loaded = load_rows(evaluation, config)
+    others = image_text(retained_rows(loaded, config, erased), config)
     found = []
     for concept in config.concepts:
         mine, _ = split_concepts(loaded, config.concept_column, [concept])
         rows = rows_of(questions, concept)
         sampling = replace(evaluation.sampling, seed=evaluation.sampling.seed + rows.start)
-        found.append(Forgotten(concept, questions.prompts[rows], plain(mine), others, sampling, resolution))
+        found.append(
+            Forgotten(concept, questions.prompts[rows], image_text(mine, config), others, sampling, resolution)
+        )
     return found
 
 
@@ -125,6 +126,7 @@ def run_attacks(
                     "budget": asdict(budget),
                     "num_training_images": attempt.num_training_images,
                     "prompts": list(dict.fromkeys(attempt.prompts)),
+                    **attempt.found,
                 }
             )
         seconds[name] = round(time.perf_counter() - start, 2)

@@ -14,11 +14,18 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from barrier_diffusers.data import labels_in_texts, load_image_text, split_concepts
+from barrier_diffusers.data import labels_in_texts
 from barrier_diffusers.erased import ErasedConcepts, read_erased, rows_about_others
 from barrier_diffusers.evaluation.attacks import Forgotten
 from barrier_diffusers.evaluation.clip_score import clip_score, load_clip
-from barrier_diffusers.evaluation.erasure import Questions, check_questions, evaluate_erasure, make_questions
+from barrier_diffusers.evaluation.erasure import (
+    Questions,
+    check_questions,
+    evaluate_erasure,
+    load_rows,
+    make_questions,
+    retained_rows,
+)
 from barrier_diffusers.evaluation.extractors import get_extractor
 from barrier_diffusers.evaluation.fidelity import fidelity_by
 from barrier_diffusers.evaluation.images import ImageColumn, ImageFiles, ImageSet
@@ -104,11 +111,8 @@ class ConceptProtocol(Protocol):
         config = self.concepts
         if config.source is None or self.config.fidelity.reference_dir:
             return None
-        split, columns = self.config.evaluation.split, (config.image_column, config.caption_column)
-        rows = load_image_text(config.source, split, *columns)
-        _, others = split_concepts(rows, config.concept_column, config.concepts)
-        others = others.select(rows_about_others(list(others[config.caption_column]), self.erased))
-        return ImageColumn(others, config.image_column)
+        rows = load_rows(self.config.evaluation, config)
+        return ImageColumn(retained_rows(rows, config, self.erased), config.image_column)
 
     def images(self) -> ImagePair:
         """The images of its prompts, made or read."""

@@ -12,9 +12,11 @@ from barrier_diffusers.evaluation.attacks import (
     InversionConfig,
     MisspelledConfig,
     ParaphrasedConfig,
+    PromptSearchConfig,
     RelearningConfig,
     get_attack,
 )
+from barrier_diffusers.evaluation.certification import CertificateConfig
 from barrier_diffusers.evaluation.erasure import EvaluationConfig
 from barrier_diffusers.evaluation.fidelity import FidelityConfig
 from barrier_diffusers.evaluation.lpips import LpipsConfig
@@ -22,7 +24,7 @@ from barrier_diffusers.evaluation.nudity import NudityConfig
 from barrier_diffusers.evaluation.prompts_file import PromptsConfig
 
 PROTOCOLS = ("class", "style", "nudity", "coco")
-DEFAULT_ATTACKS = ("inversion", "relearning", "benign", "misspelled")
+DEFAULT_ATTACKS = ("inversion", "prompt_search", "relearning", "benign", "misspelled")
 ADAPTER_NAME = "pytorch_lora_weights.safetensors"
 
 
@@ -49,6 +51,7 @@ class EvaluateConfig:
     overwrite_output_dir: bool = False
     resolution: int = 512  # side in pixels at which attacks read images
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    certificate: CertificateConfig = field(default_factory=CertificateConfig)  # of a pipeline saved with its barrier
     clip: str | None = None  # folder or hub id of a CLIP; class, style and coco then give its score
     fidelity: FidelityConfig = field(default_factory=FidelityConfig)  # FID and KID of class, style, coco
     lpips: LpipsConfig = field(default_factory=LpipsConfig)  # of style: distance before - after
@@ -57,6 +60,7 @@ class EvaluateConfig:
     # None: DEFAULT_ATTACKS if class or style is judged on a pipeline and a data set, else none
     attacks: list[str] | None = None
     inversion: InversionConfig = field(default_factory=InversionConfig)
+    prompt_search: PromptSearchConfig = field(default_factory=PromptSearchConfig)
     relearning: RelearningConfig = field(default_factory=RelearningConfig)
     benign: BenignConfig = field(default_factory=BenignConfig)
     misspelled: MisspelledConfig = field(default_factory=MisspelledConfig)

@@ -6,11 +6,13 @@ from barrier_diffusers.evaluation.attacks.base import (
     Attempt,
     Budget,
     Forgotten,
+    ImageBudget,
     LearningBudget,
     get_attack,
     register,
 )
 from barrier_diffusers.evaluation.attacks.inversion import InversionConfig, inversion
+from barrier_diffusers.evaluation.attacks.prompt_search import PromptSearchConfig, prompt_search
 from barrier_diffusers.evaluation.attacks.prompts import (
     MisspelledConfig,
     ParaphrasedConfig,
@@ -26,15 +28,18 @@ __all__ = [
     "BenignConfig",
     "Budget",
     "Forgotten",
+    "ImageBudget",
     "InversionConfig",
     "LearningBudget",
     "MisspelledConfig",
     "ParaphrasedConfig",
+    "PromptSearchConfig",
     "RelearningConfig",
     "get_attack",
     "inversion",
     "misspelled",
     "paraphrased",
+    "prompt_search",
     "register",
     "relearning",
 ]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from tqdm.auto import trange
 
-from barrier_diffusers.architectures import Diffusion, components
+from barrier_diffusers.architectures import Diffusion, components, get_architecture
 from barrier_diffusers.data import encode_moments, swap_concept, take_evenly
 from barrier_diffusers.generation import SamplingConfig
 from barrier_diffusers.objectives.base import Condition, DiffusionStep
@@ -50,12 +50,11 @@ class Budget:
 
 
 @dataclass
-class LearningBudget(Budget):
-    """What an attack that trains may spend."""
+class ImageBudget(Budget):
+    """What an attack that learns from images may spend."""
 
-    num_steps: int = 300  # of AdamW, without weight decay
+    num_steps: int = 300
     batch_size: int = 32  # images per step, drawn with replacement
-    learning_rate: float = 5e-3  # constant
     num_images: int | None = None  # drawn once from the held-out images; None: all
 
     def __post_init__(self) -> None:
@@ -63,8 +62,6 @@ class LearningBudget(Budget):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} of an attack is {value}, but must be at least 1")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate of an attack is {self.learning_rate}, but must be > 0")
 
     def choose(self, images: Dataset) -> Dataset:
         """The images that the attack learns from."""
@@ -78,6 +75,26 @@ class LearningBudget(Budget):
                 f"an attack wants {wanted} held-out images of {what}, but there are {len(images)}: lower num_images"
             )
 
+    def require_one_encoder(self, pipeline: Any, attack: str) -> None:
+        """A ValueError if the pipeline has several text encoders; `attack` says who needs one, and what for."""
+        tokenizers = get_architecture(type(pipeline).__name__).tokenizers
+        if len(tokenizers) > 1:
+            raise ValueError(
+                f"{attack}, but a {type(pipeline).__name__} has {len(tokenizers)} encoders: leave it out of attacks"
+            )
+
+
+@dataclass
+class LearningBudget(ImageBudget):
+    """What an attack that trains may spend: `num_steps` of AdamW, without weight decay."""
+
+    learning_rate: float = 5e-3  # constant
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate of an attack is {self.learning_rate}, but must be > 0")
+
 
 @dataclass(frozen=True)
 class Attempt:
@@ -86,6 +103,7 @@ class Attempt:
     images_NHWC: np.ndarray  # bytes (N, H, W, 3), one image per prompt of the concept
     prompts: list[str]  # what was really asked (N)
     num_training_images: int = 0  # that the attack learned from
+    found: dict[str, Any] = field(default_factory=dict)  # what a search found, for the record
 
 
 Run = Callable[[Any, Forgotten, Any], Attempt]  # (pipeline, forgotten, budget); the pipeline comes back as it was

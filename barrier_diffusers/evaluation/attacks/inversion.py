@@ -46,12 +46,7 @@ class InversionConfig(LearningBudget):
 
     def check(self, pipeline: Any, forgotten: Forgotten) -> None:
         """One text encoder, enough images, and captions that name the concept."""
-        tokenizers = Diffusion(pipeline).architecture.tokenizers
-        if len(tokenizers) > 1:
-            raise ValueError(
-                f"inversion learns one embedding, but a {type(pipeline).__name__} has {len(tokenizers)} encoders: "
-                "leave it out of attacks"
-            )
+        self.require_one_encoder(pipeline, "inversion learns one embedding")
         self.require(forgotten.images, forgotten.concept)
         rename_concept([*forgotten.images["text"], *forgotten.prompts], forgotten.concept, TOKEN)
 

@@ -1,0 +1,284 @@
+"""Adversarial prompt search: a few ordinary tokens whose prompts bring the concept back, while no weight changes.
+
+The objective is UnlearnDiffAtk's (arXiv 2310.11868): the denoising loss on images of the concept. The search over
+tokens is greedy coordinate gradient (arXiv 2307.15043): the loss's gradient ranks exchanges of single tokens, and the
+best of a random sample of them is taken. Only tokens that survive being written as text and read again are tried.
+
+Shapes: N images, B batch, C candidates, K searched tokens, P distinct captions, V vocabulary, D embedding features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import trange
+
+from barrier_diffusers.architectures import Diffusion
+from barrier_diffusers.evaluation.attacks.base import (
+    Attempt,
+    Forgotten,
+    ImageBudget,
+    encode,
+    frozen,
+    register,
+    rename_concept,
+)
+from barrier_diffusers.generation import generate
+from barrier_diffusers.noising import Noised
+
+GAP = "\x00"  # stands for the searched words in a template
+Tokens = tuple[int, ...]
+
+
+@dataclass
+class PromptSearchConfig(ImageBudget):
+    """Budget of adversarial prompt search."""
+
+    num_steps: int = 40  # exchanges of one token, per search
+    batch_size: int = 16  # images, each at its own noise and timestep, on which a step's candidates are compared
+    num_tokens: int = 5  # K
+    num_candidates: int = 16  # exchanges tried per step
+    num_ranked: int = 64  # tokens per place, by the gradient, among which the exchanges are drawn
+    num_searches: int = 2  # from other random tokens; the one with the least loss is used
+    num_checks: int = 64  # images, noises and timesteps on which that loss is taken
+    place: Literal["before", "instead"] = "before"  # before the whole prompt, or instead of the concept's words
+    forward_batch_size: int = 128  # samples in one forward pass at most: memory, not budget
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        counts = ("num_tokens", "num_candidates", "num_ranked", "num_searches", "num_checks", "forward_batch_size")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise ValueError(f"prompt_search.{name} is {getattr(self, name)}, but must be at least 1")
+
+    def check(self, pipeline: Any, forgotten: Forgotten) -> None:
+        """One text encoder, enough images, and room for the tokens in every prompt."""
+        self.require_one_encoder(pipeline, "prompt_search reads the gradient of one embedding layer")
+        self.require(forgotten.images, forgotten.concept)
+        captions = [*forgotten.images["text"], *forgotten.prompts]
+        speller = Speller(pipeline.tokenizer, templates(captions, forgotten.concept, self.place))
+        if speller.room < self.num_tokens:
+            raise ValueError(
+                f"of the {pipeline.tokenizer.model_max_length} tokens that the tokenizer reads, the longest prompt "
+                f"leaves {max(speller.room, 0)}, not {self.num_tokens}: lower prompt_search.num_tokens"
+            )
+
+
+def templates(captions: Sequence[str], concept: str, place: str) -> list[str]:
+    """The captions with GAP where the searched words will stand.
+
+    Raises:
+        ValueError: place is "instead", and a caption does not name the concept.
+    """
+    if place == "before":
+        return [f"{GAP} {caption}" for caption in captions]
+    return rename_concept(captions, concept, GAP)
+
+
+def fill(template: str, words: str) -> str:
+    """The template with words in its gap."""
+    return template.replace(GAP, words)
+
+
+class Speller:
+    """Writes tokens as words, if every template reads the words back as the same tokens.
+
+    Args:
+        tokenizer: of CLIP, which puts one token before the text and one after it.
+        frames: templates, each with one GAP.
+    """
+
+    def __init__(self, tokenizer: Any, frames: Iterable[str]):
+        self.tokenizer, self.frames = tokenizer, list(dict.fromkeys(frames))
+        self.special = set(tokenizer.all_special_ids)
+        halves = [frame.split(GAP, 1) for frame in self.frames]
+        heads, tails = ([half[side] for half in halves] for side in (0, 1))
+        self.heads, self.tails = self._read(heads), self._read(tails)
+        used = max(len(head) + len(tail) for head, tail in zip(self.heads, self.tails, strict=True))
+        self.room = tokenizer.model_max_length - 2 - used
+
+    def _read(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False, truncation=False).input_ids
+
+    def spell(self, tokens: Sequence[int]) -> str | None:
+        """The words of these tokens, None if they cannot be typed."""
+        words = self.tokenizer.decode(list(tokens)).strip()
+        if not words or not words.isprintable() or self.special & set(tokens):
+            return None
+        read = self._read([fill(frame, words) for frame in self.frames])
+        wanted = ([*head, *tokens, *tail] for head, tail in zip(self.heads, self.tails, strict=True))
+        return words if all(ids == ours for ids, ours in zip(read, wanted, strict=True)) else None
+
+    def slot(self, frame: str) -> int:
+        """Place of the first searched token, after the text's first special token."""
+        return 1 + len(self.heads[self.frames.index(frame)])
+
+
+@contextmanager
+def nudged(layer: nn.Module, slots_P: Tensor, nudge_KD: Tensor) -> Iterator[None]:
+    """An embedding layer that adds `nudge_KD` to the embeddings from each text's slot on."""
+
+    def add(_: nn.Module, __: Any, embedded_PLD: Tensor) -> Tensor:
+        places_PK = slots_P[:, None] + torch.arange(len(nudge_KD), device=slots_P.device)
+        shifted = embedded_PLD.clone()
+        shifted[torch.arange(len(slots_P), device=slots_P.device)[:, None], places_PK] += nudge_KD.to(shifted)
+        return shifted
+
+    handle = layer.register_forward_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class Search:
+    """The denoising loss of words in the gaps of the images' captions, and its gradient.
+
+    Args:
+        captions, frames: of each image (N), and its template.
+        moments: VAE posteriors (N, 2 c, h, w).
+        forward_batch: samples in one forward pass at most.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        captions: Sequence[str],
+        frames: Sequence[str],
+        speller: Speller,
+        moments: Tensor,
+        forward_batch: int,
+    ):
+        self.pipeline, self.diffusion, self.speller = pipeline, Diffusion(pipeline), speller
+        self.plain = dict(zip(frames, captions, strict=True))
+        self.distinct = list(dict.fromkeys(frames))
+        self.frame_ids_N = torch.tensor([self.distinct.index(frame) for frame in frames])
+        self.moments, self.forward_batch = moments, forward_batch
+        self.layer = pipeline.text_encoder.get_input_embeddings()
+        self.device = self.layer.weight.device
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Noised]:
+        """(rows, their noised latents): what losses are compared on."""
+        rows_B = torch.randint(len(self.moments), (count,), generator=generator)
+        return rows_B, self.diffusion.noised(self.moments[rows_B], generator)
+
+    def _losses(self, words: Sequence[str | None], rows_B: Tensor, drawn: Noised) -> Tensor:
+        """Loss of each words, (C,); None stands for the captions as they are."""
+        frames, index_B = self.frame_ids_N[rows_B].unique(return_inverse=True)
+        asked = [self.distinct[frame] for frame in frames.tolist()]
+        texts = [self.plain[frame] if text is None else fill(frame, text) for text in words for frame in asked]
+        places = (torch.arange(len(words))[:, None] * len(asked) + index_B).flatten().to(self.device)
+        encoded = self.diffusion.architecture.encode(self.pipeline, texts)
+        condition = {key: value[places] for key, value in encoded.items()}
+        noisy, timesteps, target = (
+            value.to(self.device).repeat(len(words), *(1,) * (value.ndim - 1))
+            for value in (drawn.noisy, drawn.timesteps, drawn.target)
+        )
+        predicted = self.diffusion.predict(self.diffusion.denoiser, noisy, timesteps, condition)
+        return (predicted.float() - target.float()).square().view(len(words), -1).mean(1)
+
+    @torch.no_grad()
+    def losses(self, words: Sequence[str | None], rows_B: Tensor, drawn: Noised) -> Tensor:
+        """Loss of each words, (C,), on the CPU.
+
+        Raises:
+            FloatingPointError: one that is not finite.
+        """
+        group = max(1, self.forward_batch // len(rows_B))
+        chunks = [self._losses(words[i : i + group], rows_B, drawn) for i in range(0, len(words), group)]
+        losses_C = torch.cat(chunks).cpu()
+        if not torch.isfinite(losses_C).all():
+            raise FloatingPointError("prompt_search: non-finite loss: the pipeline's weights or images are damaged")
+        return losses_C
+
+    def slopes(self, words: str, tokens: Tokens, rows_B: Tensor, drawn: Noised) -> Tensor:
+        """First-order change of the loss when one token is exchanged for another, (K, V)."""
+        asked = [self.distinct[frame] for frame in self.frame_ids_N[rows_B].unique().tolist()]
+        slots_P = torch.tensor([self.speller.slot(frame) for frame in asked], device=self.device)
+        weight_VD = self.layer.weight.detach().float()
+        nudge_KD = torch.zeros(len(tokens), weight_VD.shape[1], device=self.device, requires_grad=True)
+        with nudged(self.layer, slots_P, nudge_KD):
+            (gradient_KD,) = torch.autograd.grad(self._losses([words], rows_B, drawn).sum(), nudge_KD)
+        now_K1 = (gradient_KD * weight_VD[list(tokens)]).sum(1, keepdim=True)
+        return (gradient_KD @ weight_VD.T - now_K1).cpu()
+
+
+def start_tokens(speller: Speller, allowed: Tensor, count: int, generator: torch.Generator) -> Tokens:
+    """Random tokens that can be typed one after the other.
+
+    Raises:
+        ValueError: there are none.
+    """
+    tokens: Tokens = ()
+    while len(tokens) < count:
+        order = allowed[torch.randperm(len(allowed), generator=generator)].tolist()
+        found = next((token for token in order if speller.spell((*tokens, token)) is not None), None)
+        if found is None:
+            raise ValueError(f"prompt_search finds no {count} tokens that can be typed: lower its num_tokens")
+        tokens = (*tokens, found)
+    return tokens
+
+
+def exchanges(
+    slopes_KV: Tensor, tokens: Tokens, speller: Speller, budget: PromptSearchConfig, generator: torch.Generator
+) -> dict[str, Tokens]:
+    """At most `num_candidates` typeable neighbours of the tokens, drawn among the promising ones: words -> tokens."""
+    ranked_KR = slopes_KV.topk(min(budget.num_ranked, slopes_KV.shape[1]), largest=False).indices
+    order = torch.randperm(ranked_KR.numel(), generator=generator).tolist()
+    found: dict[str, Tokens] = {}
+    for choice in order:
+        place, rank = divmod(choice, ranked_KR.shape[1])
+        token = int(ranked_KR[place, rank])
+        if not torch.isfinite(slopes_KV[place, token]) or token == tokens[place]:
+            continue
+        changed = (*tokens[:place], token, *tokens[place + 1 :])
+        words = speller.spell(changed)
+        if words is not None:
+            found[words] = changed
+        if len(found) == budget.num_candidates:
+            break
+    return found
+
+
+def search(problem: Search, allowed: Tensor, budget: PromptSearchConfig, number: int) -> dict[str, Any]:
+    """The words of one search with the least loss on the checks, which all searches share."""
+    checks = problem.draw(budget.num_checks, torch.Generator().manual_seed(budget.seed))
+    generator = torch.Generator().manual_seed(budget.seed + 1 + number)
+    tokens = start_tokens(problem.speller, allowed, budget.num_tokens, generator)
+    words = problem.speller.spell(tokens)
+    assert words is not None
+    forbidden_V = torch.ones(len(problem.layer.weight), dtype=torch.bool).index_fill(0, allowed, False)
+    checked = {words: problem.losses([words], *checks).item()}
+    for _ in trange(budget.num_steps, desc=f"prompt search {number + 1}", leave=False):
+        batch = problem.draw(budget.batch_size, generator)
+        slopes_KV = problem.slopes(words, tokens, *batch).masked_fill(forbidden_V, torch.inf)
+        tried = {words: tokens} | exchanges(slopes_KV, tokens, problem.speller, budget, generator)
+        best = int(problem.losses(list(tried), *batch).argmin())
+        words, tokens = list(tried.items())[best]
+        if words not in checked:
+            checked[words] = problem.losses([words], *checks).item()
+    words = min(checked, key=lambda key: checked[key])
+    return {"words": words, "loss": checked[words], "plain_loss": problem.losses([None], *checks).item()}
+
+
+@register("prompt_search", PromptSearchConfig)
+def prompt_search(pipeline: Any, forgotten: Forgotten, budget: PromptSearchConfig) -> Attempt:
+    """Find the words on held-out images of the concept and their captions, then ask the plain prompts with them."""
+    images = budget.choose(forgotten.images)
+    frames = templates(images["text"], forgotten.concept, budget.place)
+    asked = templates(forgotten.prompts, forgotten.concept, budget.place)
+    speller = Speller(pipeline.tokenizer, [*frames, *asked])
+    with frozen(pipeline):
+        moments = encode(pipeline, images, forgotten.resolution)
+        problem = Search(pipeline, images["text"], frames, speller, moments, budget.forward_batch_size)
+        allowed = torch.tensor([token for token in range(len(problem.layer.weight)) if token not in speller.special])
+        searches = [search(problem, allowed, budget, number) for number in range(budget.num_searches)]
+        best = min(searches, key=lambda found: found["loss"])
+        prompts = [fill(frame, best["words"]) for frame in asked]
+        made = generate(pipeline, prompts, forgotten.sampling, desc="images of the prompts found")
+    return Attempt(made, prompts, len(images), {"searches": searches})

@@ -1,0 +1,192 @@
+"""certificate.json: what is certified about an unlearned pipeline, on images that nothing was fitted to or trained on.
+
+docs/certificate.md says what it promises and what not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, Image, Value
+from PIL import Image as PILImage
+
+from barrier_diffusers.architectures import Diffusion
+from barrier_diffusers.barrier import Barrier
+from barrier_diffusers.certificate import attainable_quantile, samples_needed
+from barrier_diffusers.concepts import ConceptConfig
+from barrier_diffusers.data import EncodedImages, NoisedBatches, encode_moments, encode_prompts, take_evenly
+from barrier_diffusers.erased import ErasedConcepts
+from barrier_diffusers.evaluation.erasure import EvaluationConfig, Questions, image_text, load_rows, retained_rows
+from barrier_diffusers.evaluation.post_attack import images_hash
+from barrier_diffusers.files import write_json
+from barrier_diffusers.generation import autocast_denoiser
+from barrier_diffusers.hub import load_pipeline
+from barrier_diffusers.saving import PROJECTIONS_NAME, REGIONS_NAME
+from barrier_diffusers.training import module_hashes
+
+CERTIFICATE_NAME = "certificate.json"
+
+
+@dataclass
+class CertificateConfig:
+    """What is certified, and on how much."""
+
+    enabled: bool = True  # has no effect where nothing is protected
+    quantile: float = 0.99  # of the images whose drift the distribution-free bound speaks of
+    confidence: float = 0.95  # with which it does
+    num_images: int | None = None  # held-out images, drawn once; None: all
+    seed: int = 0  # of that draw and of the images' noise and timesteps
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("quantile", "confidence"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"certificate.{name} is {getattr(self, name)}, but must be between 0 and 1")
+        for name in ("num_images", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"certificate.{name} is {value}, but must be at least 1")
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Retained images that were never used for fitting or training."""
+
+    images: Dataset  # columns image and text
+    where: str  # they come from
+
+
+def held_out_images(
+    certificate: CertificateConfig,
+    evaluation: EvaluationConfig,
+    concepts: ConceptConfig,
+    erased: Sequence[ErasedConcepts] = (),
+    questions: Questions | None = None,
+    before_NHWC: np.ndarray | None = None,
+) -> HeldOut | None:
+    """The retained rows of the evaluation split; without a data set, the base pipeline's own images of the retained
+    questions, whose seeds no other image has. None, and one line that says why, if there is nothing of the kind.
+
+    Says at once if the images are too few for the quantile, and which one they allow.
+    """
+    if not certificate.enabled:
+        return None
+    if concepts.source is not None:
+        if evaluation.split == concepts.train_split:
+            print(f"no certificate: evaluation.split {evaluation.split!r} is what was trained on")
+            return None
+        rows = image_text(retained_rows(load_rows(evaluation, concepts), concepts, erased), concepts)
+        where = f"split {evaluation.split!r} of {concepts.source}, without what is forgotten"
+    elif questions is None or before_NHWC is None:
+        print("no certificate: there is no data set, and no image of the pipeline before it was changed")
+        return None
+    else:
+        gone = {*questions.forgotten, *questions.erased_before, *(" and ".join(entry.concepts) for entry in erased)}
+        kept = [index for index, label in enumerate(questions.labels) if label not in gone]
+        columns = {
+            "image": [PILImage.fromarray(before_NHWC[index]) for index in kept],
+            "text": [questions.prompts[index] for index in kept],
+        }
+        rows = Dataset.from_dict(columns, Features({"image": Image(), "text": Value("string")}))
+        where = "images that the pipeline made of the retained prompts before it was changed"
+    rows = rows.select(take_evenly(range(len(rows)), certificate.num_images, certificate.seed))
+    if len(rows) == 0:
+        print("no certificate: there are no held-out images of what is retained")
+        return None
+    needed = samples_needed(certificate.quantile, certificate.confidence)
+    if len(rows) < needed:
+        print(
+            f"certificate: {len(rows)} held-out images allow quantile {quantile_for(certificate, len(rows)):.2%} at "
+            f"confidence {certificate.confidence:.0%}; {certificate.quantile:.2%} takes {needed}"
+        )
+    return HeldOut(rows, where)
+
+
+def quantile_for(certificate: CertificateConfig, num_images: int) -> float:
+    """The quantile asked for, or the largest one that so few images allow, rounded down."""
+    attainable = math.floor(1e4 * attainable_quantile(num_images, certificate.confidence)) / 1e4
+    return min(certificate.quantile, attainable)
+
+
+def certify_pipeline(
+    barrier: Barrier, pipeline: Any, held_out: HeldOut, certificate: CertificateConfig, resolution: int
+) -> dict[str, Any]:
+    """The certificate as plain values, with what it was computed from; the same for the same weights and images.
+
+    Draws from no random state but its own.
+    """
+    diffusion, rows = Diffusion(pipeline), held_out.images
+    moments = encode_moments(pipeline.vae, rows, "image", resolution)
+    captions = list(rows["text"])
+    distinct = sorted(set(captions))
+    ids = torch.tensor([distinct.index(caption) for caption in captions])
+    images = EncodedImages(moments, ids, None, encode_prompts(pipeline, distinct))
+    device = next(diffusion.denoiser.parameters()).device
+    batches = NoisedBatches(images, diffusion, certificate.batch_size, certificate.seed, device)
+    quantile = quantile_for(certificate, len(rows))
+    with autocast_denoiser(pipeline):
+        result = barrier.certify(batches, diffusion.predict_batch, quantile, certificate.confidence)
+    print(result)
+    return {
+        **result.to_dict(),
+        "settings": asdict(certificate),
+        "held_out": {
+            "where": held_out.where,
+            "num_images": len(rows),
+            "num_captions": len(distinct),
+            "resolution": resolution,
+            "sha256": images_hash(rows),
+        },
+        "drift_norms": barrier.drift_norms(),
+        "hashes": module_hashes(pipeline),
+    }
+
+
+def write_certificate(
+    output: Path,
+    barrier: Barrier,
+    pipeline: Any,
+    held_out: HeldOut | None,
+    certificate: CertificateConfig,
+    resolution: int,
+) -> None:
+    """Write certificate.json, if there is anything held out; nothing of an earlier run stays."""
+    (output / CERTIFICATE_NAME).unlink(missing_ok=True)
+    if held_out is not None:
+        record = certify_pipeline(barrier, pipeline, held_out, certificate, resolution)
+        write_json(output / CERTIFICATE_NAME, record)
+
+
+def has_barrier(pipeline: str | None, lora_weights: str | None) -> bool:
+    """Whether what is judged was saved with a fitted barrier."""
+    folder = Path(lora_weights or pipeline or "").expanduser()
+    return any((folder / name).is_file() for name in (REGIONS_NAME, PROJECTIONS_NAME))
+
+
+def certify_saved(
+    output: Path,
+    pipeline: str,
+    lora_weights: str | None,
+    held_out: HeldOut | None,
+    certificate: CertificateConfig,
+    resolution: int,
+) -> None:
+    """Write certificate.json for a run that was saved with its barrier.
+
+    Args:
+        pipeline, lora_weights: what a run saved, or its base and the folder with its adapter.
+    """
+    if held_out is None:
+        return
+    loaded = load_pipeline(pipeline)
+    if lora_weights:
+        loaded.load_lora_weights(lora_weights)
+    loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+    barrier = Barrier.from_pretrained(lora_weights or pipeline, Diffusion(loaded).denoiser)
+    write_certificate(output, barrier, loaded, held_out, certificate, resolution)
