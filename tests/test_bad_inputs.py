@@ -1,4 +1,4 @@
-"""Fifty mistakes of users: each is one clear line, an exit status other than 0, before any work; nothing is touched."""
+"""Fifty mistakes of users: one clear line each, an exit status other than 0, before any work; nothing is touched."""
 
 import shutil
 import sys

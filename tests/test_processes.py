@@ -1,4 +1,4 @@
-"""Two processes (gloo, CPU) do what one does on the same global batch: regions, losses, weights; one of them writes."""
+"""Two processes (gloo, CPU) do what one does on the same global batch: regions, losses, weights; one writes."""
 
 import os
 import socket
