@@ -12,7 +12,7 @@ export TRANSFORMERS_VERBOSITY = error
 export DIFFUSERS_VERBOSITY = error
 
 .DEFAULT_GOAL := help
-.PHONY: help install unlearn evaluate test test-slow table embedded-model quality style clean
+.PHONY: help install unlearn evaluate test test-slow table embedded-model unlearn-ddpm ddpm-table embedded-ddpm quality style clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -51,6 +51,18 @@ embedded-model: $(READY) ## train everything in assets/ again (Debian package da
 	$(LAUNCH) train_scripts/train_classifier.py
 	$(LAUNCH) train_scripts/train_text_to_image.py
 	$(BIN)/python train_scripts/score_text_to_image.py
+
+unlearn-ddpm: $(READY) ## erase a label from the embedded DDPM
+	$(LAUNCH) -m ddpm_ext.unlearn --config ddpm_ext/configs/unlearn_fashion.yaml --overwrite_output_dir true
+
+ddpm-table: $(READY) ## all rows of ddpm_ext's table; finished rows are not run again
+	$(BIN)/python benchmarks/ddpm_table.py
+
+embedded-ddpm: $(READY) ## train assets/fashion_ddpm again and judge it (Debian package dataset-fashion-mnist needed)
+	test -d runs/fashion_mnist_labelled || $(BIN)/python train_scripts/prepare_fashion_mnist.py
+	$(LAUNCH) -m ddpm_ext.train --config ddpm_ext/configs/train_fashion.yaml --overwrite_output_dir true
+	rm -rf assets/fashion_ddpm/checkpoints assets/fashion_ddpm/logs
+	$(BIN)/python -m ddpm_ext.evaluate --config ddpm_ext/configs/evaluate_fashion.yaml --overwrite_output_dir true
 
 quality: $(READY) ## lint and types only
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Judge a class-conditional DDPM: what is recognised, per label, and how near its images are to real ones.
 
-    python ddpm_ext/evaluate.py --config ddpm_ext/configs/evaluate_fashion.yaml
+    python -m ddpm_ext.evaluate --config ddpm_ext/configs/evaluate_fashion.yaml
 
 With `concept` and `base_model` the pipeline is compared with the one it was before it forgot these labels.
 """

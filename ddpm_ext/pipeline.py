@@ -104,7 +104,7 @@ class ClassConditionalDDPMPipeline(DiffusionPipeline):
         self,
         labels: str | int | Sequence[str | int],
         num_inference_steps: int = 25,
-        guidance_scale: float = 2.0,
+        guidance_scale: float = 3.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -133,8 +133,10 @@ class ClassConditionalDDPMPipeline(DiffusionPipeline):
         x = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         x = x * self.scheduler.init_noise_sigma
-        drawn = "generator" in inspect.signature(self.scheduler.step).parameters
-        extra = {"generator": generator} if drawn else {}
+        # DDIM with clip_sample: the noise must follow the clipped x_0, or else guided images come out spoiled
+        wanted = {"generator": generator, "use_clipped_model_output": True}
+        known = inspect.signature(self.scheduler.step).parameters
+        extra = {name: value for name, value in wanted.items() if name in known}
         for timestep in self.progress_bar(self.scheduler.timesteps):
             scaled = self.scheduler.scale_model_input(x, timestep).to(dtype)
             inputs = torch.cat([scaled, scaled]) if guided else scaled

@@ -1,6 +1,6 @@
 """Sample labels of a class-conditional DDPM into a folder of PNG files.
 
-    python ddpm_ext/sample.py --pretrained_model_name_or_path assets/fashion_ddpm --labels '[sneaker, bag]' \\
+    python -m ddpm_ext.sample --pretrained_model_name_or_path assets/fashion_ddpm --labels '[sneaker, bag]' \\
         --output_dir runs/samples
 """
 
@@ -30,7 +30,7 @@ class SampleConfig:
     images_per_label: int = 8
     scheduler: Literal["own", "ddim", "ddpm"] = "own"  # own: the pipeline's; the noise schedule is its own in any case
     overwrite_output_dir: bool = False
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(25, 2.0))
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(25, 3.0))
 
     def __post_init__(self) -> None:
         require_positive(self, ("images_per_label",))

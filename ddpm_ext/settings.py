@@ -129,7 +129,7 @@ class EvaluationConfig:
     images_per_retained_label: int | None = None  # of every other label; None: as many
     split: str | None = "test"  # real images that FID, precision and recall compare with; null: not compared
     neighbours: int = 3  # of precision and recall
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(25, 2.0))
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(25, 3.0))
 
     def __post_init__(self) -> None:
         require_positive(self, ("images_per_label", "images_per_retained_label", "neighbours"))

@@ -1,6 +1,6 @@
 """Train a class-conditional DDPM with label dropout, so that it can be guided.
 
-    accelerate launch ddpm_ext/train.py --config ddpm_ext/configs/train_fashion.yaml
+    accelerate launch -m ddpm_ext.train --config ddpm_ext/configs/train_fashion.yaml
 
 Any field of `TrainConfig` is a dotted flag. output_dir becomes a pipeline folder (pipeline.py) with manifest.json and
 the loss curve beside it. `--exclude_labels '[sneaker]'` trains the model that never saw a label: the yardstick of
@@ -129,8 +129,7 @@ def main(config: TrainConfig) -> None:
     if accelerator.device.type == "cpu" and config.mixed_precision == "bf16":
         plain_attention(unet)
     noising = DDPMScheduler(num_train_timesteps=config.num_train_timesteps)
-    # clipping x_0 and not the noise with it, as diffusers' DDIM does by default, spoils guided images
-    sampler = DDIMScheduler.from_config(noising.config, timestep_spacing="trailing", clip_sample=False)
+    sampler = DDIMScheduler.from_config(noising.config, timestep_spacing="trailing")
     pipeline = ClassConditionalDDPMPipeline(unet, sampler, rows.names, config.unet.patch_size)
     if accelerator.process_index:
         set_seed(config.seed + accelerator.process_index)

@@ -1,6 +1,6 @@
 """Make a class-conditional DDPM forget labels while BARRIER protects the rest.
 
-    accelerate launch ddpm_ext/unlearn.py --config ddpm_ext/configs/unlearn_fashion.yaml
+    accelerate launch -m ddpm_ext.unlearn --config ddpm_ext/configs/unlearn_fashion.yaml
 
 Any field of `UnlearnConfig` is a dotted flag (`--barrier.lambda_interval 1`). output_dir becomes the unlearned
 pipeline, with metrics.json, manifest.json and the pictures beside it.

@@ -1,0 +1,124 @@
+"""The DDPM table: one run of ddpm_ext/unlearn.py per row; rows that are finished are not run again.
+
+    python benchmarks/ddpm_table.py                       # all rows, into docs/tables as they finish
+    python benchmarks/ddpm_table.py --labels '[sneaker]'
+
+A row counts as finished if docs/tables/ddpm.json holds it with the same flags, configuration file and base weights;
+`--again true` runs every row anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import shutil
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from ddpm_rows import LABELS, ddpm
+from erasure_table import as_flag, markdown, write
+from rows import Row
+from tqdm.auto import tqdm
+
+from barrier_diffusers.training import parse_config, run_script
+from ddpm_ext.settings import UnlearnConfig
+from ddpm_ext.unlearn import main
+
+CONFIG = Path("ddpm_ext/configs/unlearn_fashion.yaml")
+WEIGHTS = Path("assets/fashion_ddpm/unet/diffusion_pytorch_model.safetensors")
+NAME = "ddpm"
+KEPT = ("unlearning_accuracy", "retain_accuracy_before", "retain_accuracy_after")  # their counts and intervals stay
+
+
+@dataclass
+class TableConfig:
+    """Which rows, where."""
+
+    labels: list[str] = field(default_factory=lambda: list(LABELS))
+    docs: str = "docs/tables"  # Markdown and JSON
+    page: str = "ddpm_ext/README.md"  # gets the table between its marks
+    output_dir: str = "runs/ddpm_table"  # logs, caches and the runs
+    workers: int = 2  # rows run at once, each with its share of the cores
+    again: bool = False  # run finished rows, too
+
+    def __post_init__(self) -> None:
+        for label in self.labels:
+            if label not in LABELS:
+                raise ValueError(f"unknown label {label!r} in labels; known are {', '.join(LABELS)}")
+
+
+def base_hash() -> str:
+    """Of the configuration file and the base weights, which every row depends on."""
+    return hashlib.sha256(CONFIG.read_bytes() + WEIGHTS.read_bytes()).hexdigest()[:16]
+
+
+def numbers_of(metrics: dict[str, Any]) -> dict[str, Any]:
+    """What the table and its JSON file keep of a run's metrics, in one level."""
+    kept = {key: value for key, value in metrics.items() if not isinstance(value, dict)}
+    after = metrics["retained_after"]
+    kept |= {key: value for key, value in after.items() if key != "details"}
+    kept |= {f"{key}_before": value for key, value in metrics["retained_before"].items() if key != "details"}
+    intervals = {key: metrics["details"][key] for key in KEPT}
+    per_label = {key: value for key, value in metrics.items() if key.startswith("per_class")}
+    facts = {key: metrics[key] for key in ("drift", "seeds", "sampling", "judge")}
+    return {**kept, **per_label, **facts, "intervals": intervals, "fidelity": after["details"]}
+
+
+def run_row(row: Row, output_dir: str, threads: int) -> dict[str, Any]:
+    """The numbers of one row; what it prints goes into a log file."""
+    torch.set_num_threads(threads)
+    AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps the last run's precision
+    folder, log = Path(output_dir) / row.name, Path(output_dir) / "logs" / f"{row.name}.log"
+    flags = {**row.flags, "output_dir": folder, "cache_dir": Path(output_dir) / "cache", "report_to": "none"}
+    flags |= {"overwrite_output_dir": True}
+    words = ["--config", str(CONFIG), *(word for name, value in flags.items() for word in as_flag(name, value))]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file:
+        sys.stdout = sys.stderr = file
+        try:
+            main(parse_config(UnlearnConfig, words))
+        finally:
+            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+    for part in ("unet", "scheduler"):  # the table needs the numbers and the pictures only
+        shutil.rmtree(folder / part, ignore_errors=True)
+    return numbers_of(json.loads((folder / "metrics.json").read_text()))
+
+
+def build(config: TableConfig) -> None:
+    """Run what is missing, write the table as its rows finish, print it."""
+    threads = max(1, torch.get_num_threads() // config.workers)
+    docs, page, table, base = Path(config.docs), Path(config.page), ddpm(), base_hash()
+    path, every = docs / f"{NAME}.json", {row.name: row for chain in table.chains for row in chain}
+    known = json.loads(path.read_text()) if path.is_file() else []
+    done = {
+        entry["name"]: entry
+        for entry in known
+        if entry["name"] in every and (entry["flags"], entry["config"]) == (every[entry["name"]].flags, base)
+    }
+    wanted = [row for row in every.values() if row.cells["label"] in config.labels]
+    missing = [row for row in wanted if config.again or row.name not in done]
+    failed = []
+    with ProcessPoolExecutor(config.workers, multiprocessing.get_context("spawn")) as pool:
+        jobs = {pool.submit(run_row, row, config.output_dir, threads): row for row in missing}
+        for job in tqdm(as_completed(jobs), total=len(jobs), desc="rows"):
+            row = jobs[job]
+            if job.exception() is not None:  # the other rows go on, and theirs are kept
+                failed.append(f"{row.name}: {job.exception()}")
+                continue
+            done[row.name] = {"name": row.name, "config": base, "cells": row.cells, "flags": row.flags}
+            done[row.name]["metrics"] = job.result()
+            write(NAME, table, done, docs, page)
+    if done:
+        print(markdown(table, done))
+    if failed:
+        raise ValueError("rows failed, the others are written; " + "; ".join(failed))
+
+
+if __name__ == "__main__":
+    run_script(build, TableConfig)
