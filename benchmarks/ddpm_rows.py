@@ -12,16 +12,23 @@ from rows import Row, Table
 
 LABELS = ("sneaker", "dress", "bag")
 TUNED_ON = "sneaker"
-FEW = {"max_forget_images": 160, "max_retain_images": 180, "objective.num_inference_steps": 10}  # sampled, not read
-
-PENALTY: dict[str, Any] = {"barrier.constraint": "penalty", "barrier.use_actual_bounds": True}
+SHORT = {"train_batch_size": 32, "max_train_steps": 60}
+SHORT |= {"evaluation.images_per_label": 60, "evaluation.images_per_retained_label": 30}
+PENALTY = {"barrier.constraint": "penalty", "barrier.use_actual_bounds": True, "barrier.lambda_interval": 0.05}
 PROTECTIONS: dict[str, dict[str, Any]] = {
-    "none": {"barrier.constraint": "penalty", "barrier.lambda_interval": 0.0},
-    "penalty": PENALTY,
-    "projection": {},
+    "none": {"barrier.constraint": "penalty", "barrier.lambda_interval": 0.0, "learning_rate": 1e-4},
+    "penalty": {**PENALTY, "learning_rate": 1e-4},
+    "projection": {"barrier.constraint": "projection"},
 }
-# objective -> flags of all its rows, and of its rows with each protection
-OBJECTIVES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {}
+# esd samples its own x_t with the model, for the statistics as well: fewer rows
+OWN = {"max_forget_images": 160, "max_retain_images": 180, "objective.num_inference_steps": 10}
+# objective -> flags of all its rows, and of its rows with the projection
+OBJECTIVES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "rl": ({}, {"learning_rate": 2e-3, "max_train_steps": 120}),
+    "ga": ({}, {"learning_rate": 5e-3}),
+    "kl": ({}, {"learning_rate": 1e-2}),
+    "esd": (OWN, {"learning_rate": 2e-3, "max_train_steps": 120}),
+}
 
 METRICS = {
     "UA": "unlearning_accuracy",
@@ -41,9 +48,11 @@ METRICS = {
 def row(label: str, objective: str, protection: str) -> Row:
     """One label with one objective; protection is "none", "penalty", "projection" or "SalUn mask 0.5"."""
     masked = protection.startswith("SalUn")
-    common, by_protection = OBJECTIVES[objective]
+    common, projected = OBJECTIVES[objective]
     kind = "none" if masked else protection
-    flags = {"concept": label, "objective.name": objective, **common, **PROTECTIONS[kind], **by_protection[kind]}
+    flags = {**SHORT, "concept": label, "objective.name": objective, **common, **PROTECTIONS[kind]}
+    if kind == "projection":
+        flags |= projected
     if masked:
         flags["saliency_mask"] = 0.5
     return Row({"label": label, "objective": objective, "protection": protection}, flags)

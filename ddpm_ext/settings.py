@@ -28,7 +28,7 @@ class LabelledDataConfig:
     """A data set of labelled images; from a folder or the hub."""
 
     train_data_dir: str | None = None  # folder readable by `datasets`: parquet, Arrow or an image folder
-    dataset_name: str | None = None  # or a hub name, e.g. cifar10 or tanganke/stl10
+    dataset_name: str | None = None  # or a hub name, e.g. uoft-cs/cifar10
     split: str = "train"
     image_column: str = "image"
     label_column: str = "label"

@@ -1,0 +1,52 @@
+"""The DDPM table: rows that parse, and a runner that keeps finished rows."""
+
+import json
+from pathlib import Path
+
+import ddpm_table
+import pytest
+from ddpm_rows import LABELS, METRICS, OBJECTIVES, PROTECTIONS, ddpm
+from erasure_table import as_flag, markdown
+from rows import Row, Table
+
+from barrier_diffusers.training import parse_config
+from ddpm_ext.settings import UnlearnConfig, chosen_objective
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def in_repository(monkeypatch):
+    """Relative paths of the configuration start at the repository."""
+    monkeypatch.chdir(ROOT)
+
+
+def test_every_row_is_a_valid_run_with_a_name_of_its_own():
+    rows = [row for chain in ddpm().chains for row in chain]
+    assert len({row.name for row in rows}) == len(rows) == len(LABELS) * (len(OBJECTIVES) * len(PROTECTIONS) + 1)
+    for row in rows:
+        assert json.loads(json.dumps(row.flags)) == row.flags  # else the row would never count as finished
+        words = [word for key, value in row.flags.items() for word in as_flag(key, value)]
+        config = parse_config(UnlearnConfig, ["--config", str(ddpm_table.CONFIG), *words])
+        chosen_objective(config)
+        assert config.protected == (row.cells["protection"] in ("penalty", "projection"))
+
+
+def test_a_row_runs_and_is_not_run_again(tmp_path, monkeypatch, capsys):
+    tiny = {"concept": "bag", "train_batch_size": 4, "max_train_steps": 1, "max_forget_images": 8}
+    tiny |= {"max_retain_images": 18, "evaluation.images_per_label": 2, "evaluation.sampling.num_inference_steps": 2}
+    row = Row({"label": "bag", "objective": "rl"}, tiny)
+    monkeypatch.setattr(ddpm_table, "ddpm", lambda: Table([[row]], METRICS))
+    folders = {"docs": str(tmp_path / "docs"), "output_dir": str(tmp_path / "runs"), "page": str(tmp_path / "page.md")}
+    (tmp_path / "page.md").write_text("<!-- table ddpm -->\n<!-- end of table ddpm -->\n")
+    config = ddpm_table.TableConfig(labels=["bag"], workers=1, **folders)
+    ddpm_table.build(config)
+    (entry,) = json.loads((tmp_path / "docs/ddpm.json").read_text())
+    assert set(METRICS.values()) <= set(entry["metrics"])
+    assert entry["metrics"]["fidelity"]["num_reference_images"] == 9 * 400
+    assert not (tmp_path / "runs" / row.name / "unet").exists()
+    assert markdown(Table([[row]], METRICS), {row.name: entry}) in (tmp_path / "page.md").read_text()
+    monkeypatch.setattr(ddpm_table, "run_row", None)
+    ddpm_table.build(config)
+    with pytest.raises(ValueError, match="unknown label 'shoe'"):
+        ddpm_table.TableConfig(labels=["shoe"])
