@@ -1,5 +1,6 @@
 """Files of others run no code, names from data are no paths, tokens are written nowhere."""
 
+import ast
 import json
 import os
 import pickle
@@ -100,11 +101,15 @@ def test_a_pickled_judge_is_refused(tmp_path):
 
 def test_the_code_asks_for_no_code():
     """No pickle is read by hand, and no repository's code is trusted."""
-    for folder in ("barrier_diffusers", "train_scripts", "benchmarks"):
+    for folder in ("barrier_diffusers", "classification_ext", "ddpm_ext", "train_scripts", "benchmarks"):
         for path in (ROOT / folder).rglob("*.py"):
             source = path.read_text()
-            for word in ("trust_remote_code", "torch.load(", "pickle.load", "allow_pickle", "weights_only=False)"):
+            for word in ("trust_remote_code=True", "pickle.load", "allow_pickle", "weights_only=False)"):
                 assert word not in source, (path, word)
+            for node in ast.walk(ast.parse(source)):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                    given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                    assert given.get("weights_only") == "True", (path, node.lineno)
 
 
 def entries(folder):
