@@ -23,7 +23,7 @@ from classification_ext.settings import EvaluateConfig, EvaluationConfig
 ALL = {"trained_weights": "all", "barrier.lambda_interval": 0, "method.alpha": 0.0}
 CASES = {  # method -> what a run needs beyond the others' settings
     "rl": {},
-    "ga": {"method.alpha": 0.5, "learning_rate": 0.05},
+    "ga": {"method.alpha": 0.5, "learning_rate": 0.1, "max_grad_norm": 1.0},
     "ft": {**ALL},
     "l1_sparse": {**ALL, "learning_rate": 0.01},
     "boundary_shrink": {**ALL, "method.alpha": 1.0, "learning_rate": 0.01},
