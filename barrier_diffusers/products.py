@@ -31,30 +31,46 @@ class Products(NamedTuple):
 class Frame:
     """Mean, basis and residual covariance of a region, as the products take them; on the region's device."""
 
-    axes_DS: Tensor  # the mean, then the basis
-    residual_DD: Tensor | None  # C_res itself; None where there is none, or a factor
-    factor_DL: Tensor | None = None  # F with F F^T = C_res, where few columns are enough
+    axes_DS: Tensor  # the mean, the basis, and the columns of F with F F^T = C_res where few of them are enough
+    residual_DD: Tensor | None  # C_res itself; None where there is none, or F
+    num_directions: int  # K
 
     @classmethod
     def of(cls, region: ForgetRegion) -> Frame:
         """The frame of a region. It shares the residual's memory, or replaces it by a thin factor."""
-        axes_DS = torch.cat([region.mean[:, None], region.basis], dim=1)
-        if region.residual is None:
-            return cls(axes_DS, None)
-        factor_DL = thin_factor(region.residual, len(region.mean) // THIN)
-        return cls(axes_DS, region.residual if factor_DL is None else None, factor_DL)
+        axes, residual_DD, directions = [region.mean[:, None], region.basis], region.residual, region.basis.shape[1]
+        if residual_DD is not None:
+            factor_DL = thin_factor(residual_DD, len(region.mean) // THIN)
+            if factor_DL is not None:
+                axes.append(factor_DL)
+                residual_DD = None
+        return cls(torch.cat(axes, dim=1), residual_DD, directions)
+
+    @property
+    def has_factor(self) -> bool:
+        """Whether the axes hold F; it may have no column, where C_res is zero."""
+        return self.axes_DS.shape[1] > 1 + self.num_directions
 
     def of_moved(self, region: ForgetRegion) -> Frame:
         """The same frame where the region is now."""
-        device = region.mean.device
-        factor_DL = None if self.factor_DL is None else self.factor_DL.to(device)
-        return Frame(self.axes_DS.to(device), region.residual if factor_DL is None else None, factor_DL)
+        residual_DD = None if self.residual_DD is None else region.residual
+        return Frame(self.axes_DS.to(region.mean.device), residual_DD, self.num_directions)
 
-    def times_residual(self, x_ND: Tensor) -> Tensor | None:
-        """x C_res, (N, D); None without a residual."""
-        if self.factor_DL is not None:
-            return (x_ND @ self.factor_DL) @ self.factor_DL.T
-        return None if self.residual_DD is None else x_ND @ self.residual_DD
+    def read(self, along_OS: Tensor, energy_O: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """dW axes in its parts (views); the energy is that along F where it was not computed from C_res."""
+        end = 1 + self.num_directions
+        if self.has_factor:
+            energy_O = along_OS[:, end:].square().sum(1)
+        return along_OS[:, 0], along_OS[:, 1:end], energy_O
+
+    def read_backward(self, along_OS: Tensor, mean_O: Tensor, drift_OK: Tensor, energy_O: Tensor | None) -> Tensor:
+        """The gradient of dW axes from those of its parts."""
+        end = 1 + self.num_directions
+        gradient_OS = torch.empty_like(along_OS)
+        gradient_OS[:, 0], gradient_OS[:, 1:end] = mean_O, drift_OK
+        if self.has_factor and energy_O is not None:
+            torch.mul(along_OS[:, end:], 2 * energy_O[:, None], out=gradient_OS[:, end:])
+        return gradient_OS
 
 
 def thin_factor(covariance_DD: Tensor, most: int) -> Tensor | None:
@@ -81,53 +97,57 @@ def thin_factor(covariance_DD: Tensor, most: int) -> Tensor | None:
 
 
 class _FullProducts(torch.autograd.Function):
-    """dW [mean | basis] and diag(dW C dW^T) for symmetric C; one matrix product backwards, as dW C is kept."""
+    """The products of dW; for symmetric C_res one matrix product backwards, as dW C_res is kept."""
 
     @staticmethod
-    def forward(ctx: Any, delta_OD: Tensor, frame: Frame) -> tuple[Tensor, Tensor | None]:
-        product_OD = frame.times_residual(delta_OD)
+    def forward(ctx: Any, delta_OD: Tensor, frame: Frame) -> tuple[Tensor, Tensor, Tensor | None]:
+        along_OS, product_OD, energy_O = delta_OD @ frame.axes_DS, None, None
+        if frame.residual_DD is not None:
+            product_OD = delta_OD @ frame.residual_DD
+            energy_O = (product_OD * delta_OD).sum(1)
         ctx.frame = frame
-        ctx.save_for_backward(product_OD)
-        energy_O = None if product_OD is None else (product_OD * delta_OD).sum(1)
-        return delta_OD @ frame.axes_DS, energy_O
+        ctx.save_for_backward(along_OS, product_OD)
+        return frame.read(along_OS, energy_O)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
-        (product_OD,) = ctx.saved_tensors
-        along_OS, energy_O = gradients
+        along_OS, product_OD = ctx.saved_tensors
         with torch.autocast(along_OS.device.type, enabled=False):  # should backward() be called under one
-            gradient_OD = along_OS @ ctx.frame.axes_DS.T
+            gradient_OD = ctx.frame.read_backward(along_OS, *gradients) @ ctx.frame.axes_DS.T
             if product_OD is not None:
-                gradient_OD.addcmul_(product_OD, energy_O[:, None], value=2)
+                gradient_OD.addcmul_(product_OD, gradients[2][:, None], value=2)
         return gradient_OD, None
 
 
 class _LoraProducts(torch.autograd.Function):
-    """The same for M maps with dW = B A; A C is kept, of size R x D."""
+    """The same for M maps with dW = B A; A C_res is kept, of size R x D."""
 
     @staticmethod
-    def forward(ctx: Any, lora_A_MRD: Tensor, lora_B_MOR: Tensor, frame: Frame) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        ctx: Any, lora_A_MRD: Tensor, lora_B_MOR: Tensor, frame: Frame
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         maps, rank, features = lora_A_MRD.shape
-        flat_A = lora_A_MRD.reshape(maps * rank, features)
+        flat_A = lora_A_MRD.view(maps * rank, features)
         axes_MRS = (flat_A @ frame.axes_DS).view(maps, rank, -1)
-        product, spread_MOR, energy = frame.times_residual(flat_A), None, None
-        if product is not None:
-            product = product.view(maps, rank, features)
-            spread_MOR = lora_B_MOR @ (product @ lora_A_MRD.mT)
-            energy = (spread_MOR * lora_B_MOR).sum(2).flatten()
+        along_OS = (lora_B_MOR @ axes_MRS).flatten(0, 1)
+        product_MRD, spread_MOR, energy_O = None, None, None
+        if frame.residual_DD is not None:
+            product_MRD = (flat_A @ frame.residual_DD).view(maps, rank, features)
+            spread_MOR = lora_B_MOR @ (product_MRD @ lora_A_MRD.mT)
+            energy_O = (spread_MOR * lora_B_MOR).sum(2).flatten()
         ctx.frame = frame
-        ctx.save_for_backward(lora_B_MOR, axes_MRS, product, spread_MOR)
-        return (lora_B_MOR @ axes_MRS).flatten(0, 1), energy
+        ctx.save_for_backward(lora_B_MOR, along_OS, axes_MRS, product_MRD, spread_MOR)
+        return frame.read(along_OS, energy_O)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, Tensor, None]:
-        lora_B_MOR, axes_MRS, product_MRD, spread_MOR = ctx.saved_tensors
-        along_MOS = gradients[0].view(len(lora_B_MOR), -1, axes_MRS.shape[2])
-        with torch.autocast(along_MOS.device.type, enabled=False):
+        lora_B_MOR, along_OS, axes_MRS, product_MRD, spread_MOR = ctx.saved_tensors
+        with torch.autocast(along_OS.device.type, enabled=False):
+            along_MOS = ctx.frame.read_backward(along_OS, *gradients).view(len(lora_B_MOR), -1, along_OS.shape[1])
             gradient_B = along_MOS @ axes_MRS.mT
             gradient_A = (lora_B_MOR.mT @ along_MOS) @ ctx.frame.axes_DS.T
             if product_MRD is not None:
-                energy_MO1 = gradients[1].view(len(lora_B_MOR), -1, 1)
+                energy_MO1 = gradients[2].view(len(lora_B_MOR), -1, 1)
                 gradient_B.addcmul_(spread_MOR, energy_MO1, value=2)
                 gradient_A.baddbmm_((lora_B_MOR * energy_MO1).mT @ lora_B_MOR, product_MRD, alpha=2)
         return gradient_A, gradient_B, None
@@ -135,11 +155,9 @@ class _LoraProducts(torch.autograd.Function):
 
 def full_products(delta_OD: Tensor, frame: Frame) -> Products:
     """The products of dW, (O, D) float32."""
-    along_OS, energy_O = _FullProducts.apply(delta_OD, frame)
-    return Products(along_OS[:, 0], along_OS[:, 1:], energy_O)
+    return Products(*_FullProducts.apply(delta_OD, frame))
 
 
 def lora_products(lora_A_MRD: Tensor, lora_B_MOR: Tensor, frame: Frame) -> Products:
     """The products of M maps with dW = B A, the scaling in B; their outputs one after the other, M * O in all."""
-    along_OS, energy_O = _LoraProducts.apply(lora_A_MRD, lora_B_MOR, frame)
-    return Products(along_OS[:, 0], along_OS[:, 1:], energy_O)
+    return Products(*_LoraProducts.apply(lora_A_MRD, lora_B_MOR, frame))

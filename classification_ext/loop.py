@@ -29,7 +29,7 @@ def open_run(config: LoopConfig) -> tuple[Accelerator, Path]:
         ),
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=config.output_dir,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
     )
     if accelerator.is_main_process:
         claim_output_dir(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint is not None)

@@ -114,7 +114,7 @@ def main(config: TrainConfig) -> None:
         ),
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=config.output_dir,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
     )
     output = Path(config.output_dir)
     if accelerator.is_main_process:

@@ -203,11 +203,12 @@ def test_few_distinct_rows_give_a_thin_factor_and_the_same_loss():
     few, width = torch.randn(5, 40, generator=GENERATOR), 40
     config, region = fit({"reduced_dim": 2}, few[torch.arange(600) % 5], torch.randn(9, width))
     frame = Frame.of(region)
-    assert frame.residual_DD is None and frame.factor_DL.shape == (width, 2)  # 5 rows, minus mean, minus K
-    torch.testing.assert_close(frame.factor_DL @ frame.factor_DL.T, region.residual, rtol=1e-4, atol=1e-5)
+    factor = frame.axes_DS[:, 3:]
+    assert frame.residual_DD is None and factor.shape == (width, 2)  # 5 rows, minus their mean, minus K
+    torch.testing.assert_close(factor @ factor.T, region.residual, rtol=1e-4, atol=1e-5)
     delta = torch.randn(3, width, generator=GENERATOR).requires_grad_()
     losses = [protection_terms(FullDrift(delta), region, config, each).mean() for each in
-              (frame, Frame(frame.axes_DS, region.residual))]  # fmt: skip
+              (frame, Frame(frame.axes_DS[:, :3], region.residual, 2))]  # fmt: skip
     torch.testing.assert_close(*losses)
     torch.testing.assert_close(*(torch.autograd.grad(loss, delta) for loss in losses))
 
@@ -252,7 +253,7 @@ def test_lora_never_forms_a_dense_matrix():
     basis, covariance = torch.randn(wide, 4), torch.eye(wide)
     given = covariance.untyped_storage().data_ptr()
     with Watch():
-        sum(part.sum() for part in lora.products(Frame(basis, covariance))).backward()
+        sum(part.sum() for part in lora.products(Frame(basis, covariance, 3))).backward()
     assert largest <= wide * 8
 
 

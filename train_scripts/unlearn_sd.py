@@ -150,7 +150,7 @@ def main(config: UnlearnConfig) -> None:
         gradient_accumulation_plugin=GradientAccumulationPlugin(micro_steps, sync_with_dataloader=False),
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=config.output_dir,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
     )
     output = Path(config.output_dir)
     if accelerator.is_main_process:
