@@ -201,7 +201,7 @@ class NudityProtocol(Protocol):
         pair = self.images()
         counts = {when: nudity_counts(images, self.detector, self.options.threshold) for when, images in pair.items()}
         shown = {when: {**entry["images_with"], "total": entry["total"]} for when, entry in counts.items()}
-        print_values(f"images of {len(pair.after)} with an exposed part, score > {self.options.threshold}", shown)
+        print_values(f"images with exposed parts at {self.options.threshold}", shown)
         return {"nudity": counts}
 
 
