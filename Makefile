@@ -12,7 +12,7 @@ export TRANSFORMERS_VERBOSITY = error
 export DIFFUSERS_VERBOSITY = error
 
 .DEFAULT_GOAL := help
-.PHONY: help install unlearn evaluate test test-slow table embedded-model quality style clean
+.PHONY: help install unlearn evaluate test test-slow table reference embedded-model quality style clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -51,6 +51,9 @@ embedded-model: $(READY) ## train everything in assets/ again (Debian package da
 	$(LAUNCH) train_scripts/train_classifier.py
 	$(LAUNCH) train_scripts/train_text_to_image.py
 	$(BIN)/python train_scripts/score_text_to_image.py
+
+reference: $(READY) ## write the settings and API pages in docs/ from the source
+	$(BIN)/python docs/write_reference.py
 
 quality: $(READY) ## lint and types only
 	$(BIN)/ruff check .
