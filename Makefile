@@ -12,7 +12,8 @@ export TRANSFORMERS_VERBOSITY = error
 export DIFFUSERS_VERBOSITY = error
 
 .DEFAULT_GOAL := help
-.PHONY: help install unlearn evaluate test test-slow table embedded-model unlearn-ddpm ddpm-table embedded-ddpm quality style clean
+.PHONY: help install unlearn evaluate test test-slow table reference embedded-model unlearn-classifier classifier-table \
+	embedded-classifier unlearn-ddpm ddpm-table embedded-ddpm bench quality style clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -52,6 +53,15 @@ embedded-model: $(READY) ## train everything in assets/ again (Debian package da
 	$(LAUNCH) train_scripts/train_text_to_image.py
 	$(BIN)/python train_scripts/score_text_to_image.py
 
+unlearn-classifier: $(READY) ## make the embedded image classifier forget a class
+	$(LAUNCH) -m classification_ext.unlearn --config classification_ext/configs/fashion_class.yaml --overwrite_output_dir true
+
+classifier-table: $(READY) ## all rows of classification_ext's table; finished rows are not run again
+	$(BIN)/python benchmarks/classifier_table.py --workers $(CORES)
+
+embedded-classifier: $(READY) ## train assets/fashion_resnet again
+	$(LAUNCH) -m classification_ext.train --config classification_ext/configs/fashion_train.yaml --overwrite_output_dir true
+
 unlearn-ddpm: $(READY) ## erase a label from the embedded DDPM
 	$(LAUNCH) -m ddpm_ext.unlearn --config ddpm_ext/configs/unlearn_fashion.yaml --overwrite_output_dir true
 
@@ -63,6 +73,9 @@ embedded-ddpm: $(READY) ## train assets/fashion_ddpm again and judge it (Debian 
 	$(LAUNCH) -m ddpm_ext.train --config ddpm_ext/configs/train_fashion.yaml --overwrite_output_dir true
 	rm -rf assets/fashion_ddpm/checkpoints assets/fashion_ddpm/logs
 	$(BIN)/python -m ddpm_ext.evaluate --config ddpm_ext/configs/evaluate_fashion.yaml --overwrite_output_dir true
+
+reference: $(READY) ## write the settings and API pages in docs/ from the source
+	$(BIN)/python docs/write_reference.py
 
 quality: $(READY) ## lint and types only
 	$(BIN)/ruff check .

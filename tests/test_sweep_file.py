@@ -85,7 +85,8 @@ def test_every_sweep_of_the_repository(path, tmp_path, monkeypatch):
     """wandb accepts it, its trials are valid pipelines, and a grid is the same to both readers."""
     content = yaml.safe_load(path.read_text())
     enter_repository(ROOT / content["command"][4], tmp_path, monkeypatch)
-    assert sweeps.schema_violations_from_proposed_config(content) == []
+    older = {key: value for key, value in content.items() if key != "run_cap"}  # which wandb has, and its package not
+    assert sweeps.schema_violations_from_proposed_config(older) == []
     sweep = read_sweep(str(path))
     lines = check_sweep(sweep, ROOT)
     config = content["command"][content["command"].index("--config") + 1]

@@ -1,0 +1,129 @@
+"""The pages: commands that parse, links that lead somewhere, settings and API as the source has them."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from short_runs import ROOT
+from test_bad_inputs import the_script
+
+from barrier_diffusers.sweep_file import read_sweep
+from barrier_diffusers.training import parse_config
+
+sys.path.insert(0, str(ROOT / "docs"))
+
+import write_reference
+
+PAGES = [ROOT / "README.md", ROOT / "assets/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NEEDS_WEIGHTS = "# needs real weights"
+LAUNCHERS = ("accelerate", "launch", "python", ".venv/bin/accelerate", ".venv/bin/python", "-m")
+OTHERS = ("git", "cd", "kill", "pip", "wandb")  # programs that are not ours
+
+
+def fenced(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+
+
+def commands():
+    """(page, words) of every command that is not marked as one that needs real weights."""
+    for page in PAGES:
+        for block in fenced(page, "bash"):
+            if block.startswith(NEEDS_WEIGHTS):
+                continue
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if words:
+                    yield page, words
+
+
+COMMANDS = list(commands())
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) > 15
+
+
+def check_script(words):
+    """A script and its arguments: the settings are complete and accepted."""
+    name = words[0].removesuffix(".py").replace("/", ".")
+    assert (ROOT / name.replace(".", "/")).with_suffix(".py").is_file()
+    if name.startswith(("benchmarks", "docs")):
+        return
+    _, settings = the_script(name.removeprefix("train_scripts."))
+    config = parse_config(settings, words[1:]) if isinstance(settings, type) else settings(words[1:])
+    if name.endswith(".sweep"):
+        read_sweep(config.sweep)
+
+
+@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=[f"{p.stem}: {' '.join(w)[:60]}" for p, w in COMMANDS])
+def test_a_command_of_the_pages_is_valid(page, words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    if words[0] == "make":
+        targets = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.M)
+        assert all(word in targets for word in words[1:] if "=" not in word and not word.startswith("-")), words
+    elif words[0] == "sbatch":
+        rest = [word for word in words[1:] if not word.startswith("--array")]
+        assert (ROOT / rest[0]).is_file()
+        check_script(rest[1:] if rest[0].endswith("run.sbatch") else ["train_scripts/sweep.py", *rest[1:]])
+    elif words[0].endswith("pytest"):
+        assert all((ROOT / word).is_file() for word in words[1:] if word.startswith("tests/"))
+    elif words[0] in OTHERS:
+        pass
+    else:
+        while words[0] in LAUNCHERS:
+            words = words[1:]
+        check_script(words)
+
+
+def test_blocks_are_correct_shell_and_python():
+    for page in PAGES:
+        for block in fenced(page, "bash"):
+            subprocess.run(["bash", "-n"], input=block, text=True, check=True)
+        for block in fenced(page, "python"):
+            compile(block, str(page), "exec")
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+            if not re.match(r"https?://|mailto:", target):
+                assert (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_every_page_of_the_documentation_is_reachable():
+    """From the README, over any number of links."""
+    seen, todo = set(), [ROOT / "README.md"]
+    while todo:
+        page = todo.pop().resolve()
+        if page in seen or page.suffix != ".md" or not page.is_file():
+            continue
+        seen.add(page)
+        links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
+        todo += [page.parent / target for target in links if not target.startswith("http")]
+    tables = ROOT / "docs/tables"
+    missing = [page for page in PAGES if page.resolve() not in seen and tables not in page.parents]
+    assert not missing
+
+
+def test_the_reference_is_what_the_source_says():
+    for path, wanted in write_reference.pages().items():
+        assert path.is_file() and path.read_text(encoding="utf-8") == wanted, f"{path.name}: run `make reference`"
+
+
+def test_everything_public_has_a_docstring():
+    silent = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for page in write_reference.PAGES
+        for path in write_reference.modules_of(page)
+        for name, said in write_reference.entries(path)
+        if not said
+    ]
+    assert not silent
+
+
+def test_every_module_is_in_the_reference():
+    listed = {path for page in write_reference.PAGES for path in write_reference.modules_of(page)}
+    for folder in ("barrier_diffusers", "classification_ext", "ddpm_ext"):
+        assert {path for path in (ROOT / folder).rglob("*.py")} <= listed
