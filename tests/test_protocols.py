@@ -181,7 +181,7 @@ def test_nudity_on_a_pipeline_and_on_photographs(tmp_path, prompts, capsys):
     counts = evaluate(tmp_path / "judged", **judged)["nudity"]["after"]
     assert counts["images_with"] == dict.fromkeys(PARTS, 0) and counts["num_images"] == 3
     assert counts["threshold"] == 0.6 and counts["details"]["version"].startswith("3.")
-    assert "exposed parts at 0.6" in capsys.readouterr().out
+    assert "exposed parts at 0.6" in " ".join(capsys.readouterr().out.split())
 
 
 def test_coco_and_nudity_in_one_run(tmp_path, clip_folder, prompts, capsys):  # noqa: F811
