@@ -12,7 +12,7 @@ export TRANSFORMERS_VERBOSITY = error
 export DIFFUSERS_VERBOSITY = error
 
 .DEFAULT_GOAL := help
-.PHONY: help install unlearn evaluate test test-slow table embedded-model unlearn-ddpm ddpm-table embedded-ddpm quality style clean
+.PHONY: help install unlearn evaluate test test-slow table embedded-model unlearn-classifier classifier-table embedded-resnet unlearn-ddpm ddpm-table embedded-ddpm quality style clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -51,6 +51,17 @@ embedded-model: $(READY) ## train everything in assets/ again (Debian package da
 	$(LAUNCH) train_scripts/train_classifier.py
 	$(LAUNCH) train_scripts/train_text_to_image.py
 	$(BIN)/python train_scripts/score_text_to_image.py
+
+unlearn-classifier: $(READY) ## make the embedded image classifier forget a class
+	$(LAUNCH) -m classification_ext.unlearn --config classification_ext/configs/fashion_class.yaml \
+		--overwrite_output_dir true
+
+classifier-table: $(READY) ## all rows of classification_ext's tables; finished rows are not run again
+	$(BIN)/python benchmarks/classifier_table.py
+
+embedded-resnet: $(READY) ## train assets/fashion_resnet again
+	$(LAUNCH) -m classification_ext.train --config classification_ext/configs/fashion_train.yaml \
+		--overwrite_output_dir true
 
 unlearn-ddpm: $(READY) ## erase a label from the embedded DDPM
 	$(LAUNCH) -m ddpm_ext.unlearn --config ddpm_ext/configs/unlearn_fashion.yaml --overwrite_output_dir true
