@@ -13,7 +13,7 @@ export DIFFUSERS_VERBOSITY = error
 
 .DEFAULT_GOAL := help
 .PHONY: help install unlearn evaluate test test-slow table reference embedded-model unlearn-classifier classifier-table \
-	embedded-classifier unlearn-ddpm ddpm-table embedded-ddpm bench quality style clean
+	embedded-classifier unlearn-ddpm ddpm-table embedded-ddpm report quality style clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -42,6 +42,9 @@ test-slow: $(READY) ## the slow tests as well
 evaluate: $(READY) ## judge what `make unlearn` left, on plain prompts and under attack
 	$(BIN)/python train_scripts/evaluate_sd.py --config train_scripts/configs/evaluate_fashion.yaml \
 		--overwrite_output_dir true
+
+report: $(READY) ## an HTML page about the last runs of `make unlearn` and `make evaluate`
+	$(BIN)/python train_scripts/report.py --runs "[$(RUN)$(if $(wildcard runs/evaluated/metrics.json),$(comma)runs/evaluated)]"
 
 table: $(READY) ## all rows of the README's tables; finished rows are not run again
 	$(BIN)/python benchmarks/erasure_table.py

@@ -5,7 +5,7 @@ bring back.
 
 Any field of `EvaluateConfig` is a dotted flag (`--inversion.num_steps 1000`). output_dir gets metrics.json, the same
 for the same settings, weights, images and machine, whether or not the run was interrupted; seconds.json, which never
-is; images/ and attacks.png.
+is; images/, attacks.png and report.html.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from barrier_diffusers.evaluation.certification import certify_saved, has_barrier, held_out_images
+from barrier_diffusers.evaluation.html import REPORT_NAME, write_report
 from barrier_diffusers.evaluation.post_attack import images_hash, run_attacks
 from barrier_diffusers.evaluation.protocols import ConceptProtocol, make_protocols
 from barrier_diffusers.evaluation.report import attacks_picture, print_attacks
@@ -57,7 +58,7 @@ def main(config: EvaluateConfig) -> None:
     record["settings"] = {name: value for name, value in record["settings"].items() if name not in PLACES}
     write_json(output / SECONDS_NAME, seconds)
     write_json(output / METRICS_NAME, record)
-    print(f"numbers: {output / METRICS_NAME}")
+    print(f"numbers: {output / METRICS_NAME}\nreport:  {write_report([output], output / REPORT_NAME)}")
 
 
 if __name__ == "__main__":

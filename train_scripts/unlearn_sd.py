@@ -33,6 +33,7 @@ from barrier_diffusers.evaluation.erasure import (
     generate_cached,
     make_questions,
 )
+from barrier_diffusers.evaluation.html import REPORT_NAME, write_report
 from barrier_diffusers.evaluation.report import before_after_grid, loss_curves, print_metrics, strip
 from barrier_diffusers.files import write_json
 from barrier_diffusers.generation import generate
@@ -136,7 +137,8 @@ def finish(job: Job, results: dict[str, Any]) -> None:
     save_model_card(output, where, base, questions.forgotten, objective, protection, adapter, metrics, absent)
     hashes = {"base_denoiser": job.base_hash, **module_hashes(pipeline)}
     write_json(output / MANIFEST_NAME, manifest(config, hashes, **results))
-    print(f"{'adapter' if adapter else 'pipeline'}: {output}\npicture:  {output / 'before_after.png'}")
+    report = write_report([output], output / REPORT_NAME)
+    print(f"{'adapter' if adapter else 'pipeline'}: {output}\npicture:  {output / 'before_after.png'}\nreport:   {report}")
     if config.push_to_hub:
         print(f"hub:      {push_folder(output, where)}")
 

@@ -1,0 +1,102 @@
+"""barrier_diffusers/evaluation/html.py: one self-contained page about one run or several."""
+
+import base64
+import json
+import re
+
+import pytest
+from report import ReportConfig, main
+
+from barrier_diffusers.evaluation.html import drop_interval, read_run, render
+
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+
+
+def share(value, low, high, count=10):
+    return {"value": value, "num_images": count, "interval_95": [low, high]}
+
+
+def relative(certified, largest):
+    return {"certified": certified, "largest": largest, "mean": largest / 2, "num_images": 9, "num_above": 0}
+
+
+def write_run(folder, concept="<b>sneaker</b>", **more):
+    folder.mkdir()
+    metrics = {
+        "unlearning_accuracy": 90.0,
+        "retain_accuracy_drop": 2.0,
+        "details": {
+            "unlearning_accuracy": share(90.0, 59.6, 98.2),
+            "retain_accuracy_before": share(97.0, 90.0, 99.0),
+            "retain_accuracy_after": share(95.0, 88.0, 98.0),
+            "per_class_before": {concept: share(100.0, 72.2, 100.0), "bag": share(97.0, 90.0, 99.0)},
+            "per_class_after": {concept: share(10.0, 1.8, 40.4), "bag": share(95.0, 88.0, 98.0)},
+        },
+        **more,
+    }
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "manifest.json").write_text(json.dumps({"settings": {"concept": concept, "seed": 7}}))
+    (folder / "before_after.png").write_bytes(PNG)
+    return folder
+
+
+def write_certificate(folder):
+    entry = {"name": "attn2.to_k", "sound": 4.5, "largest_output_drift": 0.5, "sound_holds": False, "moment": 2.0}
+    paper = {"quantile": 0.98, "confidence": 0.95, "maps": [{**entry, "relative": relative(0.25, 0.125)}]}
+    paper |= {"network": relative(None, 0.0625), "every_map": None, "drift_norms": {"attn2.to_k": 0.03125}}
+    paper["held_out"] = {"num_images": 9, "where": "split 'test' of <somewhere>"}
+    (folder / "certificate.json").write_text(json.dumps(paper))
+
+
+def test_the_page_has_the_numbers_and_needs_no_other_file(tmp_path):
+    run = write_run(tmp_path / "run")
+    write_certificate(run)
+    main(ReportConfig([str(run)]))
+    page = (run / "report.html").read_text()
+    for wanted in ("90.0", "59.6 to 98.2", "2.0", "98 %", "0.25", "0.125", "0.0625", "0.03125", "&#34;seed&#34;: 7"):
+        assert wanted in page, wanted
+    assert re.search(r"attn2\.to_k.*?>no<", page, re.S)  # a bound that did not hold is not hidden
+    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert len(sources) == 4 and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert all(base64.b64decode(source.split(",")[1]).startswith(b"\x89PNG") for source in sources)
+    assert len(re.findall(r"<img [^>]*alt=\"[^\"]+\"", page)) == 4
+
+
+def test_names_from_data_are_text(tmp_path):
+    page = render([read_run(write_run(tmp_path / "run"))])
+    assert "<b>sneaker</b>" not in page and "&lt;b&gt;sneaker&lt;/b&gt;" in page
+
+
+def test_runs_beside_each_other_and_attacks(tmp_path):
+    attack = {"attack": "inversion", "concept": "bag", "budget": {"num_steps": 321}}
+    attack |= {"pre_attack": share(0.0, 0.0, 27.8), "post_attack": share(40.0, 16.8, 68.7)}
+    runs = [write_run(tmp_path / "one"), write_run(tmp_path / "two", concept="bag", attacks=[attack])]
+    main(ReportConfig([str(run) for run in runs], str(tmp_path / "both.html")))
+    page = (tmp_path / "both.html").read_text()
+    assert page.count("<h2>") == 2 and "num_steps 321" in page and "16.8 to 68.7" in page
+    assert page.count("<h3>Attacks</h3>") == 1 and "Certificate" not in page
+
+
+def test_the_interval_of_the_drop(tmp_path):
+    assert drop_interval(read_run(write_run(tmp_path / "run"))) == pytest.approx((-1.0, 9.0))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "holds no metrics.json"), ("{", "no readable JSON"), ("[]", "no record of a run")],
+)
+def test_a_folder_without_a_run_is_named(content, said, tmp_path):
+    if content is not None:
+        (tmp_path / "metrics.json").write_text(content)
+    with pytest.raises(ValueError, match=said):
+        main(ReportConfig([str(tmp_path)], str(tmp_path / "page.html")))
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="runs is empty"):
+        ReportConfig([])
+    with pytest.raises(ValueError, match="must end in .html"):
+        ReportConfig(["x"], "page.pdf")
