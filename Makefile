@@ -13,7 +13,7 @@ export DIFFUSERS_VERBOSITY = error
 
 .DEFAULT_GOAL := help
 .PHONY: help install unlearn evaluate test test-slow table reference embedded-model unlearn-classifier classifier-table \
-	embedded-classifier unlearn-ddpm ddpm-table embedded-ddpm report quality style clean
+	embedded-resnet unlearn-ddpm ddpm-table embedded-ddpm quality style clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -43,9 +43,6 @@ evaluate: $(READY) ## judge what `make unlearn` left, on plain prompts and under
 	$(BIN)/python train_scripts/evaluate_sd.py --config train_scripts/configs/evaluate_fashion.yaml \
 		--overwrite_output_dir true
 
-report: $(READY) ## an HTML page about the last runs of `make unlearn` and `make evaluate`
-	$(BIN)/python train_scripts/report.py --runs "[$(RUN)$(if $(wildcard runs/evaluated/metrics.json),$(comma)runs/evaluated)]"
-
 table: $(READY) ## all rows of the README's tables; finished rows are not run again
 	$(BIN)/python benchmarks/erasure_table.py
 
@@ -62,7 +59,7 @@ unlearn-classifier: $(READY) ## make the embedded image classifier forget a clas
 classifier-table: $(READY) ## all rows of classification_ext's table; finished rows are not run again
 	$(BIN)/python benchmarks/classifier_table.py --workers $(CORES)
 
-embedded-classifier: $(READY) ## train assets/fashion_resnet again
+embedded-resnet: $(READY) ## train assets/fashion_resnet again
 	$(LAUNCH) -m classification_ext.train --config classification_ext/configs/fashion_train.yaml --overwrite_output_dir true
 
 unlearn-ddpm: $(READY) ## erase a label from the embedded DDPM

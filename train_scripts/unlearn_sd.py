@@ -138,7 +138,9 @@ def finish(job: Job, results: dict[str, Any]) -> None:
     hashes = {"base_denoiser": job.base_hash, **module_hashes(pipeline)}
     write_json(output / MANIFEST_NAME, manifest(config, hashes, **results))
     report = write_report([output], output / REPORT_NAME)
-    print(f"{'adapter' if adapter else 'pipeline'}: {output}\npicture:  {output / 'before_after.png'}\nreport:   {report}")
+    print(
+        f"{'adapter' if adapter else 'pipeline'}: {output}\npicture:  {output / 'before_after.png'}\nreport:   {report}"
+    )
     if config.push_to_hub:
         print(f"hub:      {push_folder(output, where)}")
 

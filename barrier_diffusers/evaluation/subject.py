@@ -13,6 +13,7 @@ import torch
 
 from barrier_diffusers.architectures import Diffusion
 from barrier_diffusers.evaluation.certification import CERTIFICATE_NAME
+from barrier_diffusers.evaluation.html import REPORT_NAME
 from barrier_diffusers.evaluation.image_folder import generate_folder, read_folder, scheduler_facts
 from barrier_diffusers.evaluation.images import ImageFiles
 from barrier_diffusers.evaluation.prompts_file import PromptRow, PromptsConfig, read_prompts
@@ -46,7 +47,7 @@ def claim_evaluation_dir(config: EvaluateConfig) -> Path:
     folder = Path(config.output_dir)
     stopped = (folder / IMAGES_NAME).is_dir() and not (folder / METRICS_NAME).is_file()
     output = claim_output_dir(config.output_dir, config.overwrite_output_dir, resume=stopped)
-    for name in (METRICS_NAME, SECONDS_NAME, PICTURE_NAME, CERTIFICATE_NAME):
+    for name in (METRICS_NAME, SECONDS_NAME, PICTURE_NAME, CERTIFICATE_NAME, REPORT_NAME):
         (output / name).unlink(missing_ok=True)
     return output
 
