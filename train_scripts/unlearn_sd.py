@@ -137,10 +137,8 @@ def finish(job: Job, results: dict[str, Any]) -> None:
     save_model_card(output, where, base, questions.forgotten, objective, protection, adapter, metrics, absent)
     hashes = {"base_denoiser": job.base_hash, **module_hashes(pipeline)}
     write_json(output / MANIFEST_NAME, manifest(config, hashes, **results))
-    report = write_report([output], output / REPORT_NAME)
-    print(
-        f"{'adapter' if adapter else 'pipeline'}: {output}\npicture:  {output / 'before_after.png'}\nreport:   {report}"
-    )
+    print(f"{'adapter' if adapter else 'pipeline'}: {output}\npicture:  {output / 'before_after.png'}")
+    print(f"report:   {write_report([output], output / REPORT_NAME)}")
     if config.push_to_hub:
         print(f"hub:      {push_folder(output, where)}")
 

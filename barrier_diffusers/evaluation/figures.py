@@ -59,8 +59,8 @@ def trade_off(points: Sequence[tuple[str, Mapping[str, Any], float, Sequence[flo
     for number, (name, erased, drop, ends) in enumerate(points):
         across = None if ends is None else [[max(0.0, drop - ends[0])], [max(0.0, ends[1] - drop)]]
         up = [[value] for value in _errors(erased)]
-        style = {"fmt": "o", "capsize": 3, "color": f"C{number % 10}", "label": name}
-        axis.errorbar(drop, erased["value"], yerr=up, xerr=across, **style)
+        colour = f"C{number % 10}"
+        axis.errorbar(drop, erased["value"], up, across, fmt="o", capsize=3, color=colour, label=name)
     axis.set_xlabel("retain accuracy drop, points")
     axis.set_ylabel("unlearning accuracy, %")
     axis.set_ylim(-3, 105)
