@@ -4,9 +4,11 @@ import json
 import statistics
 from pathlib import Path
 
+import classifier_step
 import classifier_table
 import pytest
 from classifier_rows import CLASSES, METHODS, ORIGINAL, RANDOM, REFERENCE, SEEDS, Row, rows
+from classifier_step import ClassifierStepConfig
 from erasure_table import as_flag
 
 from barrier_diffusers.training import parse_config
@@ -83,3 +85,15 @@ def test_a_row_runs_and_is_not_run_again(tmp_path, monkeypatch, capsys):
     assert classifier_table.finished(path, [row], str(tmp_path)) == {}
     with pytest.raises(ValueError, match="unknown value 'shoe' in cases; known are t-shirt"):
         classifier_table.TableConfig(cases=["shoe"])
+
+
+def test_the_cost_benchmark_says_what_trains_and_what_a_step_takes(tmp_path):
+    path = tmp_path / "cost.json"
+    config = ClassifierStepConfig(batch_size=4, num_batches=2, repeats=1, json=str(path))
+    classifier_step.main(config)
+    (rows,) = json.loads(path.read_text())["tables"].values()
+    assert [row["protection"] for row in rows] == ["none", "penalty", "projection"]
+    trained = 64 * 10 + 16 * 32 + 32 * 64  # the last layer and two shortcuts, with the last layer's bias or without
+    assert rows[1]["trained %"] == round(100 * (trained + 10) / 77_754, 4)
+    assert rows[2]["trained %"] == round(100 * trained / 77_754, 4)
+    assert all(row["step (s)"] > 0 for row in rows)
