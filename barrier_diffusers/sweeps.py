@@ -34,6 +34,7 @@ from barrier_diffusers.tracking import require_metric
 JOURNAL_NAME = "journal.log"
 ALIVE = "alive"  # folder with a file per running trial
 POLL_SECONDS = 2.0
+MANY_TRIALS = 64
 
 
 @dataclass(kw_only=True)
@@ -74,26 +75,30 @@ def sampler_of(sweep: Sweep, seed: int, num_trials: int) -> BaseSampler:
     return TPESampler(seed=seed + num_trials, constant_liar=True)
 
 
-def check_sweep(sweep: Sweep, root: Path) -> list[list[str]]:
-    """Command lines of all trials of a grid, or of one trial in the middle of every range, each parsed in full.
+def check_sweep(sweep: Sweep, root: Path) -> list[Pipeline]:
+    """The pipelines of all trials of a grid, or of one trial in the middle of every range, with all their checks.
+
+    Of a grid of more than MANY_TRIALS, every value is tried once, beside the first values of the other parameters.
 
     Raises:
         ValueError: a trial that no pipeline accepts, or one without a folder of its own.
     """
     if sweep.method == "grid":
         points = sweep.grid()
+        if len(points) > MANY_TRIALS:
+            points = [points[0] | {p.name: value} for p in sweep.parameters for value in p.choices]
     else:
         middle = optuna.trial.FixedTrial({p.name: _middle(p.options) for p in sweep.varied})
         points = [{parameter.name: parameter.suggest(middle) for parameter in sweep.parameters}]
-    lines = [sweep.command_line(point) for point in points]
     if not any(HASH in word for word in sweep.words):
         raise ValueError(f"the trials would share a folder: give command --output_dir with {HASH} in it")
-    for point, line in zip(points, lines, strict=True):
+    pipelines = []
+    for point in points:
         try:
-            parse_pipeline(line, root)
+            pipelines.append(parse_pipeline(sweep.command_line(point), root))
         except Exception as error:
             raise ValueError(f"trial {' '.join(sweep.flags(point))}: {error}") from error
-    return lines
+    return pipelines
 
 
 def _middle(options: Mapping[str, Any]) -> Any:

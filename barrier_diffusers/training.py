@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import os
@@ -72,14 +73,20 @@ def parse_config(config_class: type, arguments: list[str]) -> Any:
     return config_class(**values)
 
 
+@functools.cache  # building one takes longer than using it, and a sweep checks every trial
+def _parser_of(config_class: type) -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(config_class)
+    return parser
+
+
 def config_from(config_class: type, values: dict[str, Any]) -> Any:
     """An instance of a settings dataclass from nested mappings, with the checks of the command line.
 
     Raises:
         ValueError: an unknown field, or a value that the dataclass refuses.
     """
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(config_class)
+    parser = _parser_of(config_class)
     try:
         return config_class(**vars(parser.instantiate_classes(parser.parse_object(values))))
     except (ArgumentError, TypeError) as error:

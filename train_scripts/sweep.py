@@ -8,6 +8,7 @@ in output_dir holds them. The last worker leaves results.csv, results.md, import
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from barrier_diffusers.pipelines import stop_message
@@ -23,10 +24,12 @@ ROOT = Path(__file__).resolve().parent.parent
 def main(config: SweepConfig) -> None:
     """Read and check the file -> trials until none is left -> table and plots."""
     sweep = read_sweep(config.sweep)
-    lines = check_sweep(sweep, ROOT)
+    pipelines = check_sweep(sweep, ROOT)
     if config.dry_run:
-        for line in lines:
-            print(f"{ROOT / 'train_scripts' / 'run_pipeline.py'} {' '.join(line)}")
+        points = sweep.grid() if sweep.method == "grid" else []
+        for point in points:
+            print(shlex.join([str(ROOT / "train_scripts/run_pipeline.py"), *sweep.command_line(point)]))
+        print(f"{len(points) or 'no fixed'} trials; {len(pipelines)} of them checked in full")
         return
     worker = Worker(config, sweep, ROOT)
     require_writable(config.output_dir)
