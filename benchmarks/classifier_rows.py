@@ -62,10 +62,10 @@ RL_ALONE = how("rl", 3e-3, 5)  # without any retain loss
 
 # method -> (flags for a class, flags for random photos), beyond the configuration file's
 METHODS: dict[str, tuple[Flags, Flags]] = {
-    "ft": both({**ALL, **how("ft", 1e-3, 2)}),
-    "l1-sparse": both({**ALL, **how("l1_sparse", 1e-3, 2)}),
+    "ft": ({**ALL, **how("ft", 2e-3, 4)}, {**ALL, **how("ft", 1e-3, 2)}),
+    "l1-sparse": ({**ALL, **how("l1_sparse", 1e-3, 4)}, {**ALL, **how("l1_sparse", 1e-3, 2)}),
     "ga": ({**ALL, **how("ga", 5e-5, 5)}, {**ALL, **how("ga", 3e-5, 5)}),
-    "ga with retain loss": ({**ALL, **how("ga", 1e-3, 5, 5.0)}, {**ALL, **how("ga", 1e-3, 10, 3.0)}),
+    "ga with retain loss": ({**ALL, **how("ga", 2e-4, 5, 10.0)}, {**ALL, **how("ga", 1e-3, 10, 3.0)}),
     "rl with retain loss": both({**ALL, **how("rl", 1e-3, 10, 10.0)}),
     "SalUn": both({**ALL, **how("rl", 1e-3, 10, 10.0), "saliency_mask": 0.5}),
     "boundary shrink": ({**ALL, **how("boundary_shrink", 1e-4, 5)}, {**ALL, **how("boundary_shrink", 3e-5, 5)}),
