@@ -1,14 +1,14 @@
 """The rows of the DDPM table: ddpm_ext/configs/unlearn_fashion.yaml with a few flags changed.
 
-Every objective has one learning rate without protection and with the penalty, and one with the projection, which
-confines updates to few directions and so takes larger ones. Settings were chosen on the label TUNED_ON.
+Learning rates are each objective's and protection's own (a projection confines updates to few directions and so takes
+larger ones), chosen on the label TUNED_ON so that it is erased.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from rows import Row, Table
+from rows import ANCHORS, Row, Table
 
 LABELS = ("sneaker", "dress", "bag")
 TUNED_ON = "sneaker"
@@ -22,12 +22,19 @@ PROTECTIONS: dict[str, dict[str, Any]] = {
 }
 # esd samples its own x_t with the model, for the statistics as well: fewer rows
 OWN = {"max_forget_images": 160, "max_retain_images": 180, "objective.num_inference_steps": 10}
-# objective -> flags of all its rows, and of its rows with the projection
-OBJECTIVES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "rl": ({}, {"learning_rate": 2e-3, "max_train_steps": 120}),
-    "ga": ({}, {"learning_rate": 5e-3}),
-    "kl": ({}, {"learning_rate": 1e-2}),
-    "esd": (OWN, {"learning_rate": 2e-3, "max_train_steps": 120}),
+# objective -> flags of all its rows, and by protection; rl answers with the nearest label
+OBJECTIVES: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
+    "rl": ({}, {"projection": {"learning_rate": 2e-3, "max_train_steps": 120}}),
+    "ga": (
+        {},
+        {
+            "none": {"learning_rate": 2e-4},
+            "penalty": {"learning_rate": 3e-4},
+            "projection": {"learning_rate": 5e-3},
+        },
+    ),
+    "kl": ({}, {"projection": {"learning_rate": 1e-2}}),
+    "esd": (OWN, {"projection": {"learning_rate": 2e-3, "max_train_steps": 120}}),
 }
 
 METRICS = {
@@ -48,11 +55,12 @@ METRICS = {
 def row(label: str, objective: str, protection: str) -> Row:
     """One label with one objective; protection is "none", "penalty", "projection" or "SalUn mask 0.5"."""
     masked = protection.startswith("SalUn")
-    common, projected = OBJECTIVES[objective]
+    common, own = OBJECTIVES[objective]
     kind = "none" if masked else protection
     flags = {**SHORT, "concept": label, "objective.name": objective, **common, **PROTECTIONS[kind]}
-    if kind == "projection":
-        flags |= projected
+    flags |= own.get(kind, {})
+    if objective == "rl":
+        flags["objective.anchor"] = ANCHORS[label]
     if masked:
         flags["saliency_mask"] = 0.5
     return Row({"label": label, "objective": objective, "protection": protection}, flags)
