@@ -73,6 +73,7 @@ def test_run_as_users_run_it(tmp_path):
         "metrics.json",
         "seconds.json",
         "attacks.png",
+        "report.html",
         "images",
         "cache",
     }
