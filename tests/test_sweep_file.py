@@ -17,8 +17,8 @@ from barrier_diffusers.sweeps import EveryPoint, check_sweep
 
 with warnings.catch_warnings():  # of pydantic, about how the package is written
     warnings.simplefilter("ignore")
-    sweeps = pytest.importorskip("sweeps", reason="wandb's sweep controller")
-    from sweeps.params import HyperParameter
+    HyperParameter = pytest.importorskip("sweeps.params", reason="wandb's sweep controller").HyperParameter
+    import sweeps
 
 FILES = sorted((ROOT / "train_scripts" / "sweeps").glob("*.yaml"))
 COMMAND = ["${env}", "${interpreter}", "${program}", "--config", "pipeline.yaml", "--output_dir=x/{hash}", "${args}"]
