@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -77,7 +78,9 @@ def test_killed_in_the_middle_and_restarted_is_the_same_file(tmp_path):
     evaluate(tmp_path / "whole", **changes)
     killed = tmp_path / "killed"
     command = [sys.executable, "train_scripts/evaluate_sd.py", *as_flags(killed, **changes)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as the tests run: other sums, other last digits
+    process = subprocess.Popen(command, cwd=ROOT, env=one_thread, **quiet)
     while len(made := list(killed.glob("images/concepts/after/*.png"))) < 8:
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.02)

@@ -238,6 +238,7 @@ def train_text_to_image(
 
 def main(config: TrainConfig) -> None:
     """VAE -> latents -> text encoder and UNet -> pipeline folder."""
+    dataset = load_image_text(config.train_data_dir, config.split, config.image_column, config.caption_column)
     vocabulary = find_clip_vocabulary(config.text.vocabulary_package)
     for folder in (config.output_dir, config.work_dir):
         require_writable(folder)
@@ -246,7 +247,6 @@ def main(config: TrainConfig) -> None:
         project_dir=config.work_dir,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
     )
-    dataset = load_image_text(config.train_data_dir, config.split, config.image_column, config.caption_column)
     output, work = Path(config.output_dir), Path(config.work_dir)
     accelerator.init_trackers("logs")
     set_seed(config.seed)
