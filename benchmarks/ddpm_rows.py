@@ -59,7 +59,7 @@ def row(label: str, objective: str, protection: str) -> Row:
     kind = "none" if masked else protection
     flags = {**SHORT, "concept": label, "objective.name": objective, **common, **PROTECTIONS[kind]}
     flags |= own.get(kind, {})
-    flags["objective.anchor"] = ANCHORS[label] if objective == "rl" else None  # only rl reads it
+    flags["objective.anchor"] = ANCHORS[label] if objective == "rl" else None
     if masked:
         flags["saliency_mask"] = 0.5
     return Row({"label": label, "objective": objective, "protection": protection}, flags)
