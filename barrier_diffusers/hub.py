@@ -110,6 +110,20 @@ def load_pipeline(
         ) from error
 
 
+def load_merged(name: str, lora_weights: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
+    """A pipeline with the adapter of a folder, if one is named, merged into its weights.
+
+    Raises:
+        ValueError, OSError: see `load_pipeline`.
+    """
+    pipeline = load_pipeline(name, dtype=dtype, denoiser_dtype=dtype)
+    if lora_weights:
+        pipeline.load_lora_weights(lora_weights)
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+    return pipeline
+
+
 def load_single_file(path: Path, dtype: torch.dtype, pipeline_config: str | None, original_config: str | None) -> Any:
     """A pipeline from one checkpoint file in the layout of its first release; see `load_pipeline`."""
     if path.suffix != ".safetensors":

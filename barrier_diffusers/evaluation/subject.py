@@ -18,7 +18,7 @@ from barrier_diffusers.evaluation.image_folder import generate_folder, read_fold
 from barrier_diffusers.evaluation.images import ImageFiles
 from barrier_diffusers.evaluation.prompts_file import PromptRow, PromptsConfig, read_prompts
 from barrier_diffusers.evaluation.settings import ADAPTER_NAME, EvaluateConfig
-from barrier_diffusers.hub import load_pipeline
+from barrier_diffusers.hub import load_merged, load_pipeline
 from barrier_diffusers.training import MANIFEST_NAME, METRICS_NAME, claim_output_dir, module_hashes
 
 IMAGES_NAME, SECONDS_NAME, PICTURE_NAME = "images", "seconds.json", "attacks.png"
@@ -56,12 +56,7 @@ def load_judged(config: EvaluateConfig) -> Any:
     """The pipeline under judgement, its adapter merged into the weights; None where images are judged."""
     if config.pretrained_model_name_or_path is None:
         return None
-    pipeline = load_pipeline(config.pretrained_model_name_or_path)
-    if config.lora_weights:
-        pipeline.load_lora_weights(config.lora_weights)
-        pipeline.fuse_lora()
-        pipeline.unload_lora_weights()
-    return pipeline
+    return load_merged(config.pretrained_model_name_or_path, config.lora_weights)
 
 
 class Subject:
