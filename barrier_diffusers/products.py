@@ -105,18 +105,22 @@ class _FullProducts(torch.autograd.Function):
         if frame.residual_DD is not None:
             product_OD = delta_OD @ frame.residual_DD
             energy_O = (product_OD * delta_OD).sum(1)
-        ctx.frame = frame
-        ctx.save_for_backward(along_OS, product_OD)
+        ctx.frame, ctx.spent = frame, False
+        ctx.save_for_backward(along_OS)
+        ctx.product_OD = product_OD
         return frame.read(along_OS, energy_O)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
-        along_OS, product_OD = ctx.saved_tensors
+        (along_OS,), product_OD = ctx.saved_tensors, ctx.product_OD
         with torch.autocast(along_OS.device.type, enabled=False):  # should backward() be called under one
-            gradient_OD = ctx.frame.read_backward(along_OS, *gradients) @ ctx.frame.axes_DS.T
-            if product_OD is not None:
-                gradient_OD.addcmul_(product_OD, gradients[2][:, None], value=2)
-        return gradient_OD, None
+            gradient_OS = ctx.frame.read_backward(along_OS, *gradients)
+            if ctx.frame.residual_DD is None:
+                return gradient_OS @ ctx.frame.axes_DS.T, None
+            if ctx.spent:
+                raise RuntimeError("the protection loss goes backward once: compute it again for another backward")
+            ctx.spent, ctx.product_OD = True, None  # the product becomes the gradient, in place: each is large
+            return product_OD.mul_(2 * gradients[2][:, None]).addmm_(gradient_OS, ctx.frame.axes_DS.T), None
 
 
 class _LoraProducts(torch.autograd.Function):
