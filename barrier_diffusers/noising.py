@@ -31,6 +31,15 @@ class Noising(Protocol):
 
     def __call__(self, latents: Tensor, generator: torch.Generator | None = None) -> Noised: ...
 
+    def at(self, latents: Tensor, noise: Tensor, places: Tensor) -> Noised:
+        """The latents under this noise (B, c, h, w) at places (B,) of the schedule, whole numbers below T."""
+        ...
+
+    @property
+    def num_places(self) -> int:
+        """T."""
+        ...
+
     def sampler(self, num_steps: int, latent_shape: tuple[int, int, int]) -> Any:
         """A scheduler of diffusers that takes latents (B, c, h, w) from noise of variance 1 to clean in `num_steps`
         deterministic steps, with its timesteps set."""
@@ -55,11 +64,19 @@ class DiffusionNoising:
 
     def __call__(self, latents: Tensor, generator: torch.Generator | None = None) -> Noised:
         noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
-        num_steps = self.scheduler.config.num_train_timesteps
-        timesteps = torch.randint(num_steps, (len(latents),), generator=generator, device=latents.device)
+        timesteps = torch.randint(self.num_places, (len(latents),), generator=generator, device=latents.device)
+        return self.at(latents, noise, timesteps)
+
+    def at(self, latents: Tensor, noise: Tensor, places: Tensor) -> Noised:
+        """A place is a timestep; see `Noising`."""
         velocity = self.prediction_type == "v_prediction"
-        target = self.scheduler.get_velocity(latents, noise, timesteps) if velocity else noise
-        return Noised(self.scheduler.add_noise(latents, noise, timesteps), timesteps, target)
+        target = self.scheduler.get_velocity(latents, noise, places) if velocity else noise
+        return Noised(self.scheduler.add_noise(latents, noise, places), places, target)
+
+    @property
+    def num_places(self) -> int:
+        """T."""
+        return self.scheduler.config.num_train_timesteps
 
     def sampler(self, num_steps: int, latent_shape: tuple[int, int, int]) -> DDIMScheduler:
         """DDIM, whatever the pipeline's own sampler is; see `Noising`."""
@@ -110,12 +127,21 @@ class FlowNoising:
 
     def __call__(self, latents: Tensor, generator: torch.Generator | None = None) -> Noised:
         noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
-        sigmas, timesteps = self.table(latents.shape[-2] * latents.shape[-1] // self.tokens_side**2)
         normal = torch.randn(len(latents), generator=generator, device=latents.device)
-        places = (normal.sigmoid() * len(sigmas)).long().clamp(max=len(sigmas) - 1)
+        places = (normal.sigmoid() * self.num_places).long().clamp(max=self.num_places - 1)
+        return self.at(latents, noise, places)
+
+    def at(self, latents: Tensor, noise: Tensor, places: Tensor) -> Noised:
+        """A place is a row of the table, the noisiest first; see `Noising`."""
+        sigmas, timesteps = self.table(latents.shape[-2] * latents.shape[-1] // self.tokens_side**2)
         sigma = sigmas.to(latents)[places].view(-1, 1, 1, 1)
         noisy = (1 - sigma) * latents + sigma * noise
         return Noised(noisy, timesteps.to(latents)[places], noise - latents)
+
+    @property
+    def num_places(self) -> int:
+        """T."""
+        return self.scheduler.config.num_train_timesteps
 
 
 MakeNoising = Callable[[Any, int], Noising]  # (scheduler, tokens_side)

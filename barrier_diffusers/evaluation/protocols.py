@@ -30,10 +30,11 @@ from barrier_diffusers.evaluation.extractors import get_extractor
 from barrier_diffusers.evaluation.fidelity import fidelity_by
 from barrier_diffusers.evaluation.images import ImageColumn, ImageFiles, ImageSet
 from barrier_diffusers.evaluation.lpips import Lpips, lpips_distances, lpips_facts
+from barrier_diffusers.evaluation.membership import membership, membership_images
 from barrier_diffusers.evaluation.nudity import NudityDetector, nudity_counts
 from barrier_diffusers.evaluation.post_attack import Judge, forgotten_concepts, rows_of
 from barrier_diffusers.evaluation.prompts_file import PromptRow, PromptsConfig
-from barrier_diffusers.evaluation.report import print_metrics, print_values
+from barrier_diffusers.evaluation.report import print_membership, print_metrics, print_values
 from barrier_diffusers.evaluation.settings import EvaluateConfig
 from barrier_diffusers.evaluation.subject import ImagePair, Subject
 
@@ -106,6 +107,9 @@ class ConceptProtocol(Protocol):
         self.likeness = Likeness(config, subject, self._reference() if config.fidelity.extractors else None)
         self.lpips = Lpips(config.lpips).to(subject.device) if config.lpips.weights else None
         self.pair: ImagePair | None = None
+        self.split_images = None
+        if config.membership.enabled:
+            self.split_images = membership_images(config.membership, evaluation, self.concepts, self.erased)
 
     def _reference(self) -> ImageSet | None:
         config = self.concepts
@@ -136,6 +140,10 @@ class ConceptProtocol(Protocol):
             results["clip_score"] = {when: self._clip(images) for when, images in self.pair.items()}
         if self.lpips is not None:
             results["lpips"] = self._lpips(self.pair)
+        if self.split_images is not None:
+            attack = (self.split_images, self.config.resolution, self.config.membership, self.subject.device)
+            results["membership"] = membership(self.subject.pipelines, *attack)
+            print_membership(results["membership"])
         print_values("images of what is retained, against real ones", results.get("fidelity", {}))
         print_values("CLIP score", results.get("clip_score", {}))
         print_values("LPIPS before - after", {"after": results.get("lpips", {})})

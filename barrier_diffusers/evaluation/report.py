@@ -164,3 +164,17 @@ def print_values(title: str, values: Mapping[str, Mapping[str, Any]]) -> None:
         table.add_row(name.replace("_", " "), *(written(column[name]) for column in values.values()))
     if names:
         Console(width=88).print(table)
+
+
+def print_membership(found: Mapping[str, Any]) -> None:
+    """How well the denoising loss tells trained images from held-out ones; an area of 0.5 is a guess."""
+    table = Table(title="membership inference: trained or held out, by the denoising loss")
+    for heading in ("images", "pipeline", "area under ROC", "95 % interval", "found, %", "loss trained / held out"):
+        table.add_column(heading, justify="left" if heading in ("images", "pipeline") else "right")
+    for when in (name for name in ("before", "after") if name in found):
+        for role, entry in found[when].items():
+            low, high = entry["auc"]["interval_95"]
+            area = (f"{entry['auc']['value']:.3f}", f"{low:.3f} - {high:.3f}")
+            losses = f"{entry['loss_members']:.4f} / {entry['loss_held_out']:.4f}"
+            table.add_row(role, when, *area, f"{entry['true_positive_rate']['value']:.1f}", losses)
+    Console(width=88).print(table)

@@ -20,6 +20,7 @@ from barrier_diffusers.evaluation.certification import CertificateConfig
 from barrier_diffusers.evaluation.erasure import EvaluationConfig
 from barrier_diffusers.evaluation.fidelity import FidelityConfig
 from barrier_diffusers.evaluation.lpips import LpipsConfig
+from barrier_diffusers.evaluation.membership import MembershipConfig
 from barrier_diffusers.evaluation.nudity import NudityConfig
 from barrier_diffusers.evaluation.prompts_file import PromptsConfig
 
@@ -55,6 +56,7 @@ class EvaluateConfig:
     clip: str | None = None  # folder or hub id of a CLIP; class, style and coco then give its score
     fidelity: FidelityConfig = field(default_factory=FidelityConfig)  # FID and KID of class, style, coco
     lpips: LpipsConfig = field(default_factory=LpipsConfig)  # of style: distance before - after
+    membership: MembershipConfig = field(default_factory=MembershipConfig)  # of class and style, with a data set
     nudity: NudityConfig = field(default_factory=NudityConfig)
     coco: PromptsConfig = field(default_factory=PromptsConfig)  # captions; fidelity.reference_dir has the photographs
     # None: DEFAULT_ATTACKS if class or style is judged on a pipeline and a data set, else none
@@ -110,6 +112,10 @@ class EvaluateConfig:
             raise ValueError(
                 "nobody judges the images: set evaluation.classifier, a folder of an AttributeClassifier (or, for "
                 "style, clip or lpips.weights)"
+            )
+        if self.membership.enabled and (not has_data or self.images_dir is not None):
+            raise ValueError(
+                "membership takes a pipeline and two splits of a data set: leave it out of images_dir and prompts"
             )
         if self.lpips.weights and not (self.base_model or self.base_images_dir):
             raise ValueError("LPIPS compares images before and after: set base_model or base_images_dir")

@@ -128,6 +128,11 @@ class Subject:
         before = self._generate(self.base, protocol, "before", rows, prompts, base) if self.base is not None else None
         return ImagePair(before, self._generate(self.pipeline, protocol, "after", rows, prompts, own))
 
+    @property
+    def pipelines(self) -> dict[str, Any]:
+        """The pipelines, "before" (if known) and "after"."""
+        return ({"before": self.base} if self.base is not None else {}) | {"after": self.pipeline}
+
     def on_device(self) -> Any:
         """The pipeline, ready to be attacked."""
         return self.pipeline.to(self.device)
