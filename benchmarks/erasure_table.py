@@ -53,8 +53,9 @@ class TableConfig:
                 raise ValueError(f"unknown table {name!r}; known are {', '.join(TABLES)}")
 
 
-def run_chain(rows: Sequence[Row], output_dir: str, threads: int) -> list[dict[str, Any]]:
-    """The metrics of each row, run one after another; what they print goes into log files."""
+def run_chain(rows: Sequence[Row], output_dir: str, threads: int, keep: bool = False) -> list[dict[str, Any]]:
+    """The metrics of each row, run one after another; what they print goes into log files. With `keep` the pipelines
+    stay."""
     torch.set_num_threads(threads)
     results, base = [], None
     for row in rows:
@@ -72,7 +73,7 @@ def run_chain(rows: Sequence[Row], output_dir: str, threads: int) -> list[dict[s
         metrics, base = json.loads((folder / "metrics.json").read_text()), folder
         intervals = {key: metrics["details"][key] for key in KEPT}
         results.append({**{key: value for key, value in metrics.items() if key != "details"}, "intervals": intervals})
-    for row in rows:  # the table needs the numbers and the pictures only
+    for row in rows if not keep else []:  # the table needs the numbers and the pictures only
         for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
             shutil.rmtree(Path(output_dir) / row.name / part, ignore_errors=True)
     return results

@@ -71,11 +71,18 @@ def test_names_from_data_are_text(tmp_path):
 
 def test_runs_beside_each_other_and_attacks(tmp_path):
     attack = {"attack": "inversion", "concept": "bag", "budget": {"num_steps": 321}}
+    attack |= {
+        "searches": [
+            {"words": "<i>b", "loss": 0.25, "plain_loss": 0.5},
+            {"words": "a", "loss": 0.125, "plain_loss": 0.5},
+        ]
+    }
     attack |= {"pre_attack": share(0.0, 0.0, 27.8), "post_attack": share(40.0, 16.8, 68.7)}
     runs = [write_run(tmp_path / "one"), write_run(tmp_path / "two", concept="bag", attacks=[attack])]
     main(ReportConfig([str(run) for run in runs], str(tmp_path / "both.html")))
     page = (tmp_path / "both.html").read_text()
     assert page.count("<h2>") == 2 and "num_steps 321" in page and "16.8 to 68.7" in page
+    assert page.index("&ldquo;a&rdquo; (loss 0.125") < page.index("&ldquo;&lt;i&gt;b&rdquo; (loss 0.25")
     assert page.count("<h3>Attacks</h3>") == 1 and "Certificate" not in page
 
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import attack_table
 import erasure_table
 import pytest
 from rows import TABLES, Row, Table
@@ -89,3 +90,33 @@ def test_short_form():
 def test_unknown_table():
     with pytest.raises(ValueError, match="unknown table 'all'; known are classes"):
         erasure_table.TableConfig(["all"])
+
+
+def test_attack_rows_are_valid_runs():
+    rows = attack_table.attack_rows()
+    assert len({row.name for row in rows}) == len(rows) == 5
+    for row in rows:
+        assert json.loads(json.dumps(row.flags)) == row.flags
+        words = [word for key, value in row.flags.items() for word in erasure_table.as_flag(key, value)]
+        chosen_objective(parse_config(UnlearnConfig, ["--config", str(erasure_table.CONFIG), *words]))
+
+
+def test_the_attack_table_judges_each_row_once(tmp_path, monkeypatch):
+    few = {**SHORT, "objective.name": "uce", "objective.alpha": 0, "barrier.lambda_interval": 0}
+    few |= {"barrier.use_actual_bounds": False, "barrier.targets": "[attn2.to_k,attn2.to_v]"}
+    for name in ("report_to", "max_train_steps", "barrier.reduced_dim"):
+        del few[name]
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- table attacks -->\nold\n<!-- end of table attacks -->\nafter\n")
+    config = attack_table.AttackTableConfig(str(tmp_path), [str(page)], str(tmp_path / "runs"), 1, threads=1)
+    changes = {"attacks": "[misspelled]", "fidelity.extractors": "[]", "evaluation.sampling.num_inference_steps": 1}
+    rows = [Row({"erased by": "a"}, few)]
+    attack_table.build(config, rows, changes)
+    text, content = (tmp_path / "attacks.md").read_text(), page.read_text()
+    assert "| erased by | UA | retain drop | FID | after misspelled |" in text and text.count("\n") == 3
+    assert text in content and content.startswith("before") and content.endswith("after\n") and "old" not in content
+    entry = json.loads((tmp_path / "attacks.json").read_text())[0]
+    assert entry["numbers"]["attacks"]["misspelled"]["post_attack"]["num_images"] == 1
+    monkeypatch.setattr(attack_table, "run_chain", lambda *_, **__: pytest.fail("the row was run again"))
+    attack_table.build(config, rows, changes)
+    assert (tmp_path / "attacks.md").read_text() == text
