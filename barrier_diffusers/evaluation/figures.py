@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.tight_layout()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})  # long names, too
     plt.close(figure)
     return buffer.getvalue()
 
