@@ -150,6 +150,29 @@ def enable_xformers(denoiser: Any, device: torch.device) -> None:
     denoiser.enable_xformers_memory_efficient_attention()
 
 
+def choose_attention_backend(denoiser: Any, backend: str, device: torch.device) -> None:
+    """Switch the denoiser to one of diffusers' attention backends ("native", "flash", "sage", "xformers", ...).
+
+    Raises:
+        ValueError: no such backend, one that cannot work here, one whose kernel would be downloaded and run, or a
+            denoiser without that switch (the UNets: torch's SDPA, or xformers by its own flag).
+    """
+    if backend.endswith("_hub"):
+        raise ValueError(f"attention_backend {backend!r} downloads code and runs it: install the package and name it")
+    processors = [getattr(module, "processor", None) for module in denoiser.modules()]
+    if not any(hasattr(processor, "_attention_backend") for processor in processors):
+        raise ValueError(
+            f"attention_backend: the attention of {type(denoiser).__name__} has no such switch; it uses torch's "
+            "scaled_dot_product_attention, or xformers with --enable_xformers_memory_efficient_attention true"
+        )
+    if device.type == "cpu" and backend not in ("native", "_native_math"):
+        raise ValueError(f"attention_backend {backend!r} needs an accelerator: on a CPU only 'native' works")
+    try:
+        denoiser.set_attention_backend(backend)
+    except RuntimeError as error:  # a package that is missing
+        raise ValueError(f"attention_backend: {error}") from error
+
+
 def add_adapter(denoiser: Any, config: BarrierConfig, rank: int) -> None:
     """A LoRA adapter on exactly the maps that the config's targets and blocks name, its factors in float32."""
     assert config.targets is not None

@@ -1,17 +1,60 @@
-"""The terms of an unlearning step of a diffusion model: objective on forget batches, retain loss, protection."""
+"""Unlearning a diffusion model, from its data to trained weights; the scripts do what lies around it."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
 from torch import Tensor
 
 from barrier_diffusers.barrier import Barrier
-from barrier_diffusers.objectives import DiffusionStep, Objective
+from barrier_diffusers.checkpoints import Checkpoints
+from barrier_diffusers.config import BarrierConfig
+from barrier_diffusers.denoising import Denoising
+from barrier_diffusers.loop import train
+from barrier_diffusers.objectives import DiffusionStep, Objective, ObjectiveConfig
+from barrier_diffusers.preparation import (
+    ForgetAndRetain,
+    attach_saliency_mask,
+    batches,
+    sampler_and_reference,
+    set_up_protection,
+)
+from barrier_diffusers.training import History, StepMaker, endless, freeze_normalisation, share_random_state
 
 MakeStep = Callable[[dict[str, Any]], DiffusionStep]
+
+
+class UnlearningSettings(Protocol):
+    """What is read here of a run's settings."""
+
+    seed: int
+    train_batch_size: int
+    num_train_epochs: int
+    max_train_steps: int | None
+    gradient_accumulation_steps: int
+    learning_rate: float
+    lr_scheduler: str
+    lr_warmup_steps: int
+    adam_weight_decay: float
+    saliency_mask: float | None
+    validation_prompt: list[str]
+    validation_steps: int
+    checkpointing_steps: int | None
+    objective: ObjectiveConfig
+    barrier: BarrierConfig
+
+    @property
+    def protected(self) -> bool: ...
+
+    @property
+    def max_grad_norm(self) -> float | None: ...
 
 
 @dataclass
@@ -42,3 +85,100 @@ class UnlearningTerms:
         if self.barrier is not None and self._calls % self.micro_steps == 0:
             terms["protection"] = self.micro_steps * self.barrier.compute_protection_loss()
         return terms
+
+
+def unlearn(
+    accelerator: Accelerator,
+    config: UnlearningSettings,
+    objective: Objective,
+    barrier: Barrier,
+    diffusion: Denoising,
+    data: ForgetAndRetain,
+    checkpoints: Checkpoints,
+    checkpoint: Path | None,
+    retain_inputs: dict[str, list[Tensor]],
+    resolution: int,
+    validate: Callable[[int], None],
+) -> tuple[Barrier, dict[str, Any]]:
+    """Protect, then train; the barrier (another one in a resumed run) and `history`, `num_steps`, seconds.
+
+    Args:
+        checkpoint: folder to go on from.
+        retain_inputs: as `Barrier.setup_protection` takes them.
+        resolution: side of the images in pixels.
+        validate: draws the validation prompts after so many steps; called in the main process alone.
+
+    Raises:
+        FloatingPointError: a loss or the weights became non-finite.
+        SystemExit: a signal came; a whole checkpoint was written.
+    """
+    options, denoiser = config.objective, barrier.model
+    sampler, reference = sampler_and_reference(objective, options, barrier, diffusion, resolution)
+    start = time.perf_counter()
+    if config.protected and checkpoint:
+        barrier.remove()
+        barrier = Barrier.from_pretrained(checkpoint / "barrier", denoiser)
+    elif config.protected:
+        set_up_protection(barrier, accelerator, config, diffusion, data, sampler, retain_inputs)
+    seconds_setup = time.perf_counter() - start
+
+    parameters = barrier.trainable_parameters()
+    optimizer: Any = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.adam_weight_decay)
+    if config.saliency_mask is not None:
+        rows = (StepMaker(denoiser, diffusion), data.forget, config.train_batch_size)
+        checkpoints.states["saliency_mask"] = attach_saliency_mask(
+            config.saliency_mask, barrier, optimizer, *rows, accelerator, checkpoint is not None
+        )
+    processes, micro_steps = accelerator.num_processes, config.gradient_accumulation_steps
+    forget_loader = batches(data.forget, config, config.seed, processes)
+    use_retain = options.alpha > 0 and data.retain
+    retain_loader = batches(data.retain, config, config.seed + 1, processes) if use_retain else None
+    model, optimizer, forget_loader, retain_loader = accelerator.prepare(
+        denoiser, optimizer, forget_loader, retain_loader
+    )
+    max_steps = config.max_train_steps or config.num_train_epochs * -(-len(forget_loader) // micro_steps)
+    warmup = config.lr_warmup_steps * processes
+    schedule = accelerator.prepare(get_scheduler(config.lr_scheduler, optimizer, None, warmup, max_steps * processes))
+    share_random_state(accelerator)
+    share = (accelerator.process_index, processes)
+    checkpoints.states["history"] = history = History()
+    accelerator.init_trackers("logs")
+    first = checkpoints.load(checkpoint, max_steps) if checkpoint else 0
+
+    terms = UnlearningTerms(
+        objective,
+        StepMaker(model, diffusion, options, reference, sampler, share),
+        endless(forget_loader, first * micro_steps),
+        options.alpha,
+        StepMaker(model, diffusion, share=share),
+        endless(retain_loader, first * micro_steps) if retain_loader else None,
+        barrier if config.protected else None,
+        micro_steps,
+    )
+
+    def after_step(step: int) -> None:
+        if config.validation_prompt and step % config.validation_steps == 0 and accelerator.is_main_process:
+            denoiser.eval()
+            validate(step)
+            freeze_normalisation(model)
+
+    freeze_normalisation(model)
+    seconds = train(
+        accelerator,
+        [model],
+        parameters,
+        optimizer,
+        schedule,
+        terms,
+        config,
+        checkpoints,
+        history,
+        range(first, max_steps),
+        terms.barrier,
+        after_step,
+        names=UnlearningTerms.NAMES,
+    )
+    if accelerator.is_main_process:
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # gives the denoiser its own forward back
+    facts = {"num_steps": max_steps, "seconds_training": seconds, "seconds_setup": round(seconds_setup, 2)}
+    return barrier, {"history": history.values, **facts}

@@ -26,7 +26,7 @@ from barrier_diffusers.files import write_json
 class BenchmarkConfig:
     """What all benchmarks are told."""
 
-    model: str = "sd14"  # sd14, sdxl or tiny (models.py), with random weights
+    model: str = "sd14"  # sd14, sdxl, small or tiny (models.py), with random weights
     device: str = "cpu"  # or cuda
     num_threads: int = 1  # on a CPU
     repeats: int = 5  # of every case, in turns; medians are printed

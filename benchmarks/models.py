@@ -33,7 +33,9 @@ SDXL = {
 }
 TINY = {**SD14, "sample_size": 8, "block_out_channels": (8, 16, 16, 16), "cross_attention_dim": 12}
 TINY |= {"attention_head_dim": 2, "norm_num_groups": 4}
-SETTINGS: dict[str, dict[str, Any]] = {"sd14": SD14, "sdxl": SDXL, "tiny": TINY}
+SMALL = {**SD14, "sample_size": 32, "block_out_channels": (64, 128, 256, 256), "cross_attention_dim": 256}
+SMALL |= {"attention_head_dim": 4}
+SETTINGS: dict[str, dict[str, Any]] = {"sd14": SD14, "sdxl": SDXL, "small": SMALL, "tiny": TINY}
 NUM_TOKENS = 77
 
 ATTN2 = ["attn2.to_q", "attn2.to_k", "attn2.to_v"]

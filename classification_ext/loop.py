@@ -7,33 +7,22 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
+from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 from barrier_diffusers.barrier import Barrier
 from barrier_diffusers.checkpoints import Checkpoints
 from barrier_diffusers.loop import train
-from barrier_diffusers.training import History, claim_output_dir
+from barrier_diffusers.training import History, open_run
 from classification_ext.settings import LoopConfig
 
 ONE_CYCLE = "one_cycle"  # torch's: up for a fifth of the steps, then down to nothing
 
 
-def open_run(config: LoopConfig) -> tuple[Accelerator, Path]:
+def open_seeded_run(config: LoopConfig) -> tuple[Accelerator, Path]:
     """The accelerator of a run, its output folder claimed, the seed set."""
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            config.gradient_accumulation_steps, sync_with_dataloader=False
-        ),
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_dir=config.output_dir,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
-    )
-    if accelerator.is_main_process:
-        claim_output_dir(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint is not None)
-    accelerator.wait_for_everyone()
+    accelerator = open_run(config)
     set_seed(config.seed + accelerator.process_index)
     return accelerator, Path(config.output_dir)
 

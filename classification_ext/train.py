@@ -16,7 +16,7 @@ from barrier_diffusers.evaluation.report import loss_curves
 from barrier_diffusers.files import write_json
 from barrier_diffusers.training import MANIFEST_NAME, METRICS_NAME, manifest, module_hash, run_script
 from classification_ext.data import load_split, make_splits
-from classification_ext.loop import open_run
+from classification_ext.loop import open_seeded_run
 from classification_ext.metrics import correct, predict
 from classification_ext.models import ARCHITECTURES, Classifier, build_classifier
 from classification_ext.settings import TrainConfig
@@ -25,7 +25,7 @@ from classification_ext.supervised import fit
 
 def main(config: TrainConfig) -> None:
     """Load -> build -> train -> test -> save."""
-    accelerator, output = open_run(config)
+    accelerator, output = open_seeded_run(config)
     side, channels = config.resolution, config.num_channels
     with accelerator.main_process_first():
         if config.model_name_or_path not in ARCHITECTURES:  # what is fine-tuned says itself what it reads

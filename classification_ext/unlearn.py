@@ -35,7 +35,7 @@ from barrier_diffusers.training import (
 )
 from classification_ext.data import Batch, Splits, in_order, load_split, make_splits, pixels_of, shuffled
 from classification_ext.evaluation import evaluate, print_table
-from classification_ext.loop import Loop, open_run
+from classification_ext.loop import Loop, open_seeded_run
 from classification_ext.methods import Edit, Method, Step, get_method
 from classification_ext.methods.boundary_expand import ShadowLabel
 from classification_ext.models import AnyClassifier, load_classifier, restart
@@ -77,7 +77,7 @@ def open_job(config: UnlearnConfig) -> Job:
     """Load the classifier and its data; nothing has been trained yet."""
     method = get_method(config.method.name)
     method.check(config)
-    accelerator, output = open_run(config)
+    accelerator, output = open_seeded_run(config)
     with accelerator.main_process_first():
         model = load_classifier(config.pretrained_model_name_or_path)
         read = partial(load_split, config, resolution=model.resolution, num_channels=model.num_channels)

@@ -10,16 +10,13 @@ unlearning.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
+from accelerate.utils import set_seed
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -28,13 +25,14 @@ from barrier_diffusers.evaluation.report import loss_curves
 from barrier_diffusers.files import write_json
 from barrier_diffusers.labelled import LabelledImages, as_pixels, load_labelled
 from barrier_diffusers.loop import train
+from barrier_diffusers.scratch import Averages
 from barrier_diffusers.training import (
     MANIFEST_NAME,
     History,
-    claim_output_dir,
     endless,
     manifest,
     module_hashes,
+    open_run,
     run_script,
 )
 from ddpm_ext.pipeline import ClassConditionalDDPMPipeline
@@ -95,31 +93,9 @@ def batches(rows: LabelledImages, config: TrainConfig) -> DataLoader:
     return DataLoader(pairs, config.train_batch_size, shuffle=True, drop_last=True, generator=generator)
 
 
-class Averages(EMAModel):
-    """The average of the weights over the steps, in the form that checkpoints take."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Without the copy of the weights that `store` makes, which is not used here."""
-        state = super().state_dict()
-        state.pop("temp_stored_params", None)
-        return state
-
-
 def main(config: TrainConfig) -> None:
     """Load -> train -> save the averaged weights as a pipeline."""
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            config.gradient_accumulation_steps, sync_with_dataloader=False
-        ),
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_dir=config.output_dir,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
-    )
-    output = Path(config.output_dir)
-    if accelerator.is_main_process:
-        claim_output_dir(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint is not None)
-    accelerator.wait_for_everyone()
+    accelerator, output = open_run(config), Path(config.output_dir)
     checkpoints = Checkpoints(accelerator, output, config, config.checkpoints_total_limit)
     checkpoint = checkpoints.find(config.resume_from_checkpoint)
     with accelerator.main_process_first():

@@ -8,16 +8,13 @@ pipeline, with metrics.json, manifest.json and the pictures beside it.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
-from diffusers.optimization import get_scheduler
+from accelerate.utils import set_seed
 from torch import Tensor
 
 from barrier_diffusers import Barrier
@@ -27,23 +24,17 @@ from barrier_diffusers.evaluation.erasure import generate_cached
 from barrier_diffusers.evaluation.report import before_after_grid, loss_curves, print_metrics, strip
 from barrier_diffusers.files import write_json
 from barrier_diffusers.generation import generate
-from barrier_diffusers.loop import train
 from barrier_diffusers.objectives import Objective
-from barrier_diffusers.preparation import attach_saliency_mask, batches, sampler_and_reference, set_up_protection
 from barrier_diffusers.targets import Snapshots, snapshot_of
 from barrier_diffusers.training import (
     MANIFEST_NAME,
     METRICS_NAME,
-    History,
-    StepMaker,
-    claim_output_dir,
-    endless,
-    freeze_normalisation,
     manifest,
     module_hashes,
+    open_run,
     run_script,
 )
-from barrier_diffusers.unlearning import UnlearningTerms
+from barrier_diffusers.unlearning import unlearn
 from ddpm_ext.diffusion import LabelDiffusion, LabelRows, UnlearningRows, draw
 from ddpm_ext.evaluation import Judge, Questions, evaluate, make_questions, real_images
 from ddpm_ext.loading import load_pipeline, load_rows
@@ -156,20 +147,9 @@ def finish(job: Job, history: dict[str, list[float]], facts: dict[str, Any]) -> 
 
 def main(config: UnlearnConfig) -> None:
     """Load -> before -> protect -> train -> save -> after."""
-    objective, options = chosen_objective(config), config.objective
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            config.gradient_accumulation_steps, sync_with_dataloader=False
-        ),
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_dir=config.output_dir,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
-    )
+    objective = chosen_objective(config)
+    accelerator = open_run(config)
     output, device = Path(config.output_dir), accelerator.device
-    if accelerator.is_main_process:
-        claim_output_dir(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint is not None)
-    accelerator.wait_for_everyone()
     checkpoints = Checkpoints(accelerator, output, config, config.checkpoints_total_limit)
     checkpoint = checkpoints.find(config.resume_from_checkpoint)
     set_seed(config.seed)
@@ -192,79 +172,26 @@ def main(config: UnlearnConfig) -> None:
         set_seed(config.seed + accelerator.process_index)
     snapshots = {entry.name: snapshot_of(entry.layer) for entry in barrier.maps}
 
-    sampler, reference = sampler_and_reference(objective, options, barrier, diffusion, pipeline.resolution)
-    start = time.perf_counter()
-    if config.protected and checkpoint:
-        barrier.remove()
-        barrier = Barrier.from_pretrained(checkpoint / "barrier", unet)
-    elif config.protected:
-        set_up_protection(barrier, accelerator, config, diffusion, rows, sampler, {})
-    seconds_setup = time.perf_counter() - start
-
-    parameters = barrier.trainable_parameters()
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.adam_weight_decay)
-    if config.saliency_mask is not None:
-        given = (StepMaker(unet, diffusion), rows.forget, config.train_batch_size)
-        checkpoints.states["saliency_mask"] = attach_saliency_mask(
-            config.saliency_mask, barrier, optimizer, *given, accelerator, checkpoint is not None
-        )
-    forget_loader = batches(rows.forget, config, config.seed, accelerator.num_processes)
-    retain_loader = None
-    if options.alpha > 0 and rows.retain is not None:
-        retain_loader = batches(rows.retain, config, config.seed + 1, accelerator.num_processes)
-    model, optimizer, forget_loader, retain_loader = accelerator.prepare(unet, optimizer, forget_loader, retain_loader)
-    micro_steps = config.gradient_accumulation_steps
-    max_steps = config.max_train_steps or config.num_train_epochs * -(-len(forget_loader) // micro_steps)
-    schedule = get_scheduler(
-        config.lr_scheduler,
-        optimizer,
-        num_warmup_steps=config.lr_warmup_steps * accelerator.num_processes,
-        num_training_steps=max_steps * accelerator.num_processes,
-    )
-    schedule = accelerator.prepare(schedule)
-    checkpoints.states["history"] = history = History()
-    accelerator.init_trackers("logs")
-    first = checkpoints.load(checkpoint, max_steps) if checkpoint else 0
-
-    terms = UnlearningTerms(
-        objective,
-        StepMaker(model, diffusion, options, reference, sampler),
-        endless(forget_loader, first * micro_steps),
-        options.alpha,
-        StepMaker(model, diffusion),
-        endless(retain_loader, first * micro_steps) if retain_loader else None,
-        barrier if config.protected else None,
-    )
-
     def validate(step: int) -> None:
-        if config.validation_prompt and step % config.validation_steps == 0 and accelerator.is_main_process:
-            unet.eval()
-            images = generate(pipeline, config.validation_prompt, config.evaluation.sampling, desc="validation")
-            strip(images, config.validation_prompt, output / "validation" / f"step-{step:06d}.png")
-            freeze_normalisation(model)
+        images = generate(pipeline, config.validation_prompt, config.evaluation.sampling, desc="validation")
+        strip(images, config.validation_prompt, output / "validation" / f"step-{step:06d}.png")
 
-    freeze_normalisation(model)
-    seconds = train(
+    barrier, results = unlearn(
         accelerator,
-        [model],
-        parameters,
-        optimizer,
-        schedule,
-        terms,
         config,
+        objective,
+        barrier,
+        diffusion,
+        rows,
         checkpoints,
-        history,
-        range(first, max_steps),
-        terms.barrier,
+        checkpoint,
+        {},
+        pipeline.resolution,
         validate,
-        names=UnlearningTerms.NAMES,
     )
     if accelerator.is_main_process:
-        accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # gives the UNet its own forward back
-        facts = {"num_steps": max_steps, "seconds_training": seconds, "seconds_setup": round(seconds_setup, 2)}
-        base = hashes["unet"]
-        job = Job(config, output, cache, pipeline, barrier, snapshots, judge, questions, before, real, base)
-        finish(job, history.values, facts)
+        job = Job(config, output, cache, pipeline, barrier, snapshots, judge, questions, before, real, hashes["unet"])
+        finish(job, results.pop("history"), results)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

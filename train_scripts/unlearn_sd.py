@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
-from diffusers.optimization import get_scheduler
+from accelerate.utils import set_seed
 
 from barrier_diffusers import Barrier
 from barrier_diffusers.architectures import Diffusion, components, get_architecture
@@ -39,6 +39,7 @@ from barrier_diffusers.files import write_json
 from barrier_diffusers.generation import generate
 from barrier_diffusers.hub import (
     add_adapter,
+    choose_attention_backend,
     claim_repo,
     enable_xformers,
     load_pipeline,
@@ -47,31 +48,21 @@ from barrier_diffusers.hub import (
     save_model_card,
     save_pipeline,
 )
-from barrier_diffusers.loop import train
 from barrier_diffusers.preparation import (
     apply_edit,
-    attach_saliency_mask,
-    batches,
     maps_of_prompts,
     prompt_inputs,
-    sampler_and_reference,
-    set_up_protection,
 )
 from barrier_diffusers.settings import UnlearnConfig, chosen_objective, data_needs
 from barrier_diffusers.training import (
     MANIFEST_NAME,
     METRICS_NAME,
-    History,
-    StepMaker,
-    claim_output_dir,
-    endless,
-    freeze_normalisation,
     manifest,
     module_hashes,
+    open_run,
     run_script,
-    share_random_state,
 )
-from barrier_diffusers.unlearning import UnlearningTerms
+from barrier_diffusers.unlearning import unlearn
 
 
 def validate(accelerator: Accelerator, pipeline: Any, config: UnlearnConfig, output: Path, step: int) -> None:
@@ -146,17 +137,7 @@ def finish(job: Job, results: dict[str, Any]) -> None:
 def main(config: UnlearnConfig) -> None:
     """Load -> encode -> before -> protect -> train -> save -> after."""
     objective = chosen_objective(config)
-    micro_steps = config.gradient_accumulation_steps
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(micro_steps, sync_with_dataloader=False),
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_dir=config.output_dir,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
-    )
-    output = Path(config.output_dir)
-    if accelerator.is_main_process:
-        claim_output_dir(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint is not None)
+    accelerator, output = open_run(config), Path(config.output_dir)
     repo_id = None
     if config.push_to_hub and accelerator.is_main_process:
         repo_id = claim_repo(config.repo_id, config.hub_private)
@@ -181,6 +162,8 @@ def main(config: UnlearnConfig) -> None:
     denoiser = diffusion.denoiser
     if config.enable_xformers_memory_efficient_attention:
         enable_xformers(denoiser, accelerator.device)
+    if config.attention_backend is not None:
+        choose_attention_backend(denoiser, config.attention_backend, accelerator.device)
     if config.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     for module in components(pipeline).values():
@@ -227,80 +210,22 @@ def main(config: UnlearnConfig) -> None:
         accelerator.wait_for_everyone()
         return
 
-    sampler, reference = sampler_and_reference(objective, steer, barrier, diffusion, config.resolution)
-    if config.protected and checkpoint:
-        barrier.remove()
-        job.barrier = barrier = Barrier.from_pretrained(checkpoint / "barrier", denoiser)
-    elif config.protected:
-        given = prompt_inputs(by_prompts, pipeline, concepts.retain_captions) if by_prompts else {}
-        set_up_protection(barrier, accelerator, config, diffusion, data, sampler, given)
-
-    parameters = barrier.trainable_parameters()
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.adam_weight_decay)
-    if config.saliency_mask is not None:
-        rows = (StepMaker(denoiser, diffusion), data.forget, config.train_batch_size)
-        resumed = checkpoint is not None
-        checkpoints.states["saliency_mask"] = attach_saliency_mask(
-            config.saliency_mask, barrier, optimizer, *rows, accelerator, resumed
-        )
-    processes = accelerator.num_processes
-    forget_loader = batches(data.forget, config, config.seed, processes)
-    use_retain = steer.alpha > 0 and data.retain
-    retain_loader = batches(data.retain, config, config.seed + 1, processes) if use_retain else None
-    model, optimizer, forget_loader, retain_loader = accelerator.prepare(
-        denoiser, optimizer, forget_loader, retain_loader
-    )
-    steps_per_epoch = -(-len(forget_loader) // micro_steps)
-    max_steps = config.max_train_steps or config.num_train_epochs * steps_per_epoch
-    schedule = get_scheduler(
-        config.lr_scheduler,
-        optimizer,
-        num_warmup_steps=config.lr_warmup_steps * accelerator.num_processes,
-        num_training_steps=max_steps * accelerator.num_processes,
-    )
-    schedule = accelerator.prepare(schedule)
-    share_random_state(accelerator)
-    share = (accelerator.process_index, processes)
-    checkpoints.states["history"] = history = History()
-    accelerator.init_trackers("logs")
-    first = checkpoints.load(checkpoint, max_steps) if checkpoint else 0
-
-    freeze_normalisation(model)
-    terms = UnlearningTerms(
-        objective,
-        StepMaker(model, diffusion, steer, reference, sampler, share),
-        endless(forget_loader, first * micro_steps),
-        steer.alpha,
-        StepMaker(model, diffusion, share=share),
-        endless(retain_loader, first * micro_steps) if retain_loader else None,
-        barrier if config.protected else None,
-        micro_steps,
-    )
-
-    def after_step(step: int) -> None:
-        if config.validation_prompt and step % config.validation_steps == 0 and accelerator.is_main_process:
-            denoiser.eval()
-            validate(accelerator, pipeline, config, output, step)
-            freeze_normalisation(model)
-
-    seconds = train(
+    given = prompt_inputs(by_prompts, pipeline, concepts.retain_captions) if by_prompts and not checkpoint else {}
+    job.barrier, results = unlearn(
         accelerator,
-        [model],
-        parameters,
-        optimizer,
-        schedule,
-        terms,
         config,
+        objective,
+        barrier,
+        diffusion,
+        data,
         checkpoints,
-        history,
-        range(first, max_steps),
-        terms.barrier,
-        after_step,
-        names=UnlearningTerms.NAMES,
+        checkpoint,
+        given,
+        config.resolution,
+        partial(validate, accelerator, pipeline, config, output),
     )
     if accelerator.is_main_process:
-        accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # gives the denoiser its own forward back
-        finish(job, {"history": history.values, "num_steps": max_steps, "seconds_training": seconds})
+        finish(job, results)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

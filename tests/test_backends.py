@@ -1,0 +1,87 @@
+"""Attention backends, and ways to share out weights that are refused."""
+
+import numpy as np
+import pytest
+import torch
+from pipelines import build
+from short_runs import BASE
+
+from barrier_diffusers import Barrier, BarrierConfig
+from barrier_diffusers.hub import choose_attention_backend
+from barrier_diffusers.settings import UnlearnConfig
+from barrier_diffusers.training import SHARDING, open_run
+
+CPU = torch.device("cpu")
+
+
+def flux_inputs(transformer):
+    generator = torch.Generator().manual_seed(0)
+    size = transformer.config
+    batch = {
+        "hidden_states": torch.randn(2, 16, size.in_channels, generator=generator),
+        "encoder_hidden_states": torch.randn(2, 5, size.joint_attention_dim, generator=generator),
+        "pooled_projections": torch.randn(2, size.pooled_projection_dim, generator=generator),
+        "timestep": torch.tensor([0.1, 0.7]),
+        "img_ids": torch.zeros(16, 3),
+        "txt_ids": torch.zeros(5, 3),
+    }
+    return batch | ({"guidance": torch.tensor([3.5, 3.5])} if size.guidance_embeds else {})
+
+
+def outputs_and_regions(transformer, batch):
+    barrier = Barrier(transformer, BarrierConfig(targets=["to_q"], reduced_dim=2))
+    barrier.setup_protection([batch], lambda model, batch: model(**batch))
+    regions = {name: region.mean.clone() for name, region in barrier.regions.items()}
+    barrier.remove()
+    with torch.no_grad():
+        return transformer(**batch).sample, regions
+
+
+@pytest.mark.parametrize("backend", ["native", "_native_math"])
+def test_a_backend_changes_neither_outputs_nor_regions(backend):
+    transformer = build("flux").transformer.eval()
+    batch = flux_inputs(transformer)
+    plain, plain_regions = outputs_and_regions(transformer, batch)
+    choose_attention_backend(transformer, backend, CPU)
+    processors = [module.processor for module in transformer.modules() if hasattr(module, "processor")]
+    assert processors and all(processor._attention_backend == backend for processor in processors)
+    other, regions = outputs_and_regions(transformer, batch)
+    transformer.set_attention_backend("native")  # diffusers keeps the last one for every model
+    np.testing.assert_allclose(other.numpy(), plain.numpy(), atol=1e-5)
+    assert regions and set(regions) == set(plain_regions)
+    for name, mean_D in regions.items():
+        np.testing.assert_allclose(mean_D.numpy(), plain_regions[name].numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("flash_hub", "downloads code and runs it"),
+        ("flash", "needs an accelerator"),
+        ("swift", "needs an accelerator"),
+    ],
+)
+def test_backends_that_cannot_work_are_refused(backend, message):
+    with pytest.raises(ValueError, match=message):
+        choose_attention_backend(build("flux").transformer, backend, CPU)
+
+
+def test_on_another_device_diffusers_says_what_is_missing():
+    with pytest.raises(ValueError, match="must be one of the following"):
+        choose_attention_backend(build("flux").transformer, "swift", torch.device("cuda"))
+
+
+@pytest.mark.parametrize("variable", SHARDING)
+def test_sharing_out_the_weights_is_refused_and_nothing_is_written(variable, monkeypatch, tmp_path):
+    monkeypatch.setenv(variable, "true")
+    config = UnlearnConfig(
+        pretrained_model_name_or_path=str(BASE),
+        output_dir=str(tmp_path / "run"),
+        concept="boot",
+        forget_prompts=["a boot"],
+        retain_prompts=["a bag"],
+        num_generated_images=1,
+    )
+    with pytest.raises(ValueError, match=f"{SHARDING[variable]} is not supported"):
+        open_run(config)
+    assert not (tmp_path / "run").exists()
