@@ -12,7 +12,7 @@ export TRANSFORMERS_VERBOSITY = error
 export DIFFUSERS_VERBOSITY = error
 
 .DEFAULT_GOAL := help
-.PHONY: help install unlearn evaluate test test-slow table reference embedded-model unlearn-classifier classifier-table \
+.PHONY: help install unlearn evaluate test test-slow table bench reference embedded-model unlearn-classifier classifier-table \
 	embedded-resnet unlearn-ddpm ddpm-table embedded-ddpm quality style clean
 
 help: ## show this list
@@ -45,6 +45,15 @@ evaluate: $(READY) ## judge what `make unlearn` left, on plain prompts and under
 
 table: $(READY) ## all rows of the README's tables; finished rows are not run again
 	$(BIN)/python benchmarks/erasure_table.py
+
+BENCH = $(BIN)/python benchmarks/$(1).py --page docs/performance.md --json docs/tables/$(2).json $(3)
+
+bench: $(READY) ## what the protection costs, measured here; the tables of docs/performance.md (an hour on a quiet CPU)
+	$(call BENCH,loss,loss,--targets all)
+	$(call BENCH,step,step_lora,--rank 16 --repeats 3)
+	$(call BENCH,step,step_full,--repeats 3)
+	$(call BENCH,setup,setup,--repeats 3)
+	$(call BENCH,scaling,scaling,--repeats 3)
 
 embedded-model: $(READY) ## train everything in assets/ again (Debian package dataset-fashion-mnist needed)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps open-clip-torch

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from erasure_table import CONFIG, as_flag, into_page, run_chain
+from erasure_table import CONFIG, as_flag, run_chain
+from pages import into_page
 from rows import KEYS_AND_VALUES, Row, objective_row
 from tqdm.auto import tqdm
 

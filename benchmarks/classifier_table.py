@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 from classifier_rows import CLASSES, METHODS, ORIGINAL, RANDOM, REFERENCE, SEEDS, Row, rows
-from erasure_table import as_flag, into_page
+from erasure_table import as_flag
+from pages import into_page
 from tqdm.auto import tqdm
 
 from barrier_diffusers.files import write_json

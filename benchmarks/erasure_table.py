@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pages import into_page
 from rows import TABLES, Row, Table
 from tqdm.auto import tqdm
 
@@ -164,15 +165,6 @@ def short_form(table: Table, entries: dict[str, dict[str, Any]]) -> str:
 def mean(group: Sequence[dict[str, Any]], key: str) -> float:
     """Mean of a metric over runs."""
     return sum(metrics[key] for metrics in group) / len(group)
-
-
-def into_page(page: Path, name: str, text: str) -> None:
-    """Put a table between its two marks in a Markdown page, if the page has them."""
-    begin, end = f"<!-- table {name} -->\n", f"<!-- end of table {name} -->"
-    content = page.read_text(encoding="utf-8")
-    if begin in content:
-        head, rest = content.split(begin, 1)
-        page.write_text(head + begin + text + end + rest.split(end, 1)[1], encoding="utf-8")
 
 
 def write(name: str, table: Table, entries: dict[str, dict[str, Any]], docs: Path, page: Path) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pages import into_page
 
 from barrier_diffusers.files import write_json
 
@@ -31,6 +32,7 @@ class BenchmarkConfig:
     num_threads: int = 1  # on a CPU
     repeats: int = 5  # of every case, in turns; medians are printed
     json: str | None = None  # file that gets the figures
+    page: str | None = None  # with `json`: Markdown page that gets the tables between marks of the file's name
 
     def start(self) -> torch.device:
         """Set the number of threads; the device everything runs on."""
@@ -97,14 +99,14 @@ def machine() -> dict[str, Any]:
     return {**facts, **versions, **gpu, "load_average": os.getloadavg()[0]}
 
 
-def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print rows as a Markdown table."""
+def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as a Markdown table."""
     headings = list(rows[0])
     cells = [[_cell(row[heading]) for heading in headings] for row in rows]
     widths = [max(len(line[place]) for line in [headings, *cells]) for place in range(len(headings))]
-    print(f"\n{title}\n")
-    for line in (headings, ["-" * width for width in widths], *cells):
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")
+    lines = (headings, ["-" * width for width in widths], *cells)
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    return "".join("| " + " | ".join(line) + " |\n" for line in padded)
 
 
 def _cell(value: Any) -> str:
@@ -112,11 +114,18 @@ def _cell(value: Any) -> str:
 
 
 def report(config: BenchmarkConfig, tables: Mapping[str, Sequence[Mapping[str, Any]]], **facts: Any) -> None:
-    """Print the tables and, with `json`, write them with the settings and the machine."""
-    for title, rows in tables.items():
-        show(title, rows)
-    print(f"\n{machine()}")
+    """Print the tables; with `json`, write them with the settings and the machine; with `page`, put them in there."""
+    where = machine()
+    text = "\n".join(f"{title}\n\n{as_markdown(rows)}" for title, rows in tables.items())
+    print(f"\n{text}\n{where}")
     if config.json:
-        content = {"settings": asdict(config), "machine": machine(), "tables": dict(tables), **facts}
-        Path(config.json).parent.mkdir(parents=True, exist_ok=True)
-        write_json(Path(config.json), content)
+        path = Path(config.json)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"settings": asdict(config), "machine": where, "tables": dict(tables), **facts})
+        if config.page:
+            into_page(Path(config.page), path.stem, f"{text}\n{facts_line(where)}\n")
+
+
+def facts_line(where: Mapping[str, Any]) -> str:
+    """The machine in words."""
+    return ", ".join(f"{name.replace('_', ' ')} {_cell(value)}" for name, value in where.items()) + "."
