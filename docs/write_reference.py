@@ -35,7 +35,19 @@ SETTINGS = {  # page of docs/settings -> script -> (module with its settings, cl
         "train_scripts/train_classifier.py": ("train_scripts/train_classifier.py", "ClassifierConfig"),
     },
 }
-METHOD = ("barrier", "blocks", "certificate", "config", "drift", "fitting", "loss", "projection", "recorder", "region")
+METHOD = (
+    "barrier",
+    "blocks",
+    "certificate",
+    "config",
+    "drift",
+    "fitting",
+    "loss",
+    "order_statistics",
+    "projection",
+    "recorder",
+    "region",
+)
 METHOD += ("reference", "retain_inputs", "saliency", "statistics", "targets")
 PIPELINES = ("kinds", "pipelines", "processes", "stages", "sweep_file", "sweep_report", "sweeps", "tracking")
 PAGES = {  # page of docs/api -> folders of modules

@@ -19,7 +19,12 @@ def share(value, low, high, count=10):
 
 
 def relative(certified, largest):
-    return {"certified": certified, "largest": largest, "mean": largest / 2, "num_images": 9, "num_above": 0}
+    known = (
+        {"coverage": 0.75, "coverage_interval_95": [0.19, 0.99], "tightness": certified / largest} if certified else {}
+    )
+    unknown = {"coverage": None, "coverage_interval_95": None, "tightness": None}
+    counts = {"num_test": 4, "num_above": 1, "num_distinct": 7}
+    return {"certified": certified, "largest_test": largest, **counts, **(known or unknown)}
 
 
 def write_run(folder, concept="<b>sneaker</b>", **more):
@@ -47,6 +52,8 @@ def write_certificate(folder):
     paper = {"quantile": 0.98, "confidence": 0.95, "maps": [{**entry, "relative": relative(0.25, 0.125)}]}
     paper |= {"network": relative(None, 0.0625), "every_map": None, "drift_norms": {"attn2.to_k": 0.03125}}
     paper["held_out"] = {"num_images": 9, "where": "split 'test' of <somewhere>"}
+    paper["held_out"] |= {"calibration": {"num_images": 5}, "test": {"num_images": 4}}
+    paper |= {"split": {"calibration": 0.6, "seed": 11}, "contradicted": ["attn2.to_k"]}
     (folder / "certificate.json").write_text(json.dumps(paper))
 
 
@@ -56,6 +63,8 @@ def test_the_page_has_the_numbers_and_needs_no_other_file(tmp_path):
     main(ReportConfig([str(run)]))
     page = (run / "report.html").read_text()
     for wanted in ("90.0", "59.6 to 98.2", "2.0", "98 %", "0.25", "0.125", "0.0625", "0.03125", "&#34;seed&#34;: 7"):
+        assert wanted in page, wanted
+    for wanted in ("3 of 4 <small>(19.0 to 99.0 %)", "<td>2.00</td>", "seed 11", "contradict the bound of attn2.to_k"):
         assert wanted in page, wanted
     assert re.search(r"attn2\.to_k.*?>no<", page, re.S)  # a bound that did not hold is not hidden
     sources = re.findall(r'(?:src|href)="([^"]*)"', page)
