@@ -8,6 +8,7 @@ import pytest
 from report import ReportConfig, main
 
 from barrier_diffusers.evaluation.html import drop_interval, read_run, render
+from barrier_diffusers.training import run_script
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -95,6 +96,17 @@ def test_runs_beside_each_other_and_attacks(tmp_path):
     assert page.count("<h3>Attacks</h3>") == 1 and "Certificate" not in page
 
 
+def test_runs_are_named_one_after_another(tmp_path, monkeypatch, capsys):
+    folders = [str(write_run(tmp_path / name)) for name in ("one", "two")]
+    target = str(tmp_path / "both.html")
+    monkeypatch.setattr("sys.argv", ["report.py", "--compare", *folders, "--output", target])
+    run_script(main, ReportConfig)
+    assert (tmp_path / "both.html").read_text().count("<h2>") == 2
+    monkeypatch.setattr("sys.argv", ["report.py", "--compare", folders[0]])
+    run_script(main, ReportConfig)
+    assert str(tmp_path / "one" / "report.html") in capsys.readouterr().out
+
+
 def test_the_interval_of_the_drop(tmp_path):
     assert drop_interval(read_run(write_run(tmp_path / "run"))) == pytest.approx((-1.0, 9.0))
 
@@ -112,7 +124,7 @@ def test_a_folder_without_a_run_is_named(content, said, tmp_path):
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="runs is empty"):
+    with pytest.raises(ValueError, match="compare is empty"):
         ReportConfig([])
     with pytest.raises(ValueError, match="must end in .html"):
         ReportConfig(["x"], "page.pdf")
