@@ -86,7 +86,10 @@ def test_a_saved_run_is_certified_with_the_same_result(runs, tmp_path):
     held_out = held_out_images(settings, EvaluationConfig(), SNEAKER)
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    certify_saved(tmp_path, str(folder / "with"), None, held_out, settings, 32)
+    pipeline, place = load_pipeline(str(folder / "with")), str(folder / "with")
+    flags = [parameter.requires_grad for parameter in pipeline.unet.parameters()]
+    certify_saved(tmp_path, pipeline, place, None, held_out, settings, 32)
+    assert [parameter.requires_grad for parameter in pipeline.unet.parameters()] == flags
     assert torch.equal(torch.get_rng_state(), state)
     again = json.loads((tmp_path / "certificate.json").read_text())
     first = json.loads((folder / "with" / "certificate.json").read_text())

@@ -192,7 +192,8 @@ def has_barrier(pipeline: str | None, lora_weights: str | None) -> bool:
 
 def certify_saved(
     output: Path,
-    pipeline: str,
+    pipeline: Any,
+    folder: str,
     lora_weights: str | None,
     held_out: HeldOut | None,
     certificate: CertificateConfig,
@@ -201,13 +202,17 @@ def certify_saved(
     """Write certificate.json for a run that was saved with its barrier.
 
     Args:
-        pipeline, lora_weights: what a run saved, or its base and the folder with its adapter.
+        pipeline: what is judged, as loaded from `folder`; not used with `lora_weights`, as an adapter that was merged
+            into its base has lost the factors that the barrier speaks of.
+        folder, lora_weights: what a run saved, or its base and the folder with its adapter.
     """
     if held_out is None:
         return
-    loaded = load_pipeline(pipeline)
     if lora_weights:
-        loaded.load_lora_weights(lora_weights)
-    loaded.to("cuda" if torch.cuda.is_available() else "cpu")
-    barrier = Barrier.from_pretrained(lora_weights or pipeline, Diffusion(loaded).denoiser)
-    write_certificate(output, barrier, loaded, held_out, certificate, resolution)
+        pipeline = load_pipeline(folder)
+        pipeline.load_lora_weights(lora_weights)
+    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    barrier = Barrier.from_pretrained(lora_weights or folder, Diffusion(pipeline).denoiser)
+    write_certificate(output, barrier, pipeline, held_out, certificate, resolution)
+    barrier.remove()
+    pipeline.to("cpu")
