@@ -20,6 +20,7 @@ from barrier_diffusers.config import BarrierConfig
 from barrier_diffusers.drift import Drift, LoraDrift, full_drift
 from barrier_diffusers.fitting import ForwardFn, fit_protection, own_config
 from barrier_diffusers.groups import MapGroup
+from barrier_diffusers.order_statistics import Split
 from barrier_diffusers.projection import RetainProjection, project_out
 from barrier_diffusers.region import ForgetRegion, check_reduced_dim
 from barrier_diffusers.retain_inputs import RetainInputs
@@ -263,11 +264,19 @@ class Barrier:
         return dict(zip((entry.name for entry in self.maps), torch.stack(relative).tolist(), strict=True))
 
     def certify(
-        self, held_out_loader: Any, forward_fn: ForwardFn, quantile: float = 0.99, confidence: float = 0.95
+        self,
+        held_out_loader: Any,
+        forward_fn: ForwardFn,
+        quantile: float = 0.99,
+        confidence: float = 0.95,
+        split: Split | None = None,
     ) -> Certificate:
         """What is guaranteed on retain inputs like the held-out ones (METHOD section 6); these must not have been used
         for fitting or training. With a projection its span takes the place of the forget region: the drift inside is
         0, and the bounds speak of the part outside.
+
+        Args:
+            split: which of the images choose the distribution-free bounds, and which check them.
 
         Raises:
             RuntimeError: setup_protection was not called.
@@ -287,6 +296,7 @@ class Barrier:
             forward_fn=forward_fn,
             quantile=quantile,
             confidence=confidence,
+            split=split or Split(),
         )
 
     def snapshot_weights(self) -> AbstractContextManager[None]:

@@ -5,7 +5,6 @@ Shapes: B images, L rows of an image, D input features, K kept directions, O out
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -14,13 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import binom
 from torch import Tensor, nn
 
 from barrier_diffusers.drift import Drift
 from barrier_diffusers.files import write_json
 from barrier_diffusers.fitting import ForwardFn, first_tensor, kept_random_state
 from barrier_diffusers.loss import interval_ends
+from barrier_diffusers.order_statistics import (
+    RelativeDrift,
+    Split,
+    distribution_free,
+    order_statistic,
+    samples_needed,
+)
 from barrier_diffusers.recorder import evaluation_mode, record_inputs
 from barrier_diffusers.region import ForgetRegion
 from barrier_diffusers.targets import ProtectedMap
@@ -55,49 +60,6 @@ def moment_bound(drift: Drift, region: ForgetRegion, probability: float) -> Tens
         return fixed_O
     variance_O = drift.energy(region.residual).clamp_min(0)
     return fixed_O + (variance_O / (1 - probability)).sqrt()
-
-
-def order_statistic(num_samples: int, quantile: float, confidence: float) -> int | None:
-    """The smallest r such that the r-th smallest of `num_samples` independent values is at least their distribution's
-    `quantile` with probability `confidence` (exact binomial); None if there are too few samples.
-
-    Raises:
-        ValueError: quantile or confidence outside (0, 1).
-    """
-    for name, value in (("quantile", quantile), ("confidence", confidence)):
-        if not 0 < value < 1:
-            raise ValueError(f"{name} must lie strictly between 0 and 1, not {value}")
-    rank = int(binom.ppf(confidence, num_samples, quantile)) + 1
-    return rank if rank <= num_samples else None
-
-
-def samples_needed(quantile: float, confidence: float) -> int:
-    """The fewest samples for which `order_statistic` finds a rank: quantile^n <= 1 - confidence."""
-    return math.ceil(math.log(1 - confidence) / math.log(quantile))
-
-
-def attainable_quantile(num_samples: int, confidence: float) -> float:
-    """The largest quantile for which `order_statistic` finds a rank among so few samples."""
-    return (1 - confidence) ** (1 / num_samples)
-
-
-@dataclass(frozen=True)
-class RelativeDrift:
-    """With `confidence`, a new image's drift stays below `certified` with probability at least the quantile."""
-
-    certified: float | None  # None: too few images
-    largest: float  # observed
-    mean: float
-    num_images: int
-    num_above: int = 0  # observed above `certified`; all of these images took part in choosing it
-
-
-def distribution_free(values: Tensor, quantile: float, confidence: float) -> RelativeDrift:
-    """Certify the order statistic of per-image drifts (images are independent, the rows of one image are not)."""
-    rank = order_statistic(len(values), quantile, confidence)
-    certified = None if rank is None else float(values.sort().values[rank - 1])
-    above = 0 if certified is None else int((values > certified).sum())
-    return RelativeDrift(certified, float(values.max()), float(values.mean()), len(values), above)
 
 
 @dataclass(frozen=True)
@@ -187,7 +149,7 @@ class MapObserver:
         """Largest relative drift among the rows of each image, (images,)."""
         return torch.cat(self.largest_per_image)
 
-    def result(self, quantile: float, confidence: float) -> MapCertificate:
+    def result(self, quantile: float, confidence: float, split: Split) -> MapCertificate:
         """The certificate of this map."""
         inside = max(self.rows - int(self.outside), 1)
         return MapCertificate(
@@ -200,7 +162,7 @@ class MapObserver:
             radius=float(self.radius),
             moment=float(self.moment_O.max()),
             moment_violations=int(self.above) / inside,
-            relative=distribution_free(self.drift_per_image, quantile, confidence),
+            relative=distribution_free(self.drift_per_image, quantile, confidence, split),
         )
 
 
@@ -212,6 +174,7 @@ class Certificate:
     network: RelativeDrift | None  # relative change of the prediction; None if forward_fn returns no tensor
     quantile: float
     confidence: float
+    split: Split  # of the images, into those that choose the distribution-free bounds and those that check them
     every_map: RelativeDrift | None = None  # largest drift of an image in any map: one bound for all of them at once
 
     @property
@@ -219,9 +182,19 @@ class Certificate:
         """Whether every observation kept the sound bound in every map."""
         return all(entry.sound_holds for entry in self.maps)
 
+    @property
+    def contradicted(self) -> list[str]:
+        """What the test images speak against, at 5 % for all statements together (Bonferroni): names of maps,
+        "every_map", "network"."""
+        entries: dict[str, RelativeDrift | None] = {entry.name: entry.relative for entry in self.maps}
+        entries |= {"every_map": self.every_map, "network": self.network}
+        chances = {name: entry.chance for name, entry in entries.items() if entry and entry.chance is not None}
+        return [name for name, chance in chances.items() if chance < 0.05 / len(chances)]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain Python values."""
-        return {**asdict(self), "holds": self.holds, "delta": 1 - self.confidence}
+        derived = {"holds": self.holds, "delta": 1 - self.confidence, "contradicted": self.contradicted}
+        return {**asdict(self), **derived}
 
     def save_json(self, path: str | os.PathLike) -> None:
         """Write the certificate whole or not at all."""
@@ -236,18 +209,21 @@ class Certificate:
             "all maps at once": self.every_map,
             "network": self.network,
         }
-        for title, entry in shown.items():
-            if entry is not None and entry.certified is not None:
-                lines.append(
-                    f"{title}: relative drift <= {entry.certified:.4g} for {self.quantile:.1%} of images "
-                    f"with confidence {self.confidence:.0%}; largest observed {entry.largest:.4g}"
-                )
-            elif entry is not None:
-                needed = samples_needed(self.quantile, self.confidence)
-                lines.append(
-                    f"{title}: largest observed {entry.largest:.4g}; a bound needs {needed} images, not {images}"
-                )
+        lines += [f"{title}: {self._sentence(entry)}" for title, entry in shown.items() if entry is not None]
+        if self.contradicted:
+            lines.append(f"the test images CONTRADICT the bound of {', '.join(self.contradicted)}")
         return "\n".join(lines)
+
+    def _sentence(self, entry: RelativeDrift) -> str:
+        if entry.certified is None:
+            needed = samples_needed(self.quantile, self.confidence)
+            return f"largest observed {entry.largest:.4g}; a bound takes {needed} images, not {entry.num_calibration}"
+        promise = f"{self.quantile:.4g} of images with confidence {self.confidence:.4g}"
+        checked = "not checked"
+        if entry.num_test:
+            kept = entry.num_test - entry.num_above
+            checked = f"{kept} of {entry.num_test} test images keep it, the largest has {entry.largest_test:.4g}"
+        return f"relative drift <= {entry.certified:.4g} for {promise}; {checked}"
 
 
 def certify(
@@ -260,6 +236,7 @@ def certify(
     forward_fn: ForwardFn,
     quantile: float,
     confidence: float,
+    split: Split,
 ) -> Certificate:
     """Observe every map and the whole network on held-out batches; see `Barrier.certify`.
 
@@ -281,14 +258,15 @@ def certify(
     maps, alone = [entry for entry, _ in regions], {name: name for name in observers}
     with kept_random_state(model, loader):
         record_inputs(model, maps, loader, forward_fn, observe, what="held-out", leader_of=alone)
-    network = _network_drift(model, snapshot_weights, loader, forward_fn, quantile, confidence)
+    network = _network_drift(model, snapshot_weights, loader, forward_fn, quantile, confidence, split)
     worst_per_image = torch.stack([observer.drift_per_image for observer in observers.values()]).amax(0)
     return Certificate(
-        maps=[observer.result(quantile, confidence) for observer in observers.values()],
+        maps=[observer.result(quantile, confidence, split) for observer in observers.values()],
         network=network,
         quantile=quantile,
         confidence=confidence,
-        every_map=distribution_free(worst_per_image, quantile, confidence),
+        split=split,
+        every_map=distribution_free(worst_per_image, quantile, confidence, split),
     )
 
 
@@ -300,6 +278,7 @@ def _network_drift(
     forward_fn: ForwardFn,
     quantile: float,
     confidence: float,
+    split: Split,
 ) -> RelativeDrift | None:
     """Relative change ||f(x) - f0(x)|| / ||f0(x)|| of the network's output per sample; None without a tensor."""
     changes = []
@@ -314,4 +293,4 @@ def _network_drift(
             assert before is not None
             change, size = ((now - before).float().flatten(1), before.float().flatten(1))
             changes.append((change.norm(dim=1) / size.norm(dim=1).clamp_min(1e-30)).cpu())
-    return distribution_free(torch.cat(changes), quantile, confidence)
+    return distribution_free(torch.cat(changes), quantile, confidence, split)

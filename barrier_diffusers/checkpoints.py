@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import pickle
 import sys
@@ -17,7 +16,7 @@ from accelerate.utils import load as load_weights_only
 from torch import Tensor
 
 from barrier_diffusers.barrier import Barrier
-from barrier_diffusers.files import WriteError, put_in_place, remove, removed_on_failure, write_json
+from barrier_diffusers.files import WriteError, file_hash, put_in_place, remove, removed_on_failure, write_json
 
 CHECKPOINT_NAME = "checkpoint.json"
 # settings that a resumed run may change, as they decide about no weight: places, amounts, and what is looked at
@@ -83,15 +82,6 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
         foreign = ", ".join(sorted(there - set(files)))
         raise ValueError(f"checkpoint {str(folder)!r} holds files that are no part of it: {foreign}")
     return {**content, "step": step}
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 class Checkpoints:

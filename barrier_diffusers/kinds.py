@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
+from barrier_diffusers.evaluation.attacks import ATTACKS
 from barrier_diffusers.evaluation.settings import ADAPTER_NAME
 from barrier_diffusers.stages import Stage
 
@@ -94,8 +95,8 @@ KINDS: dict[str, tuple[Stage, ...]] = {
             folder="evaluate",
             part="images",
             needed=lambda plan: not _judges_images(plan),
-            ignored=("attacks", "inversion", "relearning", "benign", "misspelled", "paraphrased", "adversarial")
-            + ("clip", "fidelity", "lpips", "nudity.threshold", "nudity.model", "evaluation.classifier"),
+            ignored=("attacks", *ATTACKS, "certificate", "membership", "clip", "fidelity", "lpips")
+            + ("nudity.threshold", "nudity.model", "evaluation.classifier"),
             **IMAGE_SETTINGS,  # type: ignore[arg-type]
         ),
         Stage(

@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from barrier_diffusers.checkpoints import file_hash
-from barrier_diffusers.files import remove, write_json
+from barrier_diffusers.files import file_hash, remove, write_json
 from barrier_diffusers.training import package_versions
 
 SKIPPED = ("cache", "logs", "checkpoints")  # folders in a result that are no part of it

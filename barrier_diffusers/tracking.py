@@ -27,12 +27,12 @@ class TrackConfig:
     project: str = "barrier_diffusers"  # of wandb
 
 
-def numbers(content: Any, prefix: str) -> Iterator[tuple[str, float]]:
+def numbers(content: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
     """(dotted name, value) of every finite number among results; settings, hashes and the like are left out."""
     if isinstance(content, Mapping):
         for name, value in content.items():
             if name not in NOT_RESULTS:
-                yield from numbers(value, f"{prefix}.{name}")
+                yield from numbers(value, f"{prefix}.{name}" if prefix else name)
     elif isinstance(content, list):
         for index, entry in enumerate(content):
             if isinstance(entry, Mapping):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from barrier_diffusers.evaluation.accuracy import erasure_metrics, isin, share
 from barrier_diffusers.evaluation.extractors import Extractor, get_extractor
-from barrier_diffusers.evaluation.fidelity import fidelity
+from barrier_diffusers.evaluation.fidelity import FidelityConfig, compare_features, reference_features
 from barrier_diffusers.evaluation.images import ByteImages
 from barrier_diffusers.evaluation.manifold import entropy, inception_score, precision_recall
 from ddpm_ext.loading import load_rows
@@ -114,23 +114,18 @@ def real_images(
     return chosen.images.permute(0, 2, 3, 1).numpy()
 
 
-def retained_quality(
-    judge: Judge, generated: np.ndarray, probabilities_NJ: Tensor, real: np.ndarray, cache: Path | None
-) -> dict[str, Any]:
+def retained_quality(judge: Judge, generated_MD: Tensor, probabilities_MJ: Tensor, real_ND: Tensor) -> dict[str, Any]:
     """FID, KID, precision and recall against real images, and the judge's inception score; all on retained labels.
 
     Args:
-        generated, real: rendered byte images (N, H, W, 3).
-        probabilities_NJ: of the generated images.
+        generated_MD, real_ND: features of the judge's extractor.
+        probabilities_MJ: of the generated images.
     """
-    found = fidelity(real, generated, judge.extractor, cache=cache)
-    real_ND, generated_MD = (
-        F.normalize(judge.extractor.features(ByteImages(images), 256), dim=1) for images in (real, generated)
-    )
+    found = compare_features(real_ND, generated_MD, judge.extractor, FidelityConfig())
     name = judge.extractor.name
-    manifold = precision_recall(real_ND, generated_MD, judge.config.neighbours)
+    manifold = precision_recall(F.normalize(real_ND, dim=1), F.normalize(generated_MD, dim=1), judge.config.neighbours)
     found |= {f"{key}_{name}": value for key, value in manifold.items()}
-    found[f"is_{name}"] = round(inception_score(probabilities_NJ), 4)
+    found[f"is_{name}"] = round(inception_score(probabilities_MJ), 4)
     found["details"] |= {"neighbours": judge.config.neighbours, "features_of_precision_and_recall": "unit length"}
     return found
 
@@ -172,10 +167,11 @@ def evaluate(
         per_label = {label: share(right[asked == label]) for label in dict.fromkeys(questions.labels)}
         scores = {"accuracy": share(right), f"per_{attribute}": per_label}
     if real is not None:
-        rendered = judge.render(real)
+        size, kept = FidelityConfig().batch_size, torch.from_numpy(~forget)
+        real_ND = reference_features(ByteImages(judge.render(real)), judge.extractor, size, cache)
         for when, found in shown.items():
-            kept = torch.from_numpy(~forget)
-            scores[f"retained_{when}"] = retained_quality(judge, found[~forget], beliefs[when][kept], rendered, cache)
+            features = judge.extractor.features(ByteImages(found[~forget]), size)
+            scores[f"retained_{when}"] = retained_quality(judge, features, beliefs[when][kept], real_ND)
     sampling = judge.config.sampling
     seeds = {"first": sampling.seed, "last": sampling.seed + len(asked) - 1}
     facts = {

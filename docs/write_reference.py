@@ -35,7 +35,19 @@ SETTINGS = {  # page of docs/settings -> script -> (module with its settings, cl
         "train_scripts/train_classifier.py": ("train_scripts/train_classifier.py", "ClassifierConfig"),
     },
 }
-METHOD = ("barrier", "blocks", "certificate", "config", "drift", "fitting", "loss", "projection", "recorder", "region")
+METHOD = (
+    "barrier",
+    "blocks",
+    "certificate",
+    "config",
+    "drift",
+    "fitting",
+    "loss",
+    "order_statistics",
+    "projection",
+    "recorder",
+    "region",
+)
 METHOD += ("reference", "retain_inputs", "saliency", "statistics", "targets")
 PIPELINES = ("kinds", "pipelines", "processes", "stages", "sweep_file", "sweep_report", "sweeps", "tracking")
 PAGES = {  # page of docs/api -> folders of modules
@@ -51,8 +63,9 @@ NOTE = "*Written by `python docs/write_reference.py` from the source; change it 
 
 
 USE = """Each is a key of `--config FILE.yaml` and a flag (`--barrier.lambda_interval 1`). A flag wins over the file, a
-later file over an earlier one. `null` stands for None, and numbers may be written 1e-5. `--help` lists the same,
-and `--print_config` prints what would be used. Contradictions are refused in one line before any work.
+later file over an earlier one. `null` stands for None, and numbers may be written 1e-5. A list is `'[A, B]'`, or as a
+flag also its words one after another (`--attacks inversion benign`; not in pipelines and sweeps). `--help` lists the
+same, and `--print_config` prints what would be used. Contradictions are refused in one line before any work.
 """
 
 

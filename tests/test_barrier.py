@@ -209,7 +209,7 @@ def test_certificate(unet, use_lora):
         unet.add_adapter(LoraConfig(r=2, target_modules=ATTN2))
     barrier = unet_barrier(unet, use_actual_bounds=True)
     batches = unet_batches(num=8, seed=9)
-    fresh = barrier.certify(batches, run_unet, quantile=0.9, confidence=0.9)
+    fresh = barrier.certify(batches, run_unet, quantile=0.8, confidence=0.9)
     assert isinstance(fresh, Certificate) and fresh.holds
     assert fresh.network.largest == 0.0 and all(entry.sound == 0.0 for entry in fresh.maps)
     perturb(barrier)
@@ -219,7 +219,7 @@ def test_certificate(unet, use_lora):
             before = run_unet(unet, batches[0])
         assert torch.equal(run_unet(unet, batches[0]), after)
     assert all(parameter.requires_grad for parameter in barrier.trainable_parameters())
-    certificate = barrier.certify(batches, run_unet, quantile=0.9, confidence=0.9)
+    certificate = barrier.certify(batches, run_unet, quantile=0.8, confidence=0.9)
     assert certificate.holds and len(certificate.maps) == len(barrier.maps)
     expected = ((after - before).flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1)).max().item()
     assert certificate.network.largest >= expected * (1 - 1e-5) > 0

@@ -9,13 +9,11 @@ import torch
 from barrier_diffusers.certificate import (
     Certificate,
     MapObserver,
-    distribution_free,
     moment_bound,
-    order_statistic,
-    samples_needed,
     sound_bound,
 )
 from barrier_diffusers.drift import FullDrift
+from barrier_diffusers.order_statistics import Split
 from barrier_diffusers.region import ForgetRegion
 
 D, O, K = 6, 4, 2  # noqa: E741
@@ -57,24 +55,6 @@ def test_moment_bound_holds_with_its_probability():
     assert (kept.double().mean(0) >= 0.9).all()
 
 
-@pytest.mark.parametrize(("quantile", "confidence", "n"), [(0.9, 0.95, 60), (0.95, 0.9, 200), (0.99, 0.95, 500)])
-def test_order_statistic_covers_with_the_stated_confidence(quantile, confidence, n):
-    rank = order_statistic(n, quantile, confidence)
-    rng = np.random.default_rng(0)
-    samples = np.sort(rng.uniform(size=(8000, n)), axis=1)  # the p-quantile of a uniform variable is p
-    coverage = (samples[:, rank - 1] >= quantile).mean()
-    assert coverage >= confidence - 0.01
-    assert (samples[:, rank - 2] >= quantile).mean() < confidence + 0.01  # and no smaller rank does
-
-
-def test_too_few_samples_are_said_to_be_too_few():
-    assert samples_needed(0.99, 0.95) == 299
-    assert order_statistic(298, 0.99, 0.95) is None and order_statistic(299, 0.99, 0.95) == 299
-    assert distribution_free(torch.rand(10), 0.99, 0.95).certified is None
-    with pytest.raises(ValueError, match="quantile must lie strictly between 0 and 1"):
-        order_statistic(100, 1.0, 0.95)
-
-
 @pytest.mark.parametrize("base_is_current", [False, True])
 def test_observer_by_hand(base_is_current, tmp_path):
     region, generator = make_region(), torch.Generator().manual_seed(3)
@@ -86,7 +66,7 @@ def test_observer_by_hand(base_is_current, tmp_path):
     images = [torch.randn(3, 5, D, generator=generator), torch.randn(2, 5, D, generator=generator)]
     for x in images:
         observer.update(x)
-    result = observer.result(0.5, 0.9)
+    result = observer.result(0.5, 0.8, Split())
     x = torch.cat(images)
     change = x @ delta.T + (0 if base_is_current else delta_bias)
     relative = (change.norm(dim=-1) / (x @ weight0.T + bias0).norm(dim=-1)).amax(1)
@@ -95,11 +75,12 @@ def test_observer_by_hand(base_is_current, tmp_path):
     z = (x - region.mean) @ region.basis
     assert result.rows_outside_envelope == int(((z < -3) | (z > 4)).any(-1).sum())
     assert result.largest_output_drift <= result.sound
-    certificate = Certificate([result], result.relative, 0.5, 0.9)
+    certificate = Certificate([result], result.relative, 0.5, 0.8, Split())
     certificate.save_json(tmp_path / "certificate.json")
     saved = json.loads((tmp_path / "certificate.json").read_text())
     assert saved["holds"] is True and saved["maps"][0]["name"] == "m"
     assert "relative drift <=" in str(certificate) and "sound bound holds" in str(certificate)
+    assert "of 2 test images keep it" in str(certificate) and saved["split"] == {"calibration": 0.6, "seed": 0}
 
 
 def test_a_broken_bound_is_reported():
@@ -107,5 +88,5 @@ def test_a_broken_bound_is_reported():
     observer = MapObserver("m", FullDrift(torch.ones(O, D)), region, torch.ones(O, D), None, False)
     observer.fixed_O, observer.slope_O = torch.zeros(O), torch.zeros(O)  # a bound that is certainly wrong
     observer.update(region.mean.expand(2, 1, D) + 0.1)
-    result = observer.result(0.5, 0.5)
-    assert not result.sound_holds and not Certificate([result], None, 0.5, 0.5).holds
+    result = observer.result(0.5, 0.5, Split())
+    assert not result.sound_holds and not Certificate([result], None, 0.5, 0.5, Split()).holds

@@ -84,6 +84,8 @@ def test_the_scores_of_known_answers(place, monkeypatch):
     answers = [[1, 1, 0, 0, 2, 2], [0, 1, 0, 0, 1, 2]]
     beliefs = iter([torch.eye(3)[rows] for rows in answers])
     monkeypatch.setattr(Judge, "probabilities", lambda *_: next(beliefs))
+    embedded, features = [], judge.extractor.features
+    monkeypatch.setattr(judge.extractor, "features", lambda *given: embedded.append(len(given[0])) or features(*given))
     scores = evaluate(judge, questions, images, images, images[2:])
     assert (scores["unlearning_accuracy"], scores["forget_accuracy_after"]) == (50.0, 50.0)
     assert (scores["retain_accuracy_before"], scores["retain_accuracy_after"]) == (100.0, 75.0)
@@ -92,6 +94,7 @@ def test_the_scores_of_known_answers(place, monkeypatch):
     assert same["precision_classifier"] == same["recall_classifier"] == 100
     assert same["fid_classifier"] == pytest.approx(0, abs=1e-4)
     assert scores["retained_before"]["is_classifier"] == pytest.approx(2)
+    assert embedded == [4, 4, 4]  # real, before, after: each set once
     assert same["details"]["num_images"] == 4 and scores["seeds"] == {"first": 1000, "last": 1005}
 
 

@@ -7,16 +7,20 @@ import re
 import signal
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import light_stages
 import pytest
 from short_runs import ROOT
 
+from barrier_diffusers.evaluation.attacks import ATTACKS
+from barrier_diffusers.evaluation.settings import EvaluateConfig
 from barrier_diffusers.kinds import KINDS
 from barrier_diffusers.pipelines import command_of, parse_pipeline, run_pipeline, stop_message
 from barrier_diffusers.processes import FolderLock, Stopped
 from barrier_diffusers.settings import chosen_objective
+from barrier_diffusers.stages import stage_inputs
 from barrier_diffusers.training import config_from, run_script
 
 CONFIGS = sorted((ROOT / "train_scripts" / "configs").glob("pipeline_*.yaml"))
@@ -274,6 +278,21 @@ def enter_repository(config, folder, monkeypatch):
         pytest.skip("no DDPM scripts")
     if "fashion" not in config.stem:
         stand_ins(config.read_text())
+
+
+def test_generated_images_depend_on_no_attack_and_no_judge():
+    stage = next(stage for stage in KINDS["sd"] if stage.name == "generate")
+    judged = {"pretrained_model_name_or_path": "p", "dataset_name": "d", "protocol": "style", "clip": "c"}
+    fields = asdict(EvaluateConfig(output_dir="o", concept="bag", **judged))
+
+    def deciding(**changes):
+        return stage_inputs(stage, {**fields, **changes}, ROOT)
+
+    for name in (*ATTACKS, "certificate", "membership", "fidelity"):
+        assert name in fields and deciding(**{name: {**fields[name], "seed": 99}}) == deciding()
+    assert deciding(attacks=["benign"]) == deciding() != deciding(concept="other")
+    sampling = {**fields["evaluation"]["sampling"], "seed": 99}
+    assert deciding(evaluation={**fields["evaluation"], "sampling": sampling}) != deciding()
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -152,7 +152,7 @@ def test_certificate_is_sound_and_speaks_of_the_energy_left_out(unet, use_lora, 
     certificates = {}
     for spread in (0.0, 0.01, 0.1):  # how far held-out text leaves the span
         held_out = text_batches(num=8, seed=9, spread=spread)
-        certificate = barrier.certify(held_out, run_unet, quantile=0.9, confidence=0.9)
+        certificate = barrier.certify(held_out, run_unet, quantile=0.8, confidence=0.9)
         assert certificate.holds and len(certificate.maps) == len(barrier.maps)
         assert certificate.network.num_images == 32
         assert all(entry.rows_outside_envelope < 0.1 * entry.rows for entry in certificate.maps)

@@ -8,6 +8,7 @@ import pytest
 from report import ReportConfig, main
 
 from barrier_diffusers.evaluation.html import drop_interval, read_run, render
+from barrier_diffusers.training import run_script
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -19,7 +20,12 @@ def share(value, low, high, count=10):
 
 
 def relative(certified, largest):
-    return {"certified": certified, "largest": largest, "mean": largest / 2, "num_images": 9, "num_above": 0}
+    known = (
+        {"coverage": 0.75, "coverage_interval_95": [0.19, 0.99], "tightness": certified / largest} if certified else {}
+    )
+    unknown = {"coverage": None, "coverage_interval_95": None, "tightness": None}
+    counts = {"num_test": 4, "num_above": 1, "num_distinct": 7}
+    return {"certified": certified, "largest_test": largest, **counts, **(known or unknown)}
 
 
 def write_run(folder, concept="<b>sneaker</b>", **more):
@@ -47,6 +53,8 @@ def write_certificate(folder):
     paper = {"quantile": 0.98, "confidence": 0.95, "maps": [{**entry, "relative": relative(0.25, 0.125)}]}
     paper |= {"network": relative(None, 0.0625), "every_map": None, "drift_norms": {"attn2.to_k": 0.03125}}
     paper["held_out"] = {"num_images": 9, "where": "split 'test' of <somewhere>"}
+    paper["held_out"] |= {"calibration": {"num_images": 5}, "test": {"num_images": 4}}
+    paper |= {"split": {"calibration": 0.6, "seed": 11}, "contradicted": ["attn2.to_k"]}
     (folder / "certificate.json").write_text(json.dumps(paper))
 
 
@@ -56,6 +64,8 @@ def test_the_page_has_the_numbers_and_needs_no_other_file(tmp_path):
     main(ReportConfig([str(run)]))
     page = (run / "report.html").read_text()
     for wanted in ("90.0", "59.6 to 98.2", "2.0", "98 %", "0.25", "0.125", "0.0625", "0.03125", "&#34;seed&#34;: 7"):
+        assert wanted in page, wanted
+    for wanted in ("3 of 4 <small>(19.0 to 99.0 %)", "<td>2.00</td>", "seed 11", "contradict the bound of attn2.to_k"):
         assert wanted in page, wanted
     assert re.search(r"attn2\.to_k.*?>no<", page, re.S)  # a bound that did not hold is not hidden
     sources = re.findall(r'(?:src|href)="([^"]*)"', page)
@@ -86,6 +96,17 @@ def test_runs_beside_each_other_and_attacks(tmp_path):
     assert page.count("<h3>Attacks</h3>") == 1 and "Certificate" not in page
 
 
+def test_runs_are_named_one_after_another(tmp_path, monkeypatch, capsys):
+    folders = [str(write_run(tmp_path / name)) for name in ("one", "two")]
+    target = str(tmp_path / "both.html")
+    monkeypatch.setattr("sys.argv", ["report.py", "--compare", *folders, "--output", target])
+    run_script(main, ReportConfig)
+    assert (tmp_path / "both.html").read_text().count("<h2>") == 2
+    monkeypatch.setattr("sys.argv", ["report.py", "--compare", folders[0]])
+    run_script(main, ReportConfig)
+    assert str(tmp_path / "one" / "report.html") in capsys.readouterr().out
+
+
 def test_the_interval_of_the_drop(tmp_path):
     assert drop_interval(read_run(write_run(tmp_path / "run"))) == pytest.approx((-1.0, 9.0))
 
@@ -103,7 +124,7 @@ def test_a_folder_without_a_run_is_named(content, said, tmp_path):
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="runs is empty"):
+    with pytest.raises(ValueError, match="compare is empty"):
         ReportConfig([])
     with pytest.raises(ValueError, match="must end in .html"):
         ReportConfig(["x"], "page.pdf")

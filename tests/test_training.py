@@ -44,9 +44,25 @@ def test_yaml_and_dotted_flags_meet(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("words", "targets", "blocks"),
+    [
+        ("--barrier.targets fc head", ["fc", "head"], None),
+        ("--barrier.targets fc --learning_rate 2", ["fc"], None),
+        ("--barrier.targets [fc,head]", ["fc", "head"], None),
+        ("--barrier.targets null", None, None),
+        ("--barrier.blocks 0 mid --barrier.targets 1e-5", ["1e-5"], [0, "mid"]),  # words stay words
+    ],
+)
+def test_lists_are_words_one_after_another(words, targets, blocks):
+    config = parse_config(Settings, ["--output_dir", "a", *words.split()])
+    assert (config.barrier.targets, config.barrier.blocks) == (targets, blocks)
+
+
+@pytest.mark.parametrize(
     ("flags", "status", "message"),
     [
         (["--output_dir", "a", "--no_such_flag", "1"], 2, "no_such_flag"),
+        (["--output_dir", "a", "b"], 2, "b"),  # no list
         (["--output_dir", "a", "--learning_rate", "fast"], 2, "learning_rate"),
         ([], 2, "output_dir"),
         (["--output_dir", "a", "--barrier.region", "sphere"], 2, "barrier.region"),

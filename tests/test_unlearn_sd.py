@@ -241,7 +241,7 @@ def test_public_interface_as_documented(tmp_path):
     def forward_fn(model, batch):
         return model(*batch).sample
 
-    forget_loader, held_out_loader = loader(2), loader(40)
+    forget_loader, held_out_loader = loader(2), loader(64)
     config = BarrierConfig(targets=["attn2.to_q", "attn2.to_k", "attn2.to_v"], lambda_interval=10.0, reduced_dim=32)
     barrier = Barrier(unet, config)
     barrier.setup_protection(forget_loader, forward_fn, retain_loader=None)

@@ -39,7 +39,7 @@ def main(config: EvaluateConfig) -> None:
     judged = (config.pretrained_model_name_or_path, config.lora_weights)
     if concepts is not None and has_barrier(*judged):
         held_out = held_out_images(config.certificate, config.evaluation, concepts.concepts, concepts.erased)
-        certify_saved(output, *judged, held_out, config.certificate, config.resolution)
+        certify_saved(output, subject.pipeline, *judged, held_out, config.certificate, config.resolution)
 
     metrics: dict[str, Any] = {}
     for protocol in protocols:

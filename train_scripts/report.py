@@ -1,7 +1,7 @@
 """One HTML page about one run, or about several beside each other.
 
-python train_scripts/report.py --runs '[runs/fashion_class]'
-python train_scripts/report.py --runs '[runs/one, runs/another]' --output runs/comparison.html
+python train_scripts/report.py --compare runs/fashion_class
+python train_scripts/report.py --compare runs/one runs/another --output runs/comparison.html
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from barrier_diffusers.training import run_script
 class ReportConfig:
     """Which runs, and where the page goes."""
 
-    runs: list[str]  # folders that an unlearning or evaluation script wrote
+    compare: list[str]  # folders that an unlearning or evaluation script wrote
     output: str | None = None  # HTML file; None: report.html in the first folder
 
     def __post_init__(self) -> None:
-        if not self.runs:
-            raise ValueError("runs is empty: name at least one folder")
+        if not self.compare:
+            raise ValueError("compare is empty: name at least one folder")
         if self.output is not None and not self.output.endswith(".html"):
             raise ValueError(f"output {self.output!r} must end in .html")
 
 
 def main(config: ReportConfig) -> None:
     """Read the folders, write the page."""
-    path = Path(config.output) if config.output else Path(config.runs[0]) / REPORT_NAME
-    print(f"report: {write_report(config.runs, path)}")
+    path = Path(config.output) if config.output else Path(config.compare[0]) / REPORT_NAME
+    print(f"report: {write_report(config.compare, path)}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from PIL import Image as PILImage
 
 from barrier_diffusers.architectures import Diffusion
 from barrier_diffusers.barrier import Barrier
-from barrier_diffusers.certificate import attainable_quantile, samples_needed
 from barrier_diffusers.concepts import ConceptConfig
 from barrier_diffusers.data import EncodedImages, NoisedBatches, encode_moments, encode_prompts, take_evenly
 from barrier_diffusers.erased import ErasedConcepts
@@ -27,6 +26,7 @@ from barrier_diffusers.evaluation.post_attack import images_hash
 from barrier_diffusers.files import write_json
 from barrier_diffusers.generation import autocast_denoiser
 from barrier_diffusers.hub import load_pipeline
+from barrier_diffusers.order_statistics import Split, attainable_quantile, samples_needed
 from barrier_diffusers.saving import PROJECTIONS_NAME, REGIONS_NAME
 from barrier_diffusers.training import module_hashes
 
@@ -41,17 +41,23 @@ class CertificateConfig:
     quantile: float = 0.99  # of the images whose drift the distribution-free bound speaks of
     confidence: float = 0.95  # with which it does
     num_images: int | None = None  # held-out images, drawn once; None: all
-    seed: int = 0  # of that draw and of the images' noise and timesteps
+    calibration: float = 0.6  # share of them that the distribution-free bound is chosen on; the others check it
+    seed: int = 0  # of these draws and of the images' noise and timesteps
     batch_size: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("quantile", "confidence"):
+        for name in ("quantile", "confidence", "calibration"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"certificate.{name} is {getattr(self, name)}, but must be between 0 and 1")
         for name in ("num_images", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"certificate.{name} is {value}, but must be at least 1")
+
+    @property
+    def split(self) -> Split:
+        """Which of the images choose the distribution-free bound."""
+        return Split(self.calibration, self.seed)
 
 
 @dataclass(frozen=True)
@@ -99,18 +105,20 @@ def held_out_images(
     if len(rows) == 0:
         print("no certificate: there are no held-out images of what is retained")
         return None
-    needed = samples_needed(certificate.quantile, certificate.confidence)
-    if len(rows) < needed:
+    needed, chosen = samples_needed(certificate.quantile, certificate.confidence), certificate.split
+    if chosen.num_calibration(len(rows)) < needed:
         print(
-            f"certificate: {len(rows)} held-out images allow quantile {quantile_for(certificate, len(rows)):.2%} at "
-            f"confidence {certificate.confidence:.0%}; {certificate.quantile:.2%} takes {needed}"
+            f"certificate: {chosen.num_calibration(len(rows))} of {len(rows)} held-out images choose its bound, and "
+            f"allow quantile {quantile_for(certificate, len(rows)):.2%} at confidence {certificate.confidence:.0%}; "
+            f"{certificate.quantile:.2%} takes {needed}"
         )
     return HeldOut(rows, where)
 
 
 def quantile_for(certificate: CertificateConfig, num_images: int) -> float:
-    """The quantile asked for, or the largest one that so few images allow, rounded down."""
-    attainable = math.floor(1e4 * attainable_quantile(num_images, certificate.confidence)) / 1e4
+    """The quantile asked for, or the largest one that the calibration part of so few images allows, rounded down."""
+    num_calibration = certificate.split.num_calibration(num_images)
+    attainable = math.floor(1e4 * attainable_quantile(num_calibration, certificate.confidence)) / 1e4
     return min(certificate.quantile, attainable)
 
 
@@ -131,7 +139,7 @@ def certify_pipeline(
     batches = NoisedBatches(images, diffusion, certificate.batch_size, certificate.seed, device)
     quantile = quantile_for(certificate, len(rows))
     with autocast_denoiser(pipeline):
-        result = barrier.certify(batches, diffusion.predict_batch, quantile, certificate.confidence)
+        result = barrier.certify(batches, diffusion.predict_batch, quantile, certificate.confidence, certificate.split)
     print(result)
     return {
         **result.to_dict(),
@@ -142,10 +150,23 @@ def certify_pipeline(
             "num_captions": len(distinct),
             "resolution": resolution,
             "sha256": images_hash(rows),
+            **parts_facts(rows, certificate.split),
         },
         "drift_norms": barrier.drift_norms(),
         "hashes": module_hashes(pipeline),
     }
+
+
+def parts_facts(rows: Dataset, split: Split) -> dict[str, Any]:
+    """Counts and SHA-256 of the calibration and the test images, and how many captions are in both."""
+    parts = dict(zip(("calibration", "test"), split.parts(len(rows)), strict=True))
+    chosen = {name: rows.select(indices) for name, indices in parts.items()}
+    captions = [set(part["text"]) for part in chosen.values()]
+    facts = {
+        name: {"num_images": len(part), "num_captions": len(texts), "sha256": images_hash(part)}
+        for (name, part), texts in zip(chosen.items(), captions, strict=True)
+    }
+    return {**facts, "num_captions_in_both": len(captions[0] & captions[1])}
 
 
 def write_certificate(
@@ -171,7 +192,8 @@ def has_barrier(pipeline: str | None, lora_weights: str | None) -> bool:
 
 def certify_saved(
     output: Path,
-    pipeline: str,
+    pipeline: Any,
+    folder: str,
     lora_weights: str | None,
     held_out: HeldOut | None,
     certificate: CertificateConfig,
@@ -180,13 +202,17 @@ def certify_saved(
     """Write certificate.json for a run that was saved with its barrier.
 
     Args:
-        pipeline, lora_weights: what a run saved, or its base and the folder with its adapter.
+        pipeline: what is judged, as loaded from `folder`; not used with `lora_weights`, as an adapter that was merged
+            into its base has lost the factors that the barrier speaks of.
+        folder, lora_weights: what a run saved, or its base and the folder with its adapter.
     """
     if held_out is None:
         return
-    loaded = load_pipeline(pipeline)
     if lora_weights:
-        loaded.load_lora_weights(lora_weights)
-    loaded.to("cuda" if torch.cuda.is_available() else "cpu")
-    barrier = Barrier.from_pretrained(lora_weights or pipeline, Diffusion(loaded).denoiser)
-    write_certificate(output, barrier, loaded, held_out, certificate, resolution)
+        pipeline = load_pipeline(folder)
+        pipeline.load_lora_weights(lora_weights)
+    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    barrier = Barrier.from_pretrained(lora_weights or folder, Diffusion(pipeline).denoiser)
+    write_certificate(output, barrier, pipeline, held_out, certificate, resolution)
+    barrier.remove()
+    pipeline.to("cpu")

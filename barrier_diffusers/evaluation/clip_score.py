@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,11 @@ class LoadedClip:
     network: Clip
     processor: Processor
 
+    @cached_property
+    def weights_hash(self) -> str:
+        """Of the network, which is frozen."""
+        return module_hash(self.network.model)
+
 
 def load_clip(name: str) -> LoadedClip:
     """CLIP from a folder or a hub id; only safetensors are read.
@@ -113,6 +119,6 @@ def clip_score(
             "num_images": len(images),
             "num_cut_prompts": sum(length > network.num_positions for length in lengths),
             "clip": loaded.name,
-            "weights_hash": module_hash(network.model),
+            "weights_hash": loaded.weights_hash,
         },
     }

@@ -6,6 +6,7 @@ Shapes: N images, H height, W width, D features.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,13 @@ class Extractor(nn.Module):
             "extractor": self.name,
             "num_features": self.num_features,
             "preprocessing": self.preprocessing,
-            "weights_hash": module_hash(self.network),
+            "weights_hash": self.weights_hash,
         }
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """Of the network, which is frozen."""
+        return module_hash(self.network)
 
 
 def register(*names: str) -> Callable[[Callable], Callable]:

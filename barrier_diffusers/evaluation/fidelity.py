@@ -118,12 +118,33 @@ def fidelity(
     """
     options = options or FidelityConfig()
     reference, images = as_image_set(reference), as_image_set(images)
-    counts = {"num_reference_images": len(reference), "num_images": len(images)}
+    require_two(len(reference), len(images))
+    reference_ND = reference_features(reference, extractor, options.batch_size, cache)
+    return compare_features(reference_ND, extractor.features(images, options.batch_size), extractor, options)
+
+
+def require_two(num_reference_images: int, num_images: int) -> dict[str, int]:
+    """Both counts by name.
+
+    Raises:
+        ValueError: one is below two.
+    """
+    counts = {"num_reference_images": num_reference_images, "num_images": num_images}
     for what, count in counts.items():
         if count < 2:
             raise ValueError(f"FID and KID need at least two images in each set, but {what} is {count}")
-    reference_ND = reference_features(reference, extractor, options.batch_size, cache)
-    features_ND = extractor.features(images, options.batch_size)
+    return counts
+
+
+def compare_features(
+    reference_ND: Tensor, features_ND: Tensor, extractor: Extractor, options: FidelityConfig
+) -> dict[str, Any]:
+    """What `fidelity` returns, from features that are at hand.
+
+    Raises:
+        ValueError: fewer than two images in a set.
+    """
+    counts = require_two(len(reference_ND), len(features_ND))
     smaller = min(counts.values())
     size = min(options.kid_subset_size, smaller)
     notes = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from barrier_diffusers.evaluation.certification import CERTIFICATE_NAME
 from barrier_diffusers.evaluation.figures import drift_bars, label_bars, trade_off
 from barrier_diffusers.files import written_whole
+from barrier_diffusers.tracking import numbers
 from barrier_diffusers.training import MANIFEST_NAME, METRICS_NAME
 
 REPORT_NAME = "report.html"
@@ -70,20 +71,12 @@ class RunRecord:
 
     def numbers(self) -> list[tuple[str, str]]:
         """Every other number of the run, by dotted name."""
-        skip = {"details", "attacks", "settings", "hashes", "versions", "machine", "history", "sampling", "seeds"}
-
-        def flat(content: Mapping[str, Any], prefix: str) -> list[tuple[str, str]]:
-            found: list[tuple[str, str]] = []
-            for name, value in content.items():
-                if name in skip or name.startswith("per_"):
-                    continue
-                if isinstance(value, Mapping):
-                    found += flat(value, f"{prefix}{name}.")
-                elif isinstance(value, int | float) and not isinstance(value, bool):
-                    found.append((prefix + name, f"{value:,.6g}"))
-            return found
-
-        return flat(self.metrics, "")
+        hidden = ("details", "attacks")  # which the page shows elsewhere
+        return [
+            (name, f"{value:,.6g}")
+            for name, value in numbers(self.metrics)
+            if not any(part in hidden or part.startswith("per_") for part in name.split("."))
+        ]
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

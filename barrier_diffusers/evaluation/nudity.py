@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import importlib.util
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from tqdm.auto import tqdm
 
 from barrier_diffusers.evaluation.images import Images, as_image_set
 from barrier_diffusers.evaluation.prompts_file import PromptsConfig
+from barrier_diffusers.files import file_hash
 
 # Part as tables name it -> NudeNet 3's labels; version 2 called them EXPOSED_ARMPITS, EXPOSED_BREAST_F and so on.
 PARTS = {
@@ -72,7 +72,7 @@ class NudityDetector:
             "detector": "nudenet",
             "version": version,
             "model": path.name,
-            "model_hash": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "model_hash": file_hash(path),
             "model_resolution": options.model_resolution,
         }
 

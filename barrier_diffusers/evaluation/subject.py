@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from barrier_diffusers.evaluation.image_folder import generate_folder, read_fold
 from barrier_diffusers.evaluation.images import ImageFiles
 from barrier_diffusers.evaluation.prompts_file import PromptRow, PromptsConfig, read_prompts
 from barrier_diffusers.evaluation.settings import ADAPTER_NAME, EvaluateConfig
+from barrier_diffusers.files import file_hash
 from barrier_diffusers.hub import load_merged, load_pipeline
 from barrier_diffusers.training import MANIFEST_NAME, METRICS_NAME, claim_output_dir, module_hashes
 
@@ -82,8 +82,7 @@ class Subject:
         self.hashes: dict[str, str] = {}
         self.facts: dict[str, Any] = {}
         if config.lora_weights:
-            content = (Path(config.lora_weights) / ADAPTER_NAME).read_bytes()
-            self.hashes["adapter"] = hashlib.sha256(content).hexdigest()
+            self.hashes["adapter"] = file_hash(Path(config.lora_weights) / ADAPTER_NAME)
         if config.images_dir and (Path(config.images_dir) / MANIFEST_NAME).is_file():
             made_from = (Path(config.images_dir) / MANIFEST_NAME).read_text(encoding="utf-8")
             self.facts["images_made_from"] = json.loads(made_from)
