@@ -10,14 +10,17 @@ from typing import Any
 
 from rows import ANCHORS, Row, Table
 
+from barrier_diffusers import BarrierConfig
+
 LABELS = ("sneaker", "dress", "bag")
 TUNED_ON = "sneaker"
 SHORT = {"train_batch_size": 32, "max_train_steps": 60}
 SHORT |= {"evaluation.images_per_label": 60, "evaluation.images_per_retained_label": 20}
 LONGER = {"max_train_steps": 120}
-PENALTY = {"barrier.constraint": "penalty", "barrier.use_actual_bounds": True, "barrier.lambda_interval": 0.1}
+NO_PROJECTION = {"barrier.constraint": "penalty", "barrier.projection_energy": BarrierConfig().projection_energy}
+PENALTY = {**NO_PROJECTION, "barrier.use_actual_bounds": True, "barrier.lambda_interval": 0.1}
 PROTECTIONS: dict[str, dict[str, Any]] = {
-    "none": {"barrier.constraint": "penalty", "barrier.lambda_interval": 0.0, "learning_rate": 1e-4},
+    "none": {**NO_PROJECTION, "barrier.lambda_interval": 0.0, "learning_rate": 1e-4},
     "penalty": {**PENALTY, **LONGER, "learning_rate": 1e-4},
     "projection": {"barrier.constraint": "projection", "learning_rate": 2e-3},
 }
