@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from barrier_diffusers import Barrier
+from barrier_diffusers.evaluation.html import REPORT_NAME, write_report
 from barrier_diffusers.evaluation.report import loss_curves
 from barrier_diffusers.files import write_json
 from barrier_diffusers.labelled import LabelledImages
@@ -223,7 +224,7 @@ def finish(job: Job, before: dict[str, Any] | None, results: dict[str, Any]) -> 
     what = ", ".join(config.classes) or f"{len(job.splits.forget)} random images"
     print_table(before, after, f"{job.method.name}: forgotten {what}")
     print(f"trained {facts['trained_percent']:.2f} % of the weights in {facts['seconds_training']:.1f} s")
-    print(f"classifier: {output}")
+    print(f"classifier: {output}\nreport:     {write_report([output], output / REPORT_NAME)}")
 
 
 def _size(model: nn.Module) -> int:

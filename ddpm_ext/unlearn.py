@@ -21,6 +21,7 @@ from barrier_diffusers import Barrier
 from barrier_diffusers.checkpoints import Checkpoints
 from barrier_diffusers.data import fingerprint
 from barrier_diffusers.evaluation.erasure import generate_cached
+from barrier_diffusers.evaluation.html import REPORT_NAME, write_report
 from barrier_diffusers.evaluation.report import before_after_grid, loss_curves, print_metrics, strip
 from barrier_diffusers.files import write_json
 from barrier_diffusers.generation import generate
@@ -143,6 +144,7 @@ def finish(job: Job, history: dict[str, list[float]], facts: dict[str, Any]) -> 
     hashes = {"base_denoiser": job.base_hash, **module_hashes(pipeline)}
     write_json(output / MANIFEST_NAME, manifest(config, hashes, history=history, **facts))
     print(f"pipeline: {output}\npicture:  {output / 'before_after.png'}")
+    print(f"report:   {write_report([output], output / REPORT_NAME)}")
 
 
 def main(config: UnlearnConfig) -> None:

@@ -55,7 +55,7 @@ def test_only_the_targets_move(place, tmp_path, name, changes):
     assert max(metrics["drift"].values()) > 0
     history = json.loads((tmp_path / "manifest.json").read_text())["history"]
     assert len(history["objective"]) == 3 and np.isfinite(history["objective"]).all()
-    for file in ("before_after.png", "loss_curves.png", "barrier_config.json", "model_index.json"):
+    for file in ("before_after.png", "loss_curves.png", "report.html", "barrier_config.json", "model_index.json"):
         assert (tmp_path / file).is_file()
 
 

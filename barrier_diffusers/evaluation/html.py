@@ -51,8 +51,16 @@ class RunRecord:
         return self.details.get("unlearning_accuracy")
 
     @property
+    def retained(self) -> dict[str, Any] | None:
+        """Retain accuracy with its interval; an image classifier's own."""
+        return self.details.get("retain_accuracy_after", self.details.get("retain_accuracy"))
+
+    @property
     def drop(self) -> float | None:
         """Points of retain accuracy lost; None where the base is unknown."""
+        before = self.metrics.get("before")
+        if before:
+            return before["retain_accuracy"] - self.metrics["retain_accuracy"]
         return self.classes.get("retain_accuracy_drop")
 
     @property
