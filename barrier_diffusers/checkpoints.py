@@ -16,6 +16,7 @@ from accelerate.utils import load as load_weights_only
 from torch import Tensor
 
 from barrier_diffusers.barrier import Barrier
+from barrier_diffusers.config import flat
 from barrier_diffusers.files import WriteError, file_hash, put_in_place, remove, removed_on_failure, write_json
 
 CHECKPOINT_NAME = "checkpoint.json"
@@ -42,17 +43,8 @@ def deciding_settings(config: Any, num_processes: int) -> dict[str, Any]:
     """The settings that decide about the weights, by dotted name, as JSON gives them back."""
     values = asdict(config)
     free = FREE - set(LENGTH) if values.get("lr_scheduler", LEVEL[0]) not in LEVEL else FREE
-    flat: dict[str, Any] = {"num_processes": num_processes}
-
-    def flatten(prefix: str, content: Mapping[str, Any]) -> None:
-        for name, value in content.items():
-            if isinstance(value, Mapping):
-                flatten(f"{prefix}{name}.", value)
-            else:
-                flat[prefix + name] = value
-
-    flatten("", {name: value for name, value in values.items() if name not in free})
-    return json.loads(json.dumps(flat, default=str))
+    deciding = dict(flat({name: value for name, value in values.items() if name not in free}))
+    return json.loads(json.dumps({"num_processes": num_processes, **deciding}, default=str))
 
 
 def step_of(folder: Path) -> int:

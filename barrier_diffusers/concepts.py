@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset, Features, Value, concatenate_datasets
 from PIL import Image
 
+from barrier_diffusers.config import as_list, require_positive
 from barrier_diffusers.data import (
     EncodedImages,
     anchor_captions,
@@ -62,7 +63,7 @@ class ConceptConfig:
     @property
     def concepts(self) -> list[str]:
         """The concept(s) as a list."""
-        return [self.concept] if isinstance(self.concept, str) else self.concept
+        return as_list(self.concept)
 
     @property
     def source(self) -> str | None:
@@ -91,10 +92,7 @@ class ConceptConfig:
         if self.source is None:
             self.forget_prompts = self.forget_prompts or list(self.concepts)
             concepts_of(self.forget_prompts, self.concepts)
-        for name in ("num_generated_images", "max_forget_images", "max_retain_images"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, but must be at least 1")
+        require_positive(self, ("num_generated_images", "max_forget_images", "max_retain_images"))
 
 
 def concepts_of(prompts: Sequence[str], concepts: Sequence[str]) -> list[str]:

@@ -1,18 +1,53 @@
-"""BarrierConfig: every option of the protection, as a dataclass that saves to and loads from barrier_config.json."""
+"""BarrierConfig: every option of the protection, as a dataclass that saves to and loads from barrier_config.json.
+
+Beside it what all settings share: their checks, and what every unlearning run says about the protection.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 CONFIG_NAME = "barrier_config.json"
 PENALTY_CHOICES = (  # of the protection loss; its numbers have a value anyway, and are not read without it
     *("region", "decomposition", "interval", "remove_top_directions", "include_bias_drift"),
     *("use_actual_bounds", "normalize_protection", "residual_weighting", "residual_source"),
 )
+
+RUN_COUNTS = (  # settings of a training run that are whole numbers from 1 on, or None
+    *("resolution", "train_batch_size", "num_train_epochs", "max_train_steps", "gradient_accumulation_steps"),
+    *("validation_steps", "checkpointing_steps", "checkpoints_total_limit"),
+)
+
+
+def require_positive(config: object, names: Sequence[str] = RUN_COUNTS, label: str = "{}") -> None:
+    """A ValueError if one of these whole-number settings is there, is not None, and is below 1.
+
+    Args:
+        label: how the message calls a setting, e.g. `fidelity.{}`.
+    """
+    for name in names:
+        value = getattr(config, name, None)
+        if value is not None and value < 1:
+            raise ValueError(f"{label.format(name)} is {value}, but must be at least 1")
+
+
+def as_list(words: str | list[str] | None) -> list[str]:
+    """The words of a setting that takes one or several."""
+    return [words] if isinstance(words, str) else list(words or ())
+
+
+def flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every leaf of nested mappings; a list is a leaf, an empty mapping too."""
+    if isinstance(values, Mapping) and values:
+        for name, value in values.items():
+            yield from flat(value, f"{prefix}.{name}" if prefix else str(name))
+    else:
+        yield prefix, values
 
 
 @dataclass
@@ -179,3 +214,37 @@ class BarrierConfig:
         if not path.is_file():
             raise ValueError(f"{str(folder)!r} holds no {CONFIG_NAME}")
         return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+@dataclass(kw_only=True)
+class Protecting:
+    """What the settings of every unlearning run say about its protection: the last base of their dataclasses."""
+
+    if TYPE_CHECKING:  # the run's own fields
+        barrier: BarrierConfig
+        saliency_mask: float | None
+
+    @property
+    def protected(self) -> bool:
+        """Whether a protection loss or a projection takes part."""
+        return self.barrier.protects
+
+    def check_saliency_mask(self) -> None:
+        """A ValueError for anything but a fraction, or beside a projection."""
+        if self.saliency_mask is not None and not 0 < self.saliency_mask <= 1:
+            raise ValueError(f"saliency_mask is {self.saliency_mask}, but must be a fraction in (0, 1]")
+        if self.saliency_mask is not None and self.barrier.has_projection:
+            raise ValueError("saliency_mask holds entries that a projection has to move: use one of the two")
+
+
+@dataclass(kw_only=True)
+class Retaining(Protecting):
+    """The same for a run with an objective."""
+
+    if TYPE_CHECKING:
+        objective: Any  # ObjectiveConfig, whose package imports torch
+
+    @property
+    def needs_retain(self) -> bool:
+        """Whether any retain data is read: for the retain loss, or to fit the protection."""
+        return self.objective.alpha > 0 or (self.protected and self.barrier.needs_retain_data)

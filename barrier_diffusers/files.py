@@ -5,13 +5,32 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+
+
+def file_names(texts: Iterable[str]) -> dict[str, str]:
+    """Text -> the beginning of a file name made of its letters, digits, dots and dashes, and of no other text's.
+
+    Texts may come from anywhere: no name has a folder in it or is hidden, and names differ in more than case.
+    """
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    for text in dict.fromkeys(texts):
+        plain = re.sub(r"[^\w.-]+", "_", text)[:40].strip(".") or "_"  # 40 letters: at most 160 bytes
+        name, number = plain, 1
+        while name.casefold() in taken:
+            number += 1
+            name = f"{plain}-{number}"
+        taken.add(name.casefold())
+        names[text] = name
+    return names
 
 
 class WriteError(OSError):

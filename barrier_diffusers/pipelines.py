@@ -20,10 +20,11 @@ from typing import Any, Literal, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser
 
+from barrier_diffusers.config import flat, require_positive
 from barrier_diffusers.files import remove, write_json
 from barrier_diffusers.kinds import KINDS
 from barrier_diffusers.processes import FolderLock, Stopped, last_error, run_logged
-from barrier_diffusers.stages import PLACES, Record, Stage, flat, stage_inputs
+from barrier_diffusers.stages import PLACES, Record, Stage, stage_inputs
 from barrier_diffusers.tracking import RESULTS_NAME, TrackConfig, collect, publish
 from barrier_diffusers.training import config_from, require_writable
 
@@ -39,8 +40,7 @@ class LaunchConfig:
     config_file: str | None = None  # of `accelerate config`
 
     def __post_init__(self) -> None:
-        if self.num_processes < 1:
-            raise ValueError(f"launch.num_processes is {self.num_processes}, but must be at least 1")
+        require_positive(self, ("num_processes",), "launch.{}")
         if self.config_file and not Path(self.config_file).is_file():
             raise ValueError(f"launch.config_file {self.config_file!r} does not exist")
 

@@ -7,20 +7,15 @@ from pathlib import Path
 from typing import Literal
 
 from barrier_diffusers.concepts import ConceptConfig, DataNeeds, concepts_of
-from barrier_diffusers.config import BarrierConfig
+from barrier_diffusers.config import BarrierConfig, Retaining, require_positive
 from barrier_diffusers.data import swap_concept
 from barrier_diffusers.evaluation.certification import CertificateConfig
 from barrier_diffusers.evaluation.erasure import EvaluationConfig
-from barrier_diffusers.objectives import Objective, ObjectiveConfig, get_objective, load_module
-
-POSITIVE = (
-    *("resolution", "train_batch_size", "num_train_epochs", "max_train_steps", "gradient_accumulation_steps"),
-    *("validation_steps", "checkpointing_steps", "checkpoints_total_limit"),
-)
+from barrier_diffusers.objectives import Objective, ObjectiveConfig, load_objective
 
 
 @dataclass(kw_only=True)
-class UnlearnConfig(ConceptConfig):
+class UnlearnConfig(ConceptConfig, Retaining):  # in this order: jsonargparse looks names up in the first alone
     """Everything a run depends on."""
 
     pretrained_model_name_or_path: str  # folder, hub id or .safetensors file of a pipeline (architectures.py)
@@ -69,20 +64,14 @@ class UnlearnConfig(ConceptConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in POSITIVE:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, but must be at least 1")
+        require_positive(self)
         if self.rank < 0 or (self.merge_adapter and self.rank == 0):
             raise ValueError("rank must be >= 0, and merge_adapter needs rank > 0")
-        if self.saliency_mask is not None and not 0 < self.saliency_mask <= 1:
-            raise ValueError(f"saliency_mask is {self.saliency_mask}, but must be a fraction in (0, 1]")
+        self.check_saliency_mask()
         if self.needs_retain and not self.has_retain_rows:
             raise ValueError(
                 "alpha > 0, use_actual_bounds, residual_source and a projection need retain data: set retain_prompts"
             )
-        if self.saliency_mask is not None and self.barrier.has_projection:
-            raise ValueError("saliency_mask holds entries that a projection has to move: use one of the two")
         if self.retain_statistics == "prompts" and not self.barrier.needs_retain_data:
             raise ValueError("retain_statistics='prompts', but the protection reads no retain data")
 
@@ -91,16 +80,6 @@ class UnlearnConfig(ConceptConfig):
         """The hub repository that gets the result."""
         return self.hub_model_id or Path(self.output_dir).resolve().name
 
-    @property
-    def protected(self) -> bool:
-        """Whether a protection loss or a projection takes part."""
-        return self.barrier.protects
-
-    @property
-    def needs_retain(self) -> bool:
-        """Whether any retain data is read: for the retain loss, or to fit the regions."""
-        return self.objective.alpha > 0 or (self.protected and self.barrier.needs_retain_data)
-
 
 def chosen_objective(config: UnlearnConfig) -> Objective:
     """The objective of a run, from the user's module if one is named, checked against every other setting.
@@ -108,10 +87,7 @@ def chosen_objective(config: UnlearnConfig) -> Objective:
     Raises:
         ValueError: an unknown name, a setting that the objective does not read, or a missing one.
     """
-    if config.objective.module is not None:
-        load_module(config.objective.module)
-    objective = get_objective(config.objective.name)
-    objective.check(config.objective)
+    objective = load_objective(config.objective)
     if objective.needs_anchor:
         check_anchors(config)
     if objective.edit is not None:
@@ -140,11 +116,7 @@ def check_anchors(config: UnlearnConfig) -> None:
             label, or words that a forget prompt does not name.
     """
     anchor, concepts = config.objective.anchor, config.concepts
-    words = anchor if isinstance(anchor, list) else [anchor] * len(concepts)
-    if len(words) != len(concepts):
-        raise ValueError(f"objective.anchor lists {len(words)} words for {len(concepts)} concepts")
-    for word in set(words) & set(concepts):
-        raise ValueError(f"objective.anchor {word!r} is to be forgotten itself: choose something that is retained")
+    config.objective.anchors_of(concepts)
     if config.source is None and anchor is None and config.objective.anchor_prompt is None:
         raise ValueError("without a concept column there is no other label: set objective.anchor or anchor_prompt")
     if config.source is None and config.forget_data_dir is None and anchor is not None:

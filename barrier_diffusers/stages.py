@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from barrier_diffusers.config import flat
 from barrier_diffusers.files import file_hash, remove, write_json
 from barrier_diffusers.training import package_versions
 
@@ -61,15 +62,6 @@ class Stage:
         """The dataclass of the script's settings."""
         module, name = self.settings.split(":")
         return getattr(importlib.import_module(module), name)
-
-
-def flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every leaf of nested mappings; a list is a leaf."""
-    if isinstance(values, Mapping) and values:
-        for name, value in values.items():
-            yield from flat(value, f"{prefix}.{name}" if prefix else str(name))
-    else:
-        yield prefix, values
 
 
 def content_hash(path: Path, without: Sequence[str] = ()) -> str:

@@ -25,6 +25,7 @@ from optuna.storages import JournalStorage, RetryHeartbeatStaleTrialCallback
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from barrier_diffusers.config import require_positive
 from barrier_diffusers.data import fingerprint
 from barrier_diffusers.pipelines import HASH, Pipeline, parse_pipeline, run_pipeline
 from barrier_diffusers.processes import Stopped
@@ -51,8 +52,7 @@ class SweepConfig:
     dry_run: bool = False  # only show the trials' command lines
 
     def __post_init__(self) -> None:
-        if self.num_trials is not None and self.num_trials < 1:
-            raise ValueError(f"num_trials is {self.num_trials}, but must be at least 1")
+        require_positive(self, ("num_trials",))
         if self.grace_seconds <= 0 or self.max_retries < 0:
             raise ValueError("grace_seconds must be > 0 and max_retries >= 0")
         if self.trade_off is not None and len(self.trade_off) != 2:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from accelerate import Accelerator
 
-from barrier_diffusers.stages import flat
+from barrier_diffusers.config import flat
 
 RESULTS_NAME = "results.json"
 NAMES = ("attack", "protocol", "concept", "name")  # keys that name an entry of a list of results

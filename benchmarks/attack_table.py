@@ -9,7 +9,6 @@ not run again; `--again true` runs every row anew.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import sys
@@ -18,9 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from erasure_table import CONFIG, as_flag, run_chain
+from erasure_table import CONFIG, run_chain
 from pages import into_page
 from rows import KEYS_AND_VALUES, Row, objective_row
+from running import logged, words_of
 from tqdm.auto import tqdm
 
 from barrier_diffusers.evaluation.settings import EvaluateConfig
@@ -78,10 +78,8 @@ def evaluate(row: Row, config: AttackTableConfig, changes: Mapping[str, Any]) ->
         "evaluation.images_per_label": config.images_per_label,
         **changes,
     }
-    words = ["--config", str(EVALUATION), *(word for name, value in flags.items() for word in as_flag(name, value))]
-    with (output / "logs" / f"{row.name}-judged.log").open("w") as log:
-        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            evaluate_sd.main(parse_config(EvaluateConfig, words))
+    with logged(output, f"{row.name}-judged"):
+        evaluate_sd.main(parse_config(EvaluateConfig, words_of(EVALUATION, flags)))
     return json.loads((output / f"{row.name}-judged" / METRICS_NAME).read_text())
 
 

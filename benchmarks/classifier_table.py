@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import statistics
-import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +20,8 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 from classifier_rows import CLASSES, METHODS, ORIGINAL, RANDOM, REFERENCE, SEEDS, Row, rows
-from erasure_table import as_flag
 from pages import into_page
-from tqdm.auto import tqdm
+from running import logged, require_all, run_rows, words_of
 
 from barrier_diffusers.files import write_json
 from barrier_diffusers.training import parse_config, run_script
@@ -84,25 +80,19 @@ def run_row(row: Row, output_dir: str, threads: int) -> dict[str, Any]:
     """The numbers of one row; what it prints goes into a log file."""
     torch.set_num_threads(threads)
     AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps the last run's precision
-    folder, log = folder_of(row, output_dir), Path(output_dir) / "logs" / f"{row.name}.log"
+    folder = folder_of(row, output_dir)
     flags = {**row.flags, "output_dir": folder, "overwrite_output_dir": True}
     if row.method != REFERENCE:  # a retrained model would be its own shadow's equal
         flags["evaluation.shadow_models"] = json.dumps(shadows(row, output_dir))
-    words = ["--config", row.config, *(word for name, value in flags.items() for word in as_flag(name, value))]
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as file:
-        sys.stdout = sys.stderr = file
-        try:
-            config = parse_config(UnlearnConfig, words)
-            if row.method == ORIGINAL:
-                judged = {name: getattr(config, name) for name in EvaluateConfig.__dataclass_fields__}
-                evaluate.main(EvaluateConfig(**judged))
-                content = json.loads((folder / evaluate.EVALUATION_NAME).read_text())["metrics"]
-            else:
-                unlearn.main(config)
-                content = json.loads((folder / "metrics.json").read_text())
-        finally:
-            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+    with logged(output_dir, row.name):
+        config = parse_config(UnlearnConfig, words_of(row.config, flags))
+        if row.method == ORIGINAL:
+            judged = {name: getattr(config, name) for name in EvaluateConfig.__dataclass_fields__}
+            evaluate.main(EvaluateConfig(**judged))
+            content = json.loads((folder / evaluate.EVALUATION_NAME).read_text())["metrics"]
+        else:
+            unlearn.main(config)
+            content = json.loads((folder / "metrics.json").read_text())
     if row.method != REFERENCE:
         for path in folder.glob("*.safetensors"):  # the table needs the numbers only
             path.unlink()
@@ -203,28 +193,20 @@ def write(entries: dict[str, Any], docs: Path, page: Path) -> None:
 
 def build(config: TableConfig) -> None:
     """Run what is missing, write the tables as rows finish, print them."""
-    threads = max(1, torch.get_num_threads() // config.workers)
     docs, page = Path(config.docs), Path(config.page)
     wanted = [row for row in rows() if row.method in config.methods and row.case in config.cases]
     entries = {} if config.again else finished(docs / "classifier.json", wanted, config.output_dir)
-    missing = [row for row in wanted if row.name not in entries]
-    first = [row for row in missing if row.method == REFERENCE and row.case == RANDOM]
-    failed = []
-    with ProcessPoolExecutor(config.workers, multiprocessing.get_context("spawn")) as pool:
-        for wave in (first, [row for row in missing if row not in first]):
-            jobs = {pool.submit(run_row, row, config.output_dir, threads): row for row in wave}
-            for job in tqdm(as_completed(jobs), total=len(jobs), desc="rows"):
-                row = jobs[job]
-                if job.exception() is not None:  # the other rows go on, and theirs are kept
-                    failed.append(f"{row.name}: {job.exception()}")
-                    continue
-                entries[row.name] = {"fingerprint": fingerprint(row), "metrics": job.result()}
-                write(entries, docs, page)
+    missing = {row.name: row for row in wanted if row.name not in entries}
+    first = {name: row for name, row in missing.items() if row.method == REFERENCE and row.case == RANDOM}
+    failed: list[str] = []
+    for wave in (first, {name: row for name, row in missing.items() if name not in first}):
+        for name, metrics in run_rows(run_row, wave, config.output_dir, config.workers, failed):
+            entries[name] = {"fingerprint": fingerprint(wave[name]), "metrics": metrics}
+            write(entries, docs, page)
     write(entries, docs, page)
     for cases in (CLASSES, (RANDOM,)):
         print(f"{', '.join(cases)}\n\n{markdown(entries, cases)}")
-    if failed:
-        raise ValueError("rows failed, the others are written; " + "; ".join(failed))
+    require_all(failed)
 
 
 if __name__ == "__main__":

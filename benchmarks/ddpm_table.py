@@ -11,10 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import shutil
-import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +19,9 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 from ddpm_rows import LABELS, ddpm
-from erasure_table import as_flag, markdown, write
+from erasure_table import markdown, write
 from rows import Row
-from tqdm.auto import tqdm
+from running import logged, require_all, run_rows, words_of
 
 from barrier_diffusers.training import parse_config, run_script
 from ddpm_ext.settings import UnlearnConfig
@@ -74,17 +71,11 @@ def run_row(row: Row, output_dir: str, threads: int) -> dict[str, Any]:
     """The numbers of one row; what it prints goes into a log file."""
     torch.set_num_threads(threads)
     AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps the last run's precision
-    folder, log = Path(output_dir) / row.name, Path(output_dir) / "logs" / f"{row.name}.log"
+    folder = Path(output_dir) / row.name
     flags = {**row.flags, "output_dir": folder, "cache_dir": Path(output_dir) / "cache", "report_to": "none"}
     flags |= {"overwrite_output_dir": True}
-    words = ["--config", str(CONFIG), *(word for name, value in flags.items() for word in as_flag(name, value))]
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as file:
-        sys.stdout = sys.stderr = file
-        try:
-            main(parse_config(UnlearnConfig, words))
-        finally:
-            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+    with logged(output_dir, row.name):
+        main(parse_config(UnlearnConfig, words_of(CONFIG, flags)))
     for part in ("unet", "scheduler"):  # the table needs the numbers and the pictures only
         shutil.rmtree(folder / part, ignore_errors=True)
     return numbers_of(json.loads((folder / "metrics.json").read_text()))
@@ -92,7 +83,6 @@ def run_row(row: Row, output_dir: str, threads: int) -> dict[str, Any]:
 
 def build(config: TableConfig) -> None:
     """Run what is missing, write the table as its rows finish, print it."""
-    threads = max(1, torch.get_num_threads() // config.workers)
     docs, page, table, base = Path(config.docs), Path(config.page), ddpm(), base_hash()
     path, every = docs / f"{NAME}.json", {row.name: row for chain in table.chains for row in chain}
     known = json.loads(path.read_text()) if path.is_file() else []
@@ -102,22 +92,16 @@ def build(config: TableConfig) -> None:
         if entry["name"] in every and (entry["flags"], entry["config"]) == (every[entry["name"]].flags, base)
     }
     wanted = [row for row in every.values() if row.cells["label"] in config.labels]
-    missing = [row for row in wanted if config.again or row.name not in done]
-    failed = []
-    with ProcessPoolExecutor(config.workers, multiprocessing.get_context("spawn")) as pool:
-        jobs = {pool.submit(run_row, row, config.output_dir, threads): row for row in missing}
-        for job in tqdm(as_completed(jobs), total=len(jobs), desc="rows"):
-            row = jobs[job]
-            if job.exception() is not None:  # the other rows go on, and theirs are kept
-                failed.append(f"{row.name}: {job.exception()}")
-                continue
-            done[row.name] = {"name": row.name, "config": base, "cells": row.cells, "flags": row.flags}
-            done[row.name]["metrics"] = job.result()
-            write(NAME, table, done, docs, page)
+    missing = {row.name: row for row in wanted if config.again or row.name not in done}
+    failed: list[str] = []
+    for name, metrics in run_rows(run_row, missing, config.output_dir, config.workers, failed):
+        row = missing[name]
+        known = {"name": name, "config": base, "cells": row.cells, "flags": row.flags}
+        done[name] = {**known, "metrics": metrics}
+        write(NAME, table, done, docs, page)
     if done:
         print(markdown(table, done))
-    if failed:
-        raise ValueError("rows failed, the others are written; " + "; ".join(failed))
+    require_all(failed)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import shutil
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from typing import Any
 import torch
 from pages import into_page
 from rows import TABLES, Row, Table
-from tqdm.auto import tqdm
+from running import logged, require_all, run_rows, words_of
 
 from barrier_diffusers.files import write_json
 from barrier_diffusers.settings import UnlearnConfig
@@ -60,17 +58,11 @@ def run_chain(rows: Sequence[Row], output_dir: str, threads: int, keep: bool = F
     torch.set_num_threads(threads)
     results, base = [], None
     for row in rows:
-        folder, log = Path(output_dir) / row.name, Path(output_dir) / "logs" / f"{row.name}.log"
+        folder = Path(output_dir) / row.name
         flags = {**row.flags, "output_dir": folder, "cache_dir": Path(output_dir) / "cache", "report_to": "none"}
         flags |= {"overwrite_output_dir": True} | ({"pretrained_model_name_or_path": base} if base else {})
-        words = ["--config", str(CONFIG), *(word for name, value in flags.items() for word in as_flag(name, value))]
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("w") as file:
-            sys.stdout = sys.stderr = file
-            try:
-                main(parse_config(UnlearnConfig, words))
-            finally:
-                sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+        with logged(output_dir, row.name):
+            main(parse_config(UnlearnConfig, words_of(CONFIG, flags)))
         metrics, base = json.loads((folder / "metrics.json").read_text()), folder
         intervals = {key: metrics["details"][key] for key in KEPT}
         results.append({**{key: value for key, value in metrics.items() if key != "details"}, "intervals": intervals})
@@ -78,11 +70,6 @@ def run_chain(rows: Sequence[Row], output_dir: str, threads: int, keep: bool = F
         for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
             shutil.rmtree(Path(output_dir) / row.name / part, ignore_errors=True)
     return results
-
-
-def as_flag(name: str, value: Any) -> tuple[str, str]:
-    """A setting as two words of a command line."""
-    return f"--{name}", "null" if value is None else str(value)
 
 
 def finished(path: Path) -> dict[str, dict[str, Any]]:
@@ -179,27 +166,23 @@ def write(name: str, table: Table, entries: dict[str, dict[str, Any]], docs: Pat
 
 def build(config: TableConfig) -> None:
     """Run what is missing, write each table as its rows finish, print them."""
-    threads = max(1, torch.get_num_threads() // config.workers)
     docs = Path(config.docs)
     tables = {name: TABLES[name]() for name in config.tables}
     done = {name: {} if config.again else finished(docs / f"{name}.json") for name in tables}
-    jobs, failed = {}, []
-    with ProcessPoolExecutor(config.workers, multiprocessing.get_context("spawn")) as pool:
-        for name, table in tables.items():
-            for chain in table.chains:
-                if any(done[name].get(row.name, {}).get("flags") != row.flags for row in chain):
-                    jobs[pool.submit(run_chain, chain, config.output_dir, threads)] = name, chain
-        for job in tqdm(as_completed(jobs), total=len(jobs), desc="rows"):
-            name, chain = jobs[job]
-            if job.exception() is not None:  # the other rows go on, and theirs are kept
-                failed.append(f"{chain[0].name}: {job.exception()}")
-                continue
-            for row, metrics in zip(chain, job.result(), strict=True):
-                known = {"name": row.name, "config": config_hash(), "cells": row.cells, "flags": row.flags}
-                done[name][row.name] = {**known, "metrics": metrics}
-            write(name, tables[name], done[name], docs, Path(config.readme))
-    if failed:
-        raise ValueError("rows failed, the others are written; " + "; ".join(failed))
+    missing = {
+        f"{name}/{chain[0].name}": chain
+        for name, table in tables.items()
+        for chain in table.chains
+        if any(done[name].get(row.name, {}).get("flags") != row.flags for row in chain)
+    }
+    failed: list[str] = []
+    for place, results in run_rows(run_chain, missing, config.output_dir, config.workers, failed):
+        name = place.partition("/")[0]
+        for row, metrics in zip(missing[place], results, strict=True):
+            known = {"name": row.name, "config": config_hash(), "cells": row.cells, "flags": row.flags}
+            done[name][row.name] = {**known, "metrics": metrics}
+        write(name, tables[name], done[name], docs, Path(config.readme))
+    require_all(failed)
     for name, table in tables.items():
         write(name, table, done[name], docs, Path(config.readme))
         print(f"{name}\n\n{markdown(table, done[name])}")

@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Literal
 
-from barrier_diffusers.config import BarrierConfig
-
-POSITIVE = (
-    *("resolution", "train_batch_size", "num_train_epochs", "max_train_steps", "gradient_accumulation_steps"),
-    *("checkpointing_steps", "checkpoints_total_limit", "num_mia_samples", "num_samples"),
-)
-
-
-def check_positive(config: object) -> None:
-    """A ValueError for an amount below 1."""
-    for entry in fields(config):  # type: ignore[arg-type]
-        value = getattr(config, entry.name)
-        if entry.name in POSITIVE and value is not None and value < 1:
-            raise ValueError(f"{entry.name} is {value}, but must be at least 1")
+from barrier_diffusers.config import BarrierConfig, Protecting, as_list, require_positive
 
 
 @dataclass(kw_only=True)
@@ -49,17 +36,14 @@ class ForgetConfig:
             raise ValueError(f"{' and '.join(given)} are given: choose one way to say what is to be forgotten")
         if self.forget_fraction is not None and not 0 < self.forget_fraction < 1:
             raise ValueError(f"forget_fraction is {self.forget_fraction}, but must be between 0 and 1")
-        if self.forget_count is not None and self.forget_count < 1:
-            raise ValueError(f"forget_count is {self.forget_count}, but must be at least 1")
+        require_positive(self, ("forget_count",))
         if self.forget_class is not None and not self.classes:
             raise ValueError("forget_class is empty: name at least one label")
 
     @property
     def classes(self) -> list[str]:
         """The forgotten labels; empty for random data."""
-        if self.forget_class is None:
-            return []
-        return [self.forget_class] if isinstance(self.forget_class, str) else list(self.forget_class)
+        return as_list(self.forget_class)
 
     @property
     def forgets(self) -> bool:
@@ -115,7 +99,7 @@ class EvaluationConfig:
     retrained: str | None = None  # folder of a run with method retrain, for the gap to it
 
     def __post_init__(self) -> None:
-        check_positive(self)
+        require_positive(self, ("eval_batch_size", "num_mia_samples"), "evaluation.{}")
 
 
 @dataclass(kw_only=True)
@@ -130,7 +114,7 @@ class TrainConfig(Recipe, LoopConfig, ForgetConfig, DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self)
+        require_positive(self)
 
 
 @dataclass(kw_only=True)
@@ -147,7 +131,7 @@ class MethodConfig:
     num_samples: int = 256  # fisher, wfisher: retained images that stand for all
 
     def __post_init__(self) -> None:
-        check_positive(self)
+        require_positive(self, ("num_samples",), "method.{}")
         for name in ("alpha", "l1_weight", "epsilon", "noise", "scale"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"method.{name} is {getattr(self, name)}, but must be >= 0")
@@ -156,7 +140,7 @@ class MethodConfig:
 
 
 @dataclass(kw_only=True)
-class UnlearnConfig(LoopConfig, ForgetConfig, DataConfig):
+class UnlearnConfig(LoopConfig, ForgetConfig, DataConfig, Protecting):
     """Everything an unlearning run depends on."""
 
     pretrained_model_name_or_path: str  # folder of a classifier, or hub id of an AutoModelForImageClassification
@@ -170,23 +154,15 @@ class UnlearnConfig(LoopConfig, ForgetConfig, DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self)
+        require_positive(self)
         if not self.forgets:
             raise ValueError("nothing is to be forgotten: set forget_class, forget_fraction or forget_count")
-        if self.saliency_mask is not None and not 0 < self.saliency_mask <= 1:
-            raise ValueError(f"saliency_mask is {self.saliency_mask}, but must be a fraction in (0, 1]")
-        if self.saliency_mask is not None and self.barrier.has_projection:
-            raise ValueError("saliency_mask holds entries that a projection has to move: use one of the two")
+        self.check_saliency_mask()
         if self.trained_weights == "all" and self.protected:
             raise ValueError(
                 "BARRIER protects the targets alone: trained_weights='all' needs barrier.lambda_interval 0 and "
                 "barrier.constraint penalty"
             )
-
-    @property
-    def protected(self) -> bool:
-        """Whether a protection loss or a projection takes part."""
-        return self.barrier.protects
 
 
 @dataclass(kw_only=True)

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from barrier_diffusers.data import fingerprint
 from barrier_diffusers.evaluation.erasure import generate_cached
 from barrier_diffusers.evaluation.report import image_rows, print_metrics
 from barrier_diffusers.files import write_json
 from barrier_diffusers.generation import generate
 from barrier_diffusers.training import claim_output_dir, module_hashes, run_script
-from ddpm_ext.evaluation import Judge, evaluate, make_questions, real_images
+from ddpm_ext.evaluation import Judge, as_rgb, evaluate, make_questions, real_images
 from ddpm_ext.loading import load_pipeline
 from ddpm_ext.settings import EvaluateConfig
 
@@ -42,8 +40,7 @@ def main(config: EvaluateConfig) -> None:
     scores = evaluate(judge, questions, before, images, real, output / "cache")
     scores |= {"model": module_hashes(pipeline), "scheduler": type(pipeline.scheduler).__name__}
     write_json(Path(output) / RESULT_NAME, scores)
-    shown = np.repeat(images, 3, -1) if images.shape[-1] == 1 else images
-    image_rows(shown, questions.labels, Path(output) / "images.png")
+    image_rows(as_rgb(images), questions.labels, Path(output) / "images.png")
     if questions.forgotten:
         print_metrics(scores, config.evaluation.attribute, questions.forgotten)
     else:

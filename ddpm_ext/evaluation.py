@@ -25,6 +25,11 @@ from ddpm_ext.pipeline import ClassConditionalDDPMPipeline
 from ddpm_ext.settings import EvaluationConfig, LabelledDataConfig
 
 
+def as_rgb(images_NHWC: np.ndarray) -> np.ndarray:
+    """Grey images (N, H, W, 1) with three equal channels; those in colour as they are."""
+    return np.repeat(images_NHWC, 3, axis=-1) if images_NHWC.shape[-1] == 1 else images_NHWC
+
+
 class Judge:
     """An AttributeClassifier that is shown a generator's images.
 
@@ -47,7 +52,7 @@ class Judge:
 
     def render(self, images_NHWC: np.ndarray) -> np.ndarray:
         """Byte images (N, S, S, C) as the judge is shown them, bytes (N, H, W, 3)."""
-        rgb = np.repeat(images_NHWC, 3, axis=-1) if images_NHWC.shape[-1] == 1 else images_NHWC
+        rgb = as_rgb(images_NHWC)
         if self.config.rendering == "plain":
             return rgb
         margin = max(0, self.side - rgb.shape[1])

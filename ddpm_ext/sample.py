@@ -12,10 +12,11 @@ from typing import Literal
 from diffusers import DDIMScheduler, DDPMScheduler
 from PIL import Image
 
+from barrier_diffusers.config import require_positive
+from barrier_diffusers.files import file_names, written_whole
 from barrier_diffusers.generation import SamplingConfig, generate
 from barrier_diffusers.training import claim_output_dir, run_script
 from ddpm_ext.loading import load_pipeline
-from ddpm_ext.settings import require_positive
 
 SCHEDULERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
 
@@ -45,10 +46,10 @@ def main(config: SampleConfig) -> None:
         pipeline.scheduler = SCHEDULERS[config.scheduler].from_config(pipeline.scheduler.config)
     output = claim_output_dir(config.output_dir, config.overwrite_output_dir, resume=False)
     images = generate(pipeline, labels, config.sampling)
+    names = file_names(labels)  # labels are text of the pipeline's maker
     for index, (label, image) in enumerate(zip(labels, images, strict=True)):
-        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(
-            output / f"{label}_{index % config.images_per_label}.png"
-        )
+        with written_whole(output / f"{names[label]}_{index % config.images_per_label}.png") as temporary:
+            Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(temporary, "PNG")
     print(f"{len(images)} images in {output}")
 
 

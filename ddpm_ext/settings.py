@@ -5,22 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from barrier_diffusers.config import BarrierConfig
+from barrier_diffusers.config import RUN_COUNTS, BarrierConfig, Retaining, as_list, require_positive
 from barrier_diffusers.generation import SamplingConfig
-from barrier_diffusers.objectives import Objective, ObjectiveConfig, get_objective, load_module
-
-POSITIVE = (
-    *("resolution", "train_batch_size", "max_train_steps", "gradient_accumulation_steps", "checkpointing_steps"),
-    *("checkpoints_total_limit", "validation_steps"),
-)
+from barrier_diffusers.objectives import Objective, ObjectiveConfig, load_objective
 
 
-def require_positive(config: object, names: tuple[str, ...] = POSITIVE) -> None:
-    """A ValueError if one of these whole-number settings is given and below 1."""
-    for name in names:
-        value = getattr(config, name, None)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}, but must be at least 1")
+def require_share(config: object, name: str) -> None:
+    """A ValueError for a setting outside [0, 1)."""
+    value = getattr(config, name)
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} is {value}, but must be in [0, 1)")
 
 
 @dataclass
@@ -102,10 +96,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_positive(self)
-        if not 0 <= self.label_dropout < 1:
-            raise ValueError(f"label_dropout is {self.label_dropout}, but must be in [0, 1)")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay is {self.ema_decay}, but must be in [0, 1)")
+        require_share(self, "label_dropout")
+        require_share(self, "ema_decay")
         if self.resolution % self.unet.unit:
             raise ValueError(
                 f"resolution is {self.resolution}, but must be a multiple of {self.unet.unit} for "
@@ -154,11 +146,11 @@ class EvaluateConfig:
     @property
     def concepts(self) -> list[str]:
         """The forgotten labels, always a list."""
-        return [self.concept] if isinstance(self.concept, str) else list(self.concept)
+        return as_list(self.concept)
 
 
 @dataclass(kw_only=True)
-class UnlearnConfig:
+class UnlearnConfig(Retaining):
     """Everything an unlearning run depends on."""
 
     pretrained_model_name_or_path: str  # folder of a ClassConditionalDDPMPipeline
@@ -193,32 +185,18 @@ class UnlearnConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        require_positive(self, (*POSITIVE, "num_train_epochs", "max_forget_images", "max_retain_images"))
+        require_positive(self, (*RUN_COUNTS, "max_forget_images", "max_retain_images"))
         if not self.concepts:
             raise ValueError("concept is empty: name the labels to forget")
         if len(set(self.concepts)) < len(self.concepts):
             raise ValueError(f"concept names a label twice: {', '.join(self.concepts)}")
-        if not 0 <= self.label_dropout < 1:
-            raise ValueError(f"label_dropout is {self.label_dropout}, but must be in [0, 1)")
-        if self.saliency_mask is not None and not 0 < self.saliency_mask <= 1:
-            raise ValueError(f"saliency_mask is {self.saliency_mask}, but must be a fraction in (0, 1]")
-        if self.saliency_mask is not None and self.barrier.has_projection:
-            raise ValueError("saliency_mask holds entries that a projection has to move: use one of the two")
+        require_share(self, "label_dropout")
+        self.check_saliency_mask()
 
     @property
     def concepts(self) -> list[str]:
         """The labels to forget, always a list."""
-        return [self.concept] if isinstance(self.concept, str) else list(self.concept)
-
-    @property
-    def protected(self) -> bool:
-        """Whether a protection loss or a projection takes part."""
-        return self.barrier.protects
-
-    @property
-    def needs_retain(self) -> bool:
-        """Whether any retain data is read: for the retain loss, or to fit the protection."""
-        return self.objective.alpha > 0 or (self.protected and self.barrier.needs_retain_data)
+        return as_list(self.concept)
 
 
 def chosen_objective(config: UnlearnConfig) -> Objective:
@@ -229,17 +207,10 @@ def chosen_objective(config: UnlearnConfig) -> Objective:
             not fit.
     """
     options = config.objective
-    if options.module is not None:
-        load_module(options.module)
-    objective = get_objective(options.name)
+    objective = load_objective(options)
     if objective.edit is not None:
         raise ValueError(f"objective {objective.name!r} edits cross-attention, which a UNet2DModel does not have")
     if options.anchor_prompt is not None:
         raise ValueError("a label is no prompt: set objective.anchor, a label or one per forgotten label")
-    objective.check(options)
-    anchors = options.anchor if isinstance(options.anchor, list) else [options.anchor] * len(config.concepts)
-    if len(anchors) != len(config.concepts):
-        raise ValueError(f"objective.anchor lists {len(anchors)} labels for {len(config.concepts)} to forget")
-    for label in set(anchors) & set(config.concepts):
-        raise ValueError(f"objective.anchor {label!r} is to be forgotten itself: choose a label that is retained")
+    options.anchors_of(config.concepts)
     return objective

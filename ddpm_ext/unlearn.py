@@ -37,7 +37,7 @@ from barrier_diffusers.training import (
 )
 from barrier_diffusers.unlearning import unlearn
 from ddpm_ext.diffusion import LabelDiffusion, LabelRows, UnlearningRows, draw
-from ddpm_ext.evaluation import Judge, Questions, evaluate, make_questions, real_images
+from ddpm_ext.evaluation import Judge, Questions, as_rgb, evaluate, make_questions, real_images
 from ddpm_ext.loading import load_pipeline, load_rows
 from ddpm_ext.pipeline import ClassConditionalDDPMPipeline
 from ddpm_ext.settings import UnlearnConfig, chosen_objective
@@ -133,7 +133,7 @@ def finish(job: Job, history: dict[str, list[float]], facts: dict[str, Any]) -> 
     job.barrier.remove()
     pipeline.save_pretrained(output)
     after = generate(pipeline, job.questions.labels, config.evaluation.sampling, desc="images after")
-    was, now = (np.repeat(found, 3, -1) if found.shape[-1] == 1 else found for found in (job.before, after))
+    was, now = as_rgb(job.before), as_rgb(after)
     before_after_grid(was, now, job.questions.labels, job.questions.forgotten, output / "before_after.png")
     loss_curves(history, output / "loss_curves.png")
     metrics: dict[str, Any] = {"num_images": len(after), **facts}

@@ -190,7 +190,7 @@ def test_settings_that_a_method_never_reads_are_refused():
         )
     with pytest.raises(ValueError, match="unknown method 'gradient'; known are boundary_expand, boundary_shrink"):
         get_method("gradient")
-    with pytest.raises(ValueError, match="named 'ga' is registered already"):
+    with pytest.raises(ValueError, match="method 'ga' is registered already"):
         enter(Method("ga"))
 
 

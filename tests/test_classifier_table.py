@@ -9,7 +9,7 @@ import classifier_table
 import pytest
 from classifier_rows import CLASSES, METHODS, ORIGINAL, RANDOM, REFERENCE, SEEDS, Row, rows
 from classifier_step import ClassifierStepConfig
-from erasure_table import as_flag
+from running import words_of
 
 from barrier_diffusers.training import parse_config
 from classification_ext.methods import get_method
@@ -30,8 +30,7 @@ def test_every_row_is_a_valid_run_with_a_name_of_its_own():
     assert all(row.case == RANDOM and row.method == REFERENCE for row in every[: len(SEEDS)])  # the shadow models
     for row in rows(("bag", RANDOM), (0,)):
         assert json.loads(json.dumps(row.flags)) == row.flags  # else the row would never count as finished
-        words = [word for key, value in row.flags.items() for word in as_flag(key, value)]
-        config = parse_config(UnlearnConfig, ["--config", row.config, "--output_dir", "x", *words])
+        config = parse_config(UnlearnConfig, words_of(row.config, {"output_dir": "x", **row.flags}))
         if row.method != ORIGINAL:
             get_method(config.method.name).check(config)
             assert config.protected == any(word in row.method for word in ("BARRIER", "projection"))

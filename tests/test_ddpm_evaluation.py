@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 import torch
 from ddpm_models import LABELS, Place
+from PIL import Image
 
 from barrier_diffusers.evaluation.manifold import entropy, inception_score, precision_recall
+from barrier_diffusers.files import file_names
 from barrier_diffusers.generation import SamplingConfig, generate
 from barrier_diffusers.training import parse_config
 from ddpm_ext import evaluate as evaluate_script
 from ddpm_ext import sample as sample_script
 from ddpm_ext.evaluation import Judge, evaluate, make_questions, real_images
 from ddpm_ext.loading import load_pipeline
+from ddpm_ext.pipeline import ClassConditionalDDPMPipeline
 from ddpm_ext.settings import EvaluateConfig, EvaluationConfig, LabelledDataConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,6 +122,7 @@ def test_evaluate_and_sample_scripts(place, tmp_path, capsys):
     )
     sample_script.main(config)
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["coat_0.png", "coat_1.png"]
+    assert Image.open(tmp_path / "samples" / "coat_0.png").size == (8, 8)
     with pytest.raises(ValueError, match="nobody judges"):
         EvaluateConfig(
             pretrained_model_name_or_path="x",
@@ -126,6 +130,27 @@ def test_evaluate_and_sample_scripts(place, tmp_path, capsys):
             data=LabelledDataConfig("z"),
             evaluation=EvaluationConfig(None),
         )
+
+
+def test_labels_that_are_paths_stay_in_the_folder(place, tmp_path):
+    pipeline = load_pipeline(str(place.base))
+    labels = ["../../x", "/etc/..", ".hidden"]
+    ClassConditionalDDPMPipeline(pipeline.unet, pipeline.scheduler, labels, 2).save_pretrained(tmp_path / "base")
+    config = sample_script.SampleConfig(
+        pretrained_model_name_or_path=str(tmp_path / "base"),
+        output_dir=str(tmp_path / "a" / "samples"),
+        images_per_label=1,
+        sampling=SamplingConfig(1, 1.0),
+    )
+    sample_script.main(config)
+    written = {path.relative_to(tmp_path / "a" / "samples").as_posix() for path in (tmp_path / "a").rglob("*.png")}
+    assert written == {"_.._x_0.png", "_etc__0.png", "hidden_0.png"} and not list(tmp_path.glob("*.png"))
+
+
+def test_file_names_differ_and_are_short():
+    texts = ["a/b", "a b", "A_b", "a/b", "..", "", "x" * 300]
+    names = file_names(texts)
+    assert names == {"a/b": "a_b", "a b": "a_b-2", "A_b": "A_b-3", "..": "_", "": "_-2", "x" * 300: "x" * 40}
 
 
 def test_the_embedded_ddpm_draws_what_is_asked(monkeypatch):

@@ -6,8 +6,9 @@ from pathlib import Path
 import ddpm_table
 import pytest
 from ddpm_rows import LABELS, METRICS, OBJECTIVES, PROTECTIONS, ddpm
-from erasure_table import as_flag, markdown
+from erasure_table import markdown
 from rows import Row, Table
+from running import words_of
 
 from barrier_diffusers.training import parse_config
 from ddpm_ext.settings import UnlearnConfig, chosen_objective
@@ -30,8 +31,7 @@ def test_every_row_is_a_valid_run_with_a_name_of_its_own():
     )
     for row in rows:
         assert json.loads(json.dumps(row.flags)) == row.flags  # else the row would never count as finished
-        words = [word for key, value in row.flags.items() for word in as_flag(key, value)]
-        config = parse_config(UnlearnConfig, ["--config", str(ddpm_table.CONFIG), *words])
+        config = parse_config(UnlearnConfig, words_of(ddpm_table.CONFIG, row.flags))
         chosen_objective(config)
         assert config.protected == (row.cells["protection"] in ("penalty", "projection"))
 

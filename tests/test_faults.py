@@ -1,13 +1,10 @@
 """What goes wrong in a long run: signals, kills, full disks, damaged files, numbers that overflow. Nothing is lost."""
 
 import json
-import multiprocessing
 import os
-import random
 import resource
 import signal
 import sys
-import time
 
 import pipelines
 import pytest
@@ -15,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from datasets import load_dataset
+from kills import killed_and_resumed
 from PIL import Image
 from safetensors.torch import load_file
 from short_runs import ROOT, flags, main, run
@@ -211,40 +209,18 @@ def kills(count):
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("count", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_and_resumed_a_run_gives_the_same_bits(count, tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["barrier_diffusers.hub", "barrier_diffusers.settings"])  # children start fast
-
-    def start(output):
-        settings = {**STEPS, "checkpointing_steps": 1, "resume_from_checkpoint": "latest", "max_forget_images": 32}
-        settings |= {"max_train_steps": 6}
-        process = context.Process(target=child, args=(flags(output, **settings),))
-        process.start()
-        return process
-
-    start(tmp_path / "warm").join()  # the first one pays for the imports
-    began = time.monotonic()
-    whole = start(tmp_path / "whole")
-    whole.join()
-    duration = time.monotonic() - began
-    assert whole.exitcode == 0
-    wanted = load_file(tmp_path / "whole" / "unet" / "diffusion_pytorch_model.safetensors")
-    draw, done, killed = random.Random(), 0, []
-    while len(killed) < kills(count) or not done:
-        output = tmp_path / f"run-{done}"
-        process = start(output)
-        moment = draw.uniform(0, duration) if len(killed) < kills(count) else None
-        process.join(moment)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-            killed.append(round(moment, 3))
-            continue
-        assert process.exitcode == 0, killed
+    settings = {**STEPS, "checkpointing_steps": 1, "resume_from_checkpoint": "latest", "max_forget_images": 32}
+    settings |= {"max_train_steps": 6}
+    whole, done, killed = killed_and_resumed(
+        child,
+        lambda output: (flags(output, **settings),),
+        tmp_path,
+        kills(count),
+        ["barrier_diffusers.hub", "barrier_diffusers.settings"],
+    )
+    wanted = load_file(whole / "unet" / "diffusion_pytorch_model.safetensors")
+    for output in done:
         found = load_file(output / "unet" / "diffusion_pytorch_model.safetensors")
         assert all(torch.equal(found[name], value) for name, value in wanted.items()), killed
-        history = [
-            json.loads((tmp_path / name / "manifest.json").read_text())["history"] for name in ("whole", output)
-        ]
-        assert history[0] == history[1], killed
+        assert history(whole) == history(output), killed
         assert not [path for path in (output / "checkpoints").iterdir() if path.name.startswith(".")]
-        done += 1

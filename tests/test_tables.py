@@ -7,6 +7,7 @@ import attack_table
 import erasure_table
 import pytest
 from rows import TABLES, Row, Table
+from running import run_rows, words_of
 from short_runs import ROOT, SHORT
 
 from barrier_diffusers.settings import UnlearnConfig, chosen_objective
@@ -25,8 +26,7 @@ def test_every_row_is_a_valid_run_with_a_name_of_its_own(name):
     assert len({row.name for row in rows}) == len(rows) > 0
     for row in rows:
         assert json.loads(json.dumps(row.flags)) == row.flags  # else the row would never count as finished
-        words = [word for key, value in row.flags.items() for word in erasure_table.as_flag(key, value)]
-        chosen_objective(parse_config(UnlearnConfig, ["--config", str(erasure_table.CONFIG), *words]))
+        chosen_objective(parse_config(UnlearnConfig, words_of(erasure_table.CONFIG, row.flags)))
 
 
 def tiny_table():
@@ -60,6 +60,18 @@ def test_finished_rows_are_not_run_again(tmp_path, monkeypatch, capsys):
     other.write_text(erasure_table.CONFIG.read_text() + "seed: 1\n")
     monkeypatch.setattr(erasure_table, "CONFIG", other)
     assert erasure_table.finished(tmp_path / "docs/tiny.json") == {}
+
+
+def share(row, output_dir, threads):
+    """A row that fails for 0."""
+    return 12 // row, threads > 0
+
+
+def test_a_row_that_fails_leaves_the_others_alone(tmp_path):
+    failed = []
+    found = dict(run_rows(share, {"three": 3, "none": 0, "four": 4}, str(tmp_path), 1, failed))
+    assert found == {"three": (4, True), "four": (3, True)}
+    assert len(failed) == 1 and failed[0].startswith("none: ")
 
 
 def test_means():
@@ -97,8 +109,7 @@ def test_attack_rows_are_valid_runs():
     assert len({row.name for row in rows}) == len(rows) == 5
     for row in rows:
         assert json.loads(json.dumps(row.flags)) == row.flags
-        words = [word for key, value in row.flags.items() for word in erasure_table.as_flag(key, value)]
-        chosen_objective(parse_config(UnlearnConfig, ["--config", str(erasure_table.CONFIG), *words]))
+        chosen_objective(parse_config(UnlearnConfig, words_of(erasure_table.CONFIG, row.flags)))
 
 
 def test_the_attack_table_judges_each_row_once(tmp_path, monkeypatch):

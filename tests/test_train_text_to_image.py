@@ -2,16 +2,14 @@
 
 import importlib.util
 import json
-import multiprocessing
 import os
-import random
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from kills import killed_and_resumed
 from safetensors.torch import load_file
 from train_text_to_image import TrainConfig, main
 
@@ -66,36 +64,14 @@ def child(arguments):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("count", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_and_resumed_it_gives_the_same_bits(count, data, tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_text_to_image"])
-
-    def start(folder):
-        process = context.Process(target=child, args=(words(data, folder),))
-        process.start()
-        return process
-
-    start(tmp_path / "warm").join()  # the first one pays for the imports
-    began = time.monotonic()
-    whole = start(tmp_path / "whole")
-    whole.join()
-    duration = time.monotonic() - began
-    assert whole.exitcode == 0
-    draw, killed, done = random.Random(), [], 0
-    while len(killed) < count or not done:
-        process = start(tmp_path / f"run-{done}")
-        moment = draw.uniform(0, duration) if len(killed) < count else None
-        process.join(moment)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-            killed.append(round(moment, 3))
-            continue
-        assert process.exitcode == 0, killed
+    whole, done, killed = killed_and_resumed(
+        child, lambda folder: (words(data, folder),), tmp_path, count, ["train_text_to_image"]
+    )
+    for folder in done:
         for name in WEIGHTS:
-            first, second = (load_file(tmp_path / run / f"sd/{name}.safetensors") for run in ("whole", f"run-{done}"))
+            first, second = (load_file(run / f"sd/{name}.safetensors") for run in (whole, folder))
             assert first.keys() == second.keys()
             assert all(torch.equal(first[key], second[key]) for key in first), (name, killed)
-        done += 1
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "whole" / "sd")
     assert pipeline.unet.config.cross_attention_dim == 16
     assert json.loads((tmp_path / "whole/sd/training_config.json").read_text())["unet"]["max_train_steps"] == 5

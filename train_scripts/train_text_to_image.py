@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from barrier_diffusers.config import require_positive
 from barrier_diffusers.data import (
     cached_tensors,
     encode_moments,
@@ -112,13 +113,9 @@ class TrainConfig:
     unet: UnetConfig = field(default_factory=UnetConfig)
 
     def __post_init__(self) -> None:
-        counts = {"resolution": self.resolution, "checkpointing_steps": self.checkpointing_steps}
-        counts["checkpoints_total_limit"] = self.checkpoints_total_limit
-        for name, part in (("vae", self.vae), ("unet", self.unet)):
-            counts |= {f"{name}.{key}": getattr(part, key) for key in ("max_train_steps", "train_batch_size")}
-        for name, value in counts.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, but must be at least 1")
+        require_positive(self)
+        require_positive(self.vae, label="vae.{}")
+        require_positive(self.unet, label="unet.{}")
 
 
 def train_vae(accelerator: Accelerator, config: TrainConfig, dataset: Dataset) -> AutoencoderKL:

@@ -19,6 +19,7 @@ from PIL import Image as PILImage
 from barrier_diffusers.architectures import Diffusion
 from barrier_diffusers.barrier import Barrier
 from barrier_diffusers.concepts import ConceptConfig
+from barrier_diffusers.config import require_positive
 from barrier_diffusers.data import EncodedImages, NoisedBatches, encode_moments, encode_prompts, take_evenly
 from barrier_diffusers.erased import ErasedConcepts
 from barrier_diffusers.evaluation.erasure import EvaluationConfig, Questions, image_text, load_rows, retained_rows
@@ -49,10 +50,7 @@ class CertificateConfig:
         for name in ("quantile", "confidence", "calibration"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"certificate.{name} is {getattr(self, name)}, but must be between 0 and 1")
-        for name in ("num_images", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"certificate.{name} is {value}, but must be at least 1")
+        require_positive(self, ("num_images", "batch_size"), "certificate.{}")
 
     @property
     def split(self) -> Split:

@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 
 from barrier_diffusers.concepts import ConceptConfig, concepts_of, cycle
+from barrier_diffusers.config import require_positive
 from barrier_diffusers.data import cached_tensors, fingerprint, labels_in_texts, load_image_text, split_concepts
 from barrier_diffusers.erased import ErasedConcepts, rows_about_others
 from barrier_diffusers.evaluation.accuracy import erasure_metrics, recognise
@@ -34,8 +35,7 @@ class EvaluationConfig:
             raise ValueError(
                 f"evaluation.classifier {self.classifier!r} is not a folder with a saved AttributeClassifier"
             )
-        if self.images_per_label < 1:
-            raise ValueError(f"evaluation.images_per_label is {self.images_per_label}, but must be at least 1")
+        require_positive(self, ("images_per_label",), "evaluation.{}")
 
 
 @dataclass(frozen=True)

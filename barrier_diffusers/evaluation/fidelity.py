@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from barrier_diffusers.config import require_positive
 from barrier_diffusers.data import cached_tensors, fingerprint
 from barrier_diffusers.evaluation.extractors import Extractor, split_spec
 from barrier_diffusers.evaluation.images import Images, ImageSet, as_image_set
@@ -40,9 +41,7 @@ class FidelityConfig:
         names = [split_spec(spec)[0] for spec in self.extractors]
         if len(set(names)) < len(names):
             raise ValueError(f"fidelity.extractors names one twice, but names the metric: {', '.join(names)}")
-        for name in ("batch_size", "kid_subsets"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"fidelity.{name} is {getattr(self, name)}, but must be at least 1")
+        require_positive(self, ("batch_size", "kid_subsets"), "fidelity.{}")
         if self.kid_subset_size < 2:
             raise ValueError(f"fidelity.kid_subset_size is {self.kid_subset_size}, but must be at least 2")
 

@@ -11,7 +11,7 @@ from barrier_diffusers.objectives.base import (
     register,
 )
 from barrier_diffusers.objectives.config import ObjectiveConfig
-from barrier_diffusers.objectives.plugin import load_module
+from barrier_diffusers.objectives.plugin import load_module, load_objective
 
 __all__ = [
     "OBJECTIVES",
@@ -26,6 +26,7 @@ __all__ = [
     "get_objective",
     "kl",
     "load_module",
+    "load_objective",
     "register",
     "rl",
     "uce",

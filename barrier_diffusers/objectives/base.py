@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from barrier_diffusers.objectives.config import ObjectiveConfig
+from barrier_diffusers.registry import Registry
 from barrier_diffusers.targets import ProtectedMap
 
 # What one prompt per sample tells the network: tensors with the batch first. Which ones, only the pipeline's row in
@@ -181,14 +182,12 @@ class Objective:
             )
 
 
-OBJECTIVES: dict[str, Objective] = {}
+OBJECTIVES: Registry[Objective] = Registry("objective")
 
 
 def enter(objective: Objective) -> None:
     """Put an objective into the registry; a second one of the same name is a ValueError."""
-    if objective.name in OBJECTIVES:
-        raise ValueError(f"an objective named {objective.name!r} is registered already")
-    OBJECTIVES[objective.name] = objective
+    OBJECTIVES.enter(objective)
 
 
 def register(name: str, needs: Sequence[str] = (), reads: Sequence[str] = ()) -> Callable[[Callable], Callable]:
@@ -215,6 +214,4 @@ def get_objective(name: str) -> Objective:
     Raises:
         ValueError: unknown name; the message lists the known ones.
     """
-    if name not in OBJECTIVES:
-        raise ValueError(f"unknown objective {name!r}; known are {', '.join(sorted(OBJECTIVES))}")
-    return OBJECTIVES[name]
+    return OBJECTIVES.find(name)

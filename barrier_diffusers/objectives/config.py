@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from barrier_diffusers.config import require_positive
 
 
 @dataclass
@@ -35,5 +38,17 @@ class ObjectiveConfig:
         for name in ("temperature", "ridge"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"objective.{name} is {getattr(self, name)}, but must be > 0")
-        if self.num_inference_steps < 1:
-            raise ValueError(f"objective.num_inference_steps is {self.num_inference_steps}, but must be at least 1")
+        require_positive(self, ("num_inference_steps",), "objective.{}")
+
+    def anchors_of(self, concepts: Sequence[str]) -> list[str | None]:
+        """`anchor` for each of these concepts.
+
+        Raises:
+            ValueError: a list of the wrong length, or an anchor that is to be forgotten itself.
+        """
+        words = self.anchor if isinstance(self.anchor, list) else [self.anchor] * len(concepts)
+        if len(words) != len(concepts):
+            raise ValueError(f"objective.anchor lists {len(words)} words for {len(concepts)} concepts")
+        for word in set(words) & set(concepts):
+            raise ValueError(f"objective.anchor {word!r} is to be forgotten itself: choose something that is retained")
+        return list(words)

@@ -7,7 +7,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from barrier_diffusers.objectives.base import OBJECTIVES
+from barrier_diffusers.objectives.base import OBJECTIVES, Objective, get_objective
+from barrier_diffusers.objectives.config import ObjectiveConfig
 
 
 def load_module(module: str) -> None:
@@ -39,3 +40,16 @@ def load_module(module: str) -> None:
             del OBJECTIVES[entry]
         what = "a .py file or an importable module is needed" if isinstance(error, ImportError) else "it failed"
         raise ValueError(f"objective.module {module!r}: {what} ({type(error).__name__}: {error})") from error
+
+
+def load_objective(options: ObjectiveConfig) -> Objective:
+    """The objective that the settings name, from the user's module if they name one, checked against the others.
+
+    Raises:
+        ValueError: a module that does not load, an unknown name, or a setting that the objective does not read.
+    """
+    if options.module is not None:
+        load_module(options.module)
+    objective = get_objective(options.name)
+    objective.check(options)
+    return objective

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from barrier_diffusers.labelled import LabelledImages
+from barrier_diffusers.registry import Registry
 from classification_ext.settings import MethodConfig, UnlearnConfig
 
 Logits = Callable[[Tensor], Tensor]  # images (B, C, H, W) in [-1, 1] -> logits (B, J)
@@ -92,14 +93,12 @@ class Method:
             raise ValueError(f"method {self.name!r} has no training to resume: leave out resume_from_checkpoint")
 
 
-METHODS: dict[str, Method] = {}
+METHODS: Registry[Method] = Registry("method")
 
 
 def enter(method: Method) -> None:
     """Put a method into the registry; a second one of the same name is a ValueError."""
-    if method.name in METHODS:
-        raise ValueError(f"a method named {method.name!r} is registered already")
-    METHODS[method.name] = method
+    METHODS.enter(method)
 
 
 def get_method(name: str) -> Method:
@@ -108,6 +107,4 @@ def get_method(name: str) -> Method:
     Raises:
         ValueError: unknown name; the message lists the known ones.
     """
-    if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; known are {', '.join(sorted(METHODS))}")
-    return METHODS[name]
+    return METHODS.find(name)

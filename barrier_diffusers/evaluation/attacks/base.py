@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from tqdm.auto import trange
 
 from barrier_diffusers.architectures import Diffusion, components, get_architecture
+from barrier_diffusers.config import require_positive
 from barrier_diffusers.data import encode_moments, swap_concept, take_evenly
 from barrier_diffusers.generation import SamplingConfig
 from barrier_diffusers.objectives.base import Condition, DiffusionStep
+from barrier_diffusers.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,7 @@ class ImageBudget(Budget):
     num_images: int | None = None  # drawn once from the held-out images; None: all
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "batch_size", "num_images"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} of an attack is {value}, but must be at least 1")
+        require_positive(self, ("num_steps", "batch_size", "num_images"), "{} of an attack")
 
     def choose(self, images: Dataset) -> Dataset:
         """The images that the attack learns from."""
@@ -118,7 +117,7 @@ class Attack:
     budget: type[Budget]
 
 
-ATTACKS: dict[str, Attack] = {}
+ATTACKS: Registry[Attack] = Registry("attack")
 
 
 def register(name: str, budget: type[Budget]) -> Callable[[Run], Run]:
@@ -129,9 +128,7 @@ def register(name: str, budget: type[Budget]) -> Callable[[Run], Run]:
     """
 
     def decorate(run: Run) -> Run:
-        if name in ATTACKS:
-            raise ValueError(f"an attack named {name!r} is registered already")
-        ATTACKS[name] = Attack(name, run, budget)
+        ATTACKS.enter(Attack(name, run, budget))
         return run
 
     return decorate
@@ -143,9 +140,7 @@ def get_attack(name: str) -> Attack:
     Raises:
         ValueError: unknown name; the message lists the known ones.
     """
-    if name not in ATTACKS:
-        raise ValueError(f"unknown attack {name!r}; known are {', '.join(sorted(ATTACKS))}")
-    return ATTACKS[name]
+    return ATTACKS.find(name)
 
 
 def rename_concept(captions: Sequence[str], concept: str, words: str) -> list[str]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import trange
 
 from barrier_diffusers.architectures import Diffusion
+from barrier_diffusers.config import require_positive
 from barrier_diffusers.evaluation.attacks.base import (
     Attempt,
     Forgotten,
@@ -52,9 +53,7 @@ class PromptSearchConfig(ImageBudget):
     def __post_init__(self) -> None:
         super().__post_init__()
         counts = ("num_tokens", "num_candidates", "num_ranked", "num_searches", "num_checks", "forward_batch_size")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise ValueError(f"prompt_search.{name} is {getattr(self, name)}, but must be at least 1")
+        require_positive(self, counts, "prompt_search.{}")
 
     def check(self, pipeline: Any, forgotten: Forgotten) -> None:
         """One text encoder, enough images, and room for the tokens in every prompt."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from barrier_diffusers.concepts import cycle
+from barrier_diffusers.config import require_positive
 from barrier_diffusers.evaluation.attacks.base import Attempt, Budget, Forgotten, register, rename_concept
 from barrier_diffusers.generation import generate
 
@@ -23,8 +24,7 @@ class MisspelledConfig(Budget):
     num_edits: int = 1  # letters of the concept's name that are swapped, dropped, doubled or replaced
 
     def __post_init__(self) -> None:
-        if self.num_edits < 1:
-            raise ValueError(f"misspelled.num_edits is {self.num_edits}, but must be at least 1")
+        require_positive(self, ("num_edits",), "misspelled.{}")
 
     def check(self, pipeline: Any, forgotten: Forgotten) -> None:
         """Prompts that name the concept, and letters in its name."""

@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from barrier_diffusers.architectures import Diffusion
-from barrier_diffusers.config import BarrierConfig
+from barrier_diffusers.config import BarrierConfig, require_positive
 from barrier_diffusers.data import EncodedImages, encode_prompts
 from barrier_diffusers.evaluation.attacks.base import (
     Attempt,
@@ -40,8 +40,7 @@ class RelearningConfig(LearningBudget):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rank < 1:
-            raise ValueError(f"rank of an attack is {self.rank}, but must be at least 1")
+        require_positive(self, ("rank",), "{} of an attack")
 
     def images_of(self, forgotten: Forgotten) -> tuple[str, Dataset]:
         """(what they show, the images it may draw from)."""
