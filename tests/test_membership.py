@@ -14,11 +14,13 @@ from barrier_diffusers.concepts import ConceptConfig
 from barrier_diffusers.evaluation.erasure import EvaluationConfig
 from barrier_diffusers.evaluation.membership import (
     MembershipConfig,
-    area_under_roc,
     attack,
     denoising_losses,
     found_at,
+    member_below,
     membership_images,
+    resample,
+    with_interval,
 )
 
 QUICK = MembershipConfig(num_timesteps=4, num_noises=1, num_resamples=200)
@@ -33,18 +35,37 @@ def test_the_area_is_the_areas_usual_value():
     random = np.random.default_rng(0)
     members, others = random.normal(0, 1, 40).round(1), random.normal(0.5, 1, 60).round(1)  # with ties
     truth = roc_auc_score([1] * 40 + [0] * 60, -np.concatenate([members, others]))
-    found = area_under_roc(members, others, 500, 0)
+    losses = {"after": (torch.from_numpy(members), torch.from_numpy(others))}
+    found = attack(losses, MembershipConfig(num_resamples=500))["after"]["auc"]
     assert found["value"] == pytest.approx(truth, abs=1e-4)
     low, high = found["interval_95"]
     assert low < truth < high and 0.15 < high - low < 0.3
-    assert area_under_roc(others - 9, others, 50, 0) == {"value": 1.0, "interval_95": [1.0, 1.0]}
+    apart = {"after": (torch.from_numpy(others - 9), torch.from_numpy(others))}
+    found = attack(apart, MembershipConfig(num_resamples=50))
+    assert found["after"]["auc"] == {"value": 1.0, "interval_95": [1.0, 1.0]} and "change" not in found
+
+
+def test_the_change_is_a_paired_difference():
+    random = np.random.default_rng(3)
+    members, others = random.normal(0, 1, 80), random.normal(0.8, 1, 80)
+    before = (torch.from_numpy(members), torch.from_numpy(others))
+    nearly = (before[0] + 0.01 * torch.from_numpy(random.normal(0, 1, 80)), before[1])
+    options = MembershipConfig(num_resamples=500)
+    same = attack({"before": before, "after": before}, options)["change"]["auc"]
+    assert same == {"value": 0.0, "interval_95": [0.0, 0.0]}
+    found = attack({"before": before, "after": nearly}, options)
+    low, high = found["change"]["auc"]["interval_95"]
+    assert high - low < 0.02 < 0.1 < np.diff(found["after"]["auc"]["interval_95"])  # narrower than two apart would be
+    hidden = attack({"before": before, "after": (before[1], before[1])}, options)["change"]["auc"]
+    assert hidden["value"] < -0.1 and hidden["interval_95"][1] < 0  # what told them apart is gone
 
 
 def test_the_interval_covers_the_true_area():
     random, truth = np.random.default_rng(1), 0.7602  # P(x < y) for N(0, 1) and N(1, 1)
     covered = 0
     for seed in range(200):
-        low, high = area_under_roc(random.normal(0, 1, 50), random.normal(1, 1, 50), 300, seed)["interval_95"]
+        below = member_below(random.normal(0, 1, 50), random.normal(1, 1, 50))
+        low, high = with_interval(0, resample(below, MembershipConfig(num_resamples=300, seed=seed)))["interval_95"]
         covered += low <= truth <= high
     assert covered >= 180
 
@@ -91,7 +112,7 @@ def test_what_a_generator_learned_by_heart_is_found():
     pipeline.vae.register_to_config(scaling_factor=20.0)  # this VAE is not trained: its latents are small
     members, others = pictures(captions, 0), pictures(captions, 1)
     options = MembershipConfig(num_timesteps=5, num_noises=1, num_resamples=200)
-    fresh = attack(*(denoising_losses(pipeline, images, 32, options) for images in (members, others)), options)
+    fresh = tuple(denoising_losses(pipeline, images, 32, options) for images in (members, others))
     diffusion = Diffusion(pipeline)
     with torch.no_grad():
         latents = pipeline.vae.encode(pixels_of(members)).latent_dist.mean * 20.0
@@ -103,7 +124,10 @@ def test_what_a_generator_learned_by_heart_is_found():
         torch.nn.functional.mse_loss(predicted, drawn.target).backward()
         optimizer.step()
         optimizer.zero_grad()
-    trained = attack(*(denoising_losses(pipeline, images, 32, options) for images in (members, others)), options)
+    learned = tuple(denoising_losses(pipeline, images, 32, options) for images in (members, others))
+    found = attack({"before": fresh, "after": learned}, options)
+    fresh, trained = found["before"], found["after"]
+    assert found["change"]["auc"]["interval_95"][0] > 0
     print(fresh, trained)
     assert trained["auc"]["value"] > 0.9 and trained["auc"]["value"] > fresh["auc"]["value"]
     assert trained["auc"]["interval_95"][0] > 0.5 and trained["loss_members"] < trained["loss_held_out"]
@@ -127,6 +151,9 @@ def test_evaluate_sd_attacks_the_base_and_the_unlearned_pipeline(tmp_path, monke
     changes |= {"membership.num_resamples": 20, "attacks": "[]", "fidelity.extractors": "[]"}
     found = evaluate(tmp_path / "run", base_model="assets/fashion_sd", **changes)["membership"]
     assert found["before"] == found["after"]  # the pipeline is its own base here
+    assert found["change"]["retain"]["auc"] == {"value": 0.0, "interval_95": [0.0, 0.0]}
+    captions = found["details"]["num_captions"]["retain"]
+    assert 0 <= captions["both"] <= min(captions["members"], captions["held_out"]) <= 6
     assert found["details"]["num_images"]["forget"] == {"members": 6, "held_out": 6}
     assert 0 <= found["after"]["retain"]["auc"]["value"] <= 1 and found["after"]["forget"]["loss_members"] > 0
     assert "membership inference" in capsys.readouterr().out and "membership.after.forget.auc.value" in (

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from barrier_diffusers.evaluation.accuracy import share
 from barrier_diffusers.evaluation.erasure import EvaluationConfig, image_text, load_rows, retained_rows
 from barrier_diffusers.evaluation.post_attack import images_hash
 from barrier_diffusers.generation import autocast_denoiser
+
+SIDES = ("members", "held_out")
+Sides: TypeAlias = tuple[Tensor, Tensor]  # losses of members (M,) and of held-out images (H,)
 
 
 @dataclass
@@ -110,16 +113,26 @@ def denoising_losses(pipeline: Any, images: Dataset, resolution: int, options: M
     return losses_N
 
 
-def area_under_roc(members_M: np.ndarray, held_out_H: np.ndarray, num_resamples: int, seed: int) -> dict[str, Any]:
-    """Probability that a member's loss is below a held-out image's, ties half, with its 95 % bootstrap interval."""
-    below_MH = (members_M[:, None] < held_out_H) + 0.5 * (members_M[:, None] == held_out_H)
-    random = np.random.default_rng(seed)
-    areas = []
-    for _ in range(num_resamples):  # members and held-out images each with replacement
-        weights = [random.multinomial(size, np.full(size, 1 / size)) / size for size in below_MH.shape]
-        areas.append(weights[0] @ below_MH @ weights[1])
-    interval = [round(float(end), 4) for end in np.quantile(areas, [0.025, 0.975])]
-    return {"value": round(float(below_MH.mean()), 4), "interval_95": interval}
+def member_below(members_M: np.ndarray, held_out_H: np.ndarray) -> np.ndarray:
+    """Whether each member's loss is below each held-out image's, (M, H), ties half. Its mean is the area under ROC."""
+    return (members_M[:, None] < held_out_H) + 0.5 * (members_M[:, None] == held_out_H)
+
+
+def resample(below_MH: np.ndarray, options: MembershipConfig) -> np.ndarray:
+    """Bootstrap of the area, (R,): members and held-out images each drawn with replacement, the same draws for every
+    pipeline, so that what two of them give away can be compared pair by pair."""
+    random = np.random.default_rng(options.seed)
+    draws = [random.multinomial(n, np.full(n, 1 / n), options.num_resamples) / n for n in below_MH.shape]
+    return ((draws[0] @ below_MH) * draws[1]).sum(1)
+
+
+def with_interval(value: float, drawn_R: np.ndarray) -> dict[str, Any]:
+    """A value with its 95 % bootstrap interval (percentiles); where all resamples agree it has no width, and says too
+    little."""
+    return {
+        "value": round(float(value), 4),
+        "interval_95": [round(float(end), 4) for end in np.quantile(drawn_R, [0.025, 0.975])],
+    }
 
 
 def found_at(members_M: np.ndarray, held_out_H: np.ndarray, false_positive_rate: float) -> dict[str, Any]:
@@ -131,15 +144,25 @@ def found_at(members_M: np.ndarray, held_out_H: np.ndarray, false_positive_rate:
     return {**share(members_M < threshold), "false_positives": wrong, "num_held_out": len(held_out_H)}
 
 
-def attack(members: Tensor, held_out: Tensor, options: MembershipConfig) -> dict[str, Any]:
-    """What the losses of members (M,) and held-out images (H,) give away."""
-    sides = (members.numpy(), held_out.numpy())
-    return {
-        "auc": area_under_roc(*sides, options.num_resamples, options.seed),
-        "true_positive_rate": found_at(*sides, options.false_positive_rate),
-        "loss_members": float(members.mean()),
-        "loss_held_out": float(held_out.mean()),
-    }
+def attack(losses: Mapping[str, Sides], options: MembershipConfig) -> dict[str, dict[str, Any]]:
+    """What the losses of members (M,) and held-out images (H,) give away, by pipeline; under "change", where there are
+    "before" and "after", by how much the area moved, with the interval of the paired difference."""
+    found: dict[str, dict[str, Any]] = {}
+    areas: dict[str, tuple[float, np.ndarray]] = {}
+    for when, (members, held_out) in losses.items():
+        sides = (members.numpy(), held_out.numpy())
+        below_MH = member_below(*sides)
+        areas[when] = (float(below_MH.mean()), resample(below_MH, options))
+        found[when] = {
+            "auc": with_interval(*areas[when]),
+            "true_positive_rate": found_at(*sides, options.false_positive_rate),
+            "loss_members": float(members.mean()),
+            "loss_held_out": float(held_out.mean()),
+        }
+    if {"before", "after"} <= areas.keys():
+        now, then = areas["after"], areas["before"]
+        found["change"] = {"auc": with_interval(now[0] - then[0], now[1] - then[1])}
+    return found
 
 
 def membership(
@@ -149,20 +172,33 @@ def membership(
     options: MembershipConfig,
     device: torch.device | str,
 ) -> dict[str, Any]:
-    """The attack on each pipeline, "before" (if known) and "after", for forget and retain images.
+    """The attack on each pipeline, "before" (if known) and "after", and its "change", for forget and retain images.
+
+    Members and held-out images have to be drawn alike, or the loss tells the two splits apart without any membership:
+    `details` says how many captions each group has and how many are in both; what the base gives away is in "before"
+    and taken off in "change".
 
     Args:
         images: of `membership_images`.
     """
-    found: dict[str, Any] = {}
+    losses: dict[str, dict[str, Sides]] = {role: {} for role in images}
     for when, pipeline in pipelines.items():
         pipeline.to(device)
-        found[when] = {}
         for role, sides in images.items():
-            losses = {side: denoising_losses(pipeline, rows, resolution, options) for side, rows in sides.items()}
-            found[when][role] = attack(losses["members"], losses["held_out"], options)
+            members, held_out = (denoising_losses(pipeline, sides[side], resolution, options) for side in SIDES)
+            losses[role][when] = (members, held_out)
         pipeline.to("cpu")
+    by_role = {role: attack(entry, options) for role, entry in losses.items()}
+    whens = next(iter(by_role.values()))
+    found = {when: {role: entry[when] for role, entry in by_role.items()} for when in whens}
     counts = {role: {side: len(rows) for side, rows in sides.items()} for role, sides in images.items()}
     hashes = {f"{role} {side}": images_hash(rows) for role, sides in images.items() for side, rows in sides.items()}
+    captions = {role: caption_counts(sides) for role, sides in images.items()}
     rate = {"false_positive_rate": options.false_positive_rate}
-    return {**found, "details": {"num_images": counts, "images": hashes, **rate}}
+    return {**found, "details": {"num_images": counts, "num_captions": captions, "images": hashes, **rate}}
+
+
+def caption_counts(sides: Mapping[str, Dataset]) -> dict[str, int]:
+    """Different captions of members, of held-out images, and of both."""
+    captions = {side: set(rows["text"]) for side, rows in sides.items()}
+    return {side: len(texts) for side, texts in captions.items()} | {"both": len(set.intersection(*captions.values()))}

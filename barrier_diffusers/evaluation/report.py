@@ -177,4 +177,7 @@ def print_membership(found: Mapping[str, Any]) -> None:
             area = (f"{entry['auc']['value']:.3f}", f"{low:.3f} - {high:.3f}")
             losses = f"{entry['loss_members']:.4f} / {entry['loss_held_out']:.4f}"
             table.add_row(role, when, *area, f"{entry['true_positive_rate']['value']:.1f}", losses)
+    for role, entry in found.get("change", {}).items():
+        low, high = entry["auc"]["interval_95"]
+        table.add_row(role, "change", f"{entry['auc']['value']:+.3f}", f"{low:+.3f} - {high:+.3f}", "", "")
     Console(width=88).print(table)
