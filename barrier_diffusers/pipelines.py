@@ -20,13 +20,16 @@ from typing import Any, Literal, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser
 
+from barrier_diffusers.command_line import config_from
 from barrier_diffusers.config import flat, require_positive
 from barrier_diffusers.files import remove, write_json
 from barrier_diffusers.kinds import KINDS
 from barrier_diffusers.processes import FolderLock, Stopped, last_error, run_logged
 from barrier_diffusers.stages import PLACES, Record, Stage, stage_inputs
 from barrier_diffusers.tracking import RESULTS_NAME, TrackConfig, collect, publish
-from barrier_diffusers.training import config_from, require_writable
+from barrier_diffusers.training import (
+    require_writable,
+)
 
 HASH = "{hash}"
 TRAINED = ("train", "retrain", "unlearn")  # stages that more than one process may share

@@ -23,9 +23,12 @@ from rows import KEYS_AND_VALUES, Row, objective_row
 from running import logged, words_of
 from tqdm.auto import tqdm
 
+from barrier_diffusers.command_line import parse_config, run_script
 from barrier_diffusers.evaluation.settings import EvaluateConfig
 from barrier_diffusers.files import write_json
-from barrier_diffusers.training import METRICS_NAME, parse_config, run_script
+from barrier_diffusers.training import (
+    METRICS_NAME,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "train_scripts"))
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from barrier_diffusers import Barrier, BarrierConfig
 from barrier_diffusers.barrier import resolve_targets
-from barrier_diffusers.training import run_script
+from barrier_diffusers.command_line import run_script
 
 CASES = ("bare", "barrier", "baseline")
 

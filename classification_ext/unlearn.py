@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from barrier_diffusers import Barrier
+from barrier_diffusers.command_line import run_script
 from barrier_diffusers.evaluation.html import REPORT_NAME, write_report
 from barrier_diffusers.evaluation.report import loss_curves
 from barrier_diffusers.files import write_json
@@ -32,7 +33,6 @@ from barrier_diffusers.training import (
     freeze_normalisation,
     manifest,
     module_hash,
-    run_script,
 )
 from classification_ext.data import Batch, Splits, in_order, load_split, make_splits, pixels_of, shuffled
 from classification_ext.evaluation import evaluate, print_table

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from barrier_diffusers.checkpoints import Checkpoints
+from barrier_diffusers.command_line import run_script
 from barrier_diffusers.evaluation.report import loss_curves
 from barrier_diffusers.files import write_json
 from barrier_diffusers.labelled import LabelledImages, as_pixels, load_labelled
@@ -33,7 +34,6 @@ from barrier_diffusers.training import (
     manifest,
     module_hashes,
     open_run,
-    run_script,
 )
 from ddpm_ext.pipeline import ClassConditionalDDPMPipeline
 from ddpm_ext.settings import TrainConfig

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from barrier_diffusers import Barrier
 from barrier_diffusers.checkpoints import Checkpoints
+from barrier_diffusers.command_line import run_script
 from barrier_diffusers.data import fingerprint
 from barrier_diffusers.evaluation.erasure import generate_cached
 from barrier_diffusers.evaluation.html import REPORT_NAME, write_report
@@ -33,7 +34,6 @@ from barrier_diffusers.training import (
     manifest,
     module_hashes,
     open_run,
-    run_script,
 )
 from barrier_diffusers.unlearning import unlearn
 from ddpm_ext.diffusion import LabelDiffusion, LabelRows, UnlearningRows, draw

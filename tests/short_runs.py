@@ -6,8 +6,8 @@ from pathlib import Path
 
 from accelerate.state import AcceleratorState
 
+from barrier_diffusers.command_line import parse_config
 from barrier_diffusers.settings import UnlearnConfig
-from barrier_diffusers.training import parse_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "train_scripts"))
 

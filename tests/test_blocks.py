@@ -8,9 +8,9 @@ from pipelines import build
 
 from barrier_diffusers import Barrier, BarrierConfig
 from barrier_diffusers.blocks import is_inside, numbered_blocks
+from barrier_diffusers.command_line import parse_config
 from barrier_diffusers.settings import UnlearnConfig
 from barrier_diffusers.targets import resolve_targets
-from barrier_diffusers.training import parse_config
 
 
 def names(model, targets, blocks):

@@ -15,13 +15,16 @@ from short_runs import ROOT, flags
 from torch import nn
 
 from barrier_diffusers.checkpoints import Checkpoints
+from barrier_diffusers.command_line import parse_config
 from barrier_diffusers.concepts import write_image_folder
 from barrier_diffusers.data import cached_tensors
 from barrier_diffusers.files import WriteError, write_json
 from barrier_diffusers.hub import save_pipeline
 from barrier_diffusers.interruption import Interruption
 from barrier_diffusers.settings import UnlearnConfig
-from barrier_diffusers.training import History, parse_config
+from barrier_diffusers.training import (
+    History,
+)
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,10 @@ import torch
 from ddpm_models import LABELS, Place
 from PIL import Image
 
+from barrier_diffusers.command_line import parse_config
 from barrier_diffusers.evaluation.manifold import entropy, inception_score, precision_recall
 from barrier_diffusers.files import file_names
 from barrier_diffusers.generation import SamplingConfig, generate
-from barrier_diffusers.training import parse_config
 from ddpm_ext import evaluate as evaluate_script
 from ddpm_ext import sample as sample_script
 from ddpm_ext.evaluation import Judge, evaluate, make_questions, real_images

@@ -10,7 +10,7 @@ from erasure_table import markdown
 from rows import Row, Table
 from running import words_of
 
-from barrier_diffusers.training import parse_config
+from barrier_diffusers.command_line import parse_config
 from ddpm_ext.settings import UnlearnConfig, chosen_objective
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,8 +9,8 @@ import pytest
 from short_runs import ROOT
 from test_bad_inputs import the_script
 
+from barrier_diffusers.command_line import parse_config
 from barrier_diffusers.sweep_file import read_sweep
-from barrier_diffusers.training import parse_config
 
 sys.path.insert(0, str(ROOT / "docs"))
 

@@ -19,10 +19,10 @@ from short_runs import ROOT, flags, main, run
 
 from barrier_diffusers.architectures import Diffusion
 from barrier_diffusers.checkpoints import Checkpoints, read_checkpoint
+from barrier_diffusers.command_line import parse_config, run_script
 from barrier_diffusers.concepts import write_image_folder
 from barrier_diffusers.data import encode_moments
 from barrier_diffusers.settings import UnlearnConfig
-from barrier_diffusers.training import parse_config, run_script
 
 STEPS = {"max_train_steps": 4, "evaluation.classifier": "null", "evaluation.images_per_label": 1}
 

@@ -14,6 +14,7 @@ import light_stages
 import pytest
 from short_runs import ROOT
 
+from barrier_diffusers.command_line import config_from, run_script
 from barrier_diffusers.evaluation.attacks import ATTACKS
 from barrier_diffusers.evaluation.settings import EvaluateConfig
 from barrier_diffusers.kinds import KINDS
@@ -21,7 +22,6 @@ from barrier_diffusers.pipelines import command_of, parse_pipeline, run_pipeline
 from barrier_diffusers.processes import FolderLock, Stopped
 from barrier_diffusers.settings import chosen_objective
 from barrier_diffusers.stages import stage_inputs
-from barrier_diffusers.training import config_from, run_script
 
 CONFIGS = sorted((ROOT / "train_scripts" / "configs").glob("pipeline_*.yaml"))
 SCORE = {"evaluate.classes.unlearning_accuracy": 1, "evaluate.classes.retain_accuracy_drop": -1}

@@ -15,9 +15,9 @@ from diffusers import StableDiffusionPipeline
 from pipelines import FASHION
 from safetensors.torch import save_file
 
+from barrier_diffusers.command_line import parse_config
 from barrier_diffusers.hub import load_pipeline
 from barrier_diffusers.settings import UnlearnConfig
-from barrier_diffusers.training import parse_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "train_scripts"))
 

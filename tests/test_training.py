@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from barrier_diffusers import BarrierConfig
+from barrier_diffusers.command_line import parse_config, run_script
 from barrier_diffusers.files import write_json
 from barrier_diffusers.training import (
     claim_output_dir,
@@ -21,8 +22,6 @@ from barrier_diffusers.training import (
     manifest,
     module_hash,
     move_into,
-    parse_config,
-    run_script,
 )
 
 

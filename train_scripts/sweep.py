@@ -11,12 +11,15 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from barrier_diffusers.command_line import run_script
 from barrier_diffusers.pipelines import stop_message
 from barrier_diffusers.processes import Stopped
 from barrier_diffusers.sweep_file import read_sweep
 from barrier_diffusers.sweep_report import MARKDOWN_NAME, report
 from barrier_diffusers.sweeps import SweepConfig, Worker, check_sweep
-from barrier_diffusers.training import require_writable, run_script
+from barrier_diffusers.training import (
+    require_writable,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 

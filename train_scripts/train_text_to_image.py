@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from barrier_diffusers.command_line import run_script
 from barrier_diffusers.config import require_positive
 from barrier_diffusers.data import (
     cached_tensors,
@@ -34,7 +35,9 @@ from barrier_diffusers.data import (
 from barrier_diffusers.files import write_json, written_whole
 from barrier_diffusers.noising import sample_latents
 from barrier_diffusers.scratch import Averages, Training
-from barrier_diffusers.training import require_writable, run_script
+from barrier_diffusers.training import (
+    require_writable,
+)
 from barrier_diffusers.vocabulary import cut_clip_vocabulary, find_clip_vocabulary
 
 

@@ -22,6 +22,7 @@ from accelerate.utils import set_seed
 from barrier_diffusers import Barrier
 from barrier_diffusers.architectures import Diffusion, components, get_architecture
 from barrier_diffusers.checkpoints import Checkpoints
+from barrier_diffusers.command_line import run_script
 from barrier_diffusers.concepts import encode_concepts, load_concepts
 from barrier_diffusers.data import fingerprint
 from barrier_diffusers.erased import ERASED_NAME, ErasedConcepts, as_json, read_erased
@@ -60,7 +61,6 @@ from barrier_diffusers.training import (
     manifest,
     module_hashes,
     open_run,
-    run_script,
 )
 from barrier_diffusers.unlearning import unlearn
 

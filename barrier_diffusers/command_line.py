@@ -1,0 +1,113 @@
+"""Command lines: settings from a dataclass, YAML files and dotted flags; mistakes end in one line."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import types
+import typing
+from argparse import ArgumentError
+from collections.abc import Callable
+from dataclasses import is_dataclass
+from functools import partial
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+
+def run_script(main: Callable[[Any], None], config_class: type | Callable[[list[str]], Any]) -> None:
+    """Read `config_class` from `--config FILE.yaml` and dotted flags, then run `main`.
+
+    In place of the class a function may read the command line itself.
+
+    A mistake of the user (ValueError, OSError, FloatingPointError) ends in one line on stderr and exit status 1; a bad
+    flag in exit status 2. Set BARRIER_TRACEBACK=1 to see where an error came from.
+    """
+    try:
+        read = partial(parse_config, config_class) if isinstance(config_class, type) else config_class
+        config = read(sys.argv[1:])
+    except (ArgumentError, ValueError, TypeError, OSError) as error:
+        files = [value for word, value in zip(sys.argv, sys.argv[1:], strict=False) if word == "--config"]
+        where = f" ({', '.join(files)})" if "parsing config" in _message(error) else ""  # which does not name its file
+        raise SystemExit(_fail(error, 2, where)) from error
+    try:
+        main(config)
+    except KeyboardInterrupt as error:  # while training, Ctrl-C ends the step first (interruption.py)
+        print("stopped by SIGINT, not while training: start it again", file=sys.stderr)
+        raise SystemExit(130) from error
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("BARRIER_TRACEBACK"):
+            raise
+        raise SystemExit(_fail(error, 1)) from error
+
+
+def list_fields(config_class: type, prefix: str = "") -> dict[str, bool]:
+    """Dotted name of every field of a settings dataclass that takes a list -> whether a bare string will do, too."""
+    found: dict[str, bool] = {}
+    for name, kind in typing.get_type_hints(config_class).items():
+        kinds = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+        for entry in kinds:
+            if is_dataclass(entry) and isinstance(entry, type):
+                found |= list_fields(entry, f"{prefix}{name}.")
+        if any(typing.get_origin(entry) is list for entry in kinds):
+            found[prefix + name] = str in kinds
+    return found
+
+
+def join_lists(config_class: type, arguments: list[str]) -> list[str]:
+    """`--name A B` as the one word that the parser takes, `--name ["A", "B"]`, where the field is a list."""
+    lists, joined, position = list_fields(config_class), list[str](), 0
+    while position < len(arguments):
+        name = arguments[position]
+        end = position + 1
+        while end < len(arguments) and not arguments[end].startswith("--"):
+            end += 1
+        words = arguments[position + 1 : end]
+        position = end
+        field = name.removeprefix("--")
+        as_it_is = len(words) == 1 and (lists.get(field) or words[0].startswith("[") or words[0] == "null")
+        if field in lists and words and not as_it_is:
+            words = [json.dumps(words)]
+        joined += [name, *words]
+    return joined
+
+
+def parse_config(config_class: type, arguments: list[str]) -> Any:
+    """An instance of a settings dataclass from `--config FILE.yaml` and dotted flags; lists are `[A, B]` or `A B`."""
+    parser = ArgumentParser(exit_on_error=False, description=config_class.__doc__)
+    parser.add_argument("--config", action="config", help="YAML file with any of the fields below")
+    parser.add_class_arguments(config_class)
+    values = vars(parser.instantiate_classes(parser.parse_args(join_lists(config_class, arguments))))
+    values.pop("config")
+    return config_class(**values)
+
+
+@functools.cache  # building one takes longer than using it, and a sweep checks every trial
+def _parser_of(config_class: type) -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(config_class)
+    return parser
+
+
+def config_from(config_class: type, values: dict[str, Any]) -> Any:
+    """An instance of a settings dataclass from nested mappings, with the checks of the command line.
+
+    Raises:
+        ValueError: an unknown field, or a value that the dataclass refuses.
+    """
+    parser = _parser_of(config_class)
+    try:
+        return config_class(**vars(parser.instantiate_classes(parser.parse_object(values))))
+    except (ArgumentError, TypeError) as error:
+        raise ValueError(_message(error)) from error
+
+
+def _message(error: BaseException) -> str:
+    return error.message if isinstance(error, ArgumentError) and error.message else str(error)
+
+
+def _fail(error: BaseException, status: int, where: str = "") -> int:
+    print("error: " + " ".join(_message(error).split()) + where, file=sys.stderr)
+    return status
