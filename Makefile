@@ -12,7 +12,7 @@ export TRANSFORMERS_VERBOSITY = error
 export DIFFUSERS_VERBOSITY = error
 
 .DEFAULT_GOAL := help
-.PHONY: help install unlearn evaluate test test-slow table bench reference embedded-model unlearn-classifier classifier-table \
+.PHONY: help install unlearn evaluate test test-slow table attack-table bench reference embedded-model unlearn-classifier classifier-table \
 	embedded-resnet unlearn-ddpm ddpm-table embedded-ddpm quality style clean
 
 help: ## show this list
@@ -45,6 +45,9 @@ evaluate: $(READY) ## judge what `make unlearn` left, on plain prompts and under
 
 table: $(READY) ## all rows of the README's tables; finished rows are not run again
 	$(BIN)/python benchmarks/erasure_table.py
+
+attack-table: $(READY) ## what attacks bring back after five ways to erase; finished rows are not run again
+	$(BIN)/python benchmarks/attack_table.py
 
 BENCH = $(BIN)/python benchmarks/$(1).py --page docs/performance.md --json docs/tables/$(2).json $(3)
 
