@@ -146,7 +146,7 @@ class Passes:
 
     def _guarded(self, loader: Any, run: Callable[[], dict[str, str]]) -> dict[str, str]:
         with kept_random_state(self.model, loader):
-            return in_all_processes(run, next(self.model.parameters()).device)
+            return in_all_processes(run, self.maps[0].layer.weight.device)
 
     def readers(self, leader: str, leader_of: dict[str, str]) -> list[ProtectedMap]:
         """The maps that `leader` leads, itself in front."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.training_utils import cast_training_params
 from huggingface_hub import HfApi, ModelCard, ModelCardData, create_repo, upload_folder
 from peft import LoraConfig
@@ -154,8 +155,9 @@ def choose_attention_backend(denoiser: Any, backend: str, device: torch.device) 
     """Switch the denoiser to one of diffusers' attention backends ("native", "flash", "sage", "xformers", ...).
 
     Raises:
-        ValueError: no such backend, one that cannot work here, one whose kernel would be downloaded and run, or a
-            denoiser without that switch (the UNets: torch's SDPA, or xformers by its own flag).
+        ValueError: no such backend, one that does not run here or gives no gradient, one whose kernel would be
+            downloaded and run, or a denoiser without that switch (the UNets: torch's SDPA, or xformers by its own
+            flag).
     """
     if backend.endswith("_hub"):
         raise ValueError(f"attention_backend {backend!r} downloads code and runs it: install the package and name it")
@@ -171,6 +173,21 @@ def choose_attention_backend(denoiser: Any, backend: str, device: torch.device) 
         denoiser.set_attention_backend(backend)
     except RuntimeError as error:  # a package that is missing
         raise ValueError(f"attention_backend: {error}") from error
+    try:
+        _try_attention(device, next(denoiser.parameters()).dtype)
+    except Exception as error:  # every kernel fails in its own way, some with an assertion
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"attention_backend {backend!r} cannot train here: {reason}") from error
+
+
+def _try_attention(device: torch.device, dtype: torch.dtype) -> None:
+    """One small attention (1 x 64 positions, 2 heads of 64) with diffusers' backend, forward and backward."""
+    tensors = [torch.ones(1, 64, 2, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
+    with torch.enable_grad():
+        attended = dispatch_attention_fn(*tensors)
+        if not attended.requires_grad:
+            raise RuntimeError("it gives no gradient, it is made for inference")
+        attended.sum().backward()
 
 
 def add_adapter(denoiser: Any, config: BarrierConfig, rank: int) -> None:

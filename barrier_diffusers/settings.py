@@ -40,7 +40,7 @@ class UnlearnConfig(ConceptConfig, Retaining):  # in this order: jsonargparse lo
     max_grad_norm: float = 1.0
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     enable_xformers_memory_efficient_attention: bool = False
-    attention_backend: str | None = None  # of diffusers, e.g. native, flash, sage; None: as the denoiser comes
+    attention_backend: str | None = None  # of diffusers, e.g. native or flash, on Flux; None: as the denoiser comes
     guidance_scale: float = 3.5  # what a denoiser with a guidance embedding (Flux dev) is told while it trains
     rank: int = 0  # of a LoRA adapter on the targets; 0 trains the full weights
     saliency_mask: float | None = None  # SalUn: only this fraction of the trained entries moves; None: all

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from pipelines import build
 from short_runs import BASE
 
@@ -64,6 +65,20 @@ def test_a_backend_changes_neither_outputs_nor_regions(backend):
 def test_backends_that_cannot_work_are_refused(backend, message):
     with pytest.raises(ValueError, match=message):
         choose_attention_backend(build("flux").transformer, backend, CPU)
+
+
+def test_a_kernel_without_gradient_is_refused(monkeypatch):
+    """As SageAttention's is: training would go on, and the attentions would learn nothing."""
+    backend = AttentionBackendName("_native_math")
+    kernel = _AttentionBackendRegistry._backends[backend]
+
+    def for_inference(query, key, value, **others):
+        return kernel(query.detach(), key.detach(), value.detach())
+
+    monkeypatch.setitem(_AttentionBackendRegistry._backends, backend, for_inference)
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)
+    with pytest.raises(ValueError, match="'_native_math' cannot train here: it gives no gradient"):
+        choose_attention_backend(build("flux").transformer, "_native_math", CPU)
 
 
 def test_on_another_device_diffusers_says_what_is_missing():
