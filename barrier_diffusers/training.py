@@ -119,7 +119,7 @@ def open_run(config: RunSettings) -> Accelerator:
     """The accelerator of a run, its output folder claimed.
 
     Raises:
-        ValueError: the folder may not be used, or the weights are to be shared out between processes.
+        ValueError: the folder may not be used, fp16 on a CPU, or the weights are to be shared out between processes.
     """
     refuse_sharding()
     accelerator = Accelerator(
@@ -131,6 +131,11 @@ def open_run(config: RunSettings) -> Accelerator:
         project_dir=config.output_dir,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
     )
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
+        raise ValueError(
+            "mixed_precision fp16 needs a GPU: on a CPU accelerate switches on neither autocast nor the scaling of "
+            "the loss; use bf16 or no"
+        )
     if accelerator.is_main_process:
         claim_output_dir(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint is not None)
     accelerator.wait_for_everyone()

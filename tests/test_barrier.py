@@ -183,13 +183,62 @@ def test_remove_is_the_exact_inverse(unet):
     assert barrier.regions == {}
 
 
-def test_loss_under_autocast_stays_float32(unet):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_loss_and_gradients_under_autocast_stay_float32(dtype, rank):
+    """The whole of it, forward and backward, is what it is without; 1e6 would overflow in float16."""
+    unet = make_small_unet()
+    if rank:
+        unet.add_adapter(LoraConfig(r=rank, target_modules=ATTN2))
     barrier = unet_barrier(unet)
     perturb(barrier)
+    parameters = barrier.trainable_parameters()
     expected = barrier.compute_protection_loss()
-    with torch.autocast("cpu", torch.bfloat16):
+    gradients = torch.autograd.grad(1e6 * expected, parameters, allow_unused=True)
+    with torch.autocast("cpu", dtype):
         inside = barrier.compute_protection_loss()
-    assert inside.dtype == torch.float32 and torch.equal(inside, expected)
+    found = torch.autograd.grad(1e6 * inside, parameters, allow_unused=True)
+    assert inside.dtype == torch.float32 and inside > 0 and torch.equal(inside, expected)
+    for ours, theirs in zip(found, gradients, strict=True):
+        assert ours is theirs is None or torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_gradient_checkpointing_changes_no_loss_and_no_gradient(rank):
+    results = []
+    for checkpointing in (False, True):
+        unet = make_small_unet()
+        if rank:
+            torch.manual_seed(0)
+            unet.add_adapter(LoraConfig(r=rank, target_modules=ATTN2))
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+            unet.train()
+        barrier = unet_barrier(unet)
+        torch.manual_seed(1)
+        perturb(barrier)
+        protection = barrier.compute_protection_loss()
+        loss = run_unet(unet, unet_batches()[0]).square().mean() + protection
+        loss.backward()
+        results.append([loss.detach(), protection.detach(), *(entry.grad for entry in barrier.trainable_parameters())])
+    assert results[0][1] > 0 and all(value is not None for value in results[0])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_accumulated_micro_steps_are_one_step_on_the_whole_batch(unet):
+    """Each micro-step adds its share of the protection loss, as unlearn_sd.py's steps do."""
+    barrier = unet_barrier(unet)
+    perturb(barrier)
+    noisy, timesteps, condition = unet_batches()[0]
+    half, gradients = len(noisy) // 2, []
+    for parts in ([slice(0, 2 * half)], [slice(0, half), slice(half, 2 * half)]):
+        for part in parts:
+            objective = run_unet(unet, (noisy[part], timesteps[part], condition[part])).square().mean()
+            ((objective + barrier.compute_protection_loss()) / len(parts)).backward()
+        gradients.append([entry.grad.clone() for entry in barrier.trainable_parameters()])
+        unet.zero_grad()
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
 
 
 def test_bfloat16_model():

@@ -179,6 +179,7 @@ BAD = {
     "two anchors": ({"objective.anchor_prompt": "a shoe"}, "not both"),
     "no classifier": ({"evaluation.classifier": "/no/such"}, "is not a folder with a saved AttributeClassifier"),
     "xformers on a CPU": ({"enable_xformers_memory_efficient_attention": "true"}, "xformers has no CPU kernels"),
+    "fp16 on a CPU": ({"mixed_precision": "fp16"}, "mixed_precision fp16 needs a GPU"),
     "backend of a UNet": ({"attention_backend": "native"}, "UNet2DConditionModel has no such switch"),
     "merge without adapter": ({"merge_adapter": "true"}, "merge_adapter needs rank > 0"),
     "unknown checkpoint": ({"resume_from_checkpoint": "step-9"}, "no checkpoint 'step-9'"),
