@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from barrier_diffusers.config import require_positive
 from barrier_diffusers.evaluation.images import Images, as_image_set
 from barrier_diffusers.training import module_hash
 
@@ -37,8 +38,7 @@ class LpipsConfig:
             raise ValueError(f"lpips.net is {self.net!r}, but must be one of {', '.join(BACKBONES)}")
         if self.weights is not None and not Path(self.weights).expanduser().is_file():
             raise ValueError(f"lpips.weights {self.weights!r} does not exist")
-        if self.batch_size < 1:
-            raise ValueError(f"lpips.batch_size is {self.batch_size}, but must be at least 1")
+        require_positive(self, ("batch_size",), "lpips.{}")
 
 
 def alexnet() -> nn.Sequential:

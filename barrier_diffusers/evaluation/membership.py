@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from barrier_diffusers.architectures import Diffusion
 from barrier_diffusers.concepts import ConceptConfig
+from barrier_diffusers.config import require_positive
 from barrier_diffusers.data import encode_moments, encode_prompts, split_concepts, take_evenly
 from barrier_diffusers.erased import ErasedConcepts
 from barrier_diffusers.evaluation.accuracy import share
@@ -47,9 +48,8 @@ class MembershipConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("num_images", "num_timesteps", "num_noises", "num_resamples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"membership.{name} is {getattr(self, name)}, but must be at least 1")
+        counts = ("num_images", "num_timesteps", "num_noises", "num_resamples", "batch_size")
+        require_positive(self, counts, "membership.{}")
         if not 0 < self.false_positive_rate < 1:
             rate = self.false_positive_rate
             raise ValueError(f"membership.false_positive_rate is {rate}, but must be between 0 and 1")

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from barrier_diffusers.config import require_positive
 from barrier_diffusers.files import written_whole
 
 SEED_COLUMNS = ("evaluation_seed", "sd_seed")
@@ -30,8 +31,7 @@ class PromptsConfig:
     def __post_init__(self) -> None:
         if self.file is not None and not Path(self.file).expanduser().is_file():
             raise ValueError(f"prompt file {self.file!r} does not exist")
-        if self.images_per_prompt < 1:
-            raise ValueError(f"images_per_prompt is {self.images_per_prompt}, but must be at least 1")
+        require_positive(self, ("images_per_prompt",))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from barrier_diffusers.concepts import ConceptConfig
+from barrier_diffusers.config import require_positive
 from barrier_diffusers.evaluation.attacks import (
     BenignConfig,
     Budget,
@@ -79,8 +80,7 @@ class EvaluateConfig:
         if self.judges_concepts:
             self._check_concepts()
         self._check_attacks()
-        if self.resolution < 1:
-            raise ValueError(f"resolution is {self.resolution}, but must be at least 1")
+        require_positive(self, ("resolution",))
         if self.lora_weights and not (Path(self.lora_weights) / ADAPTER_NAME).is_file():
             raise ValueError(f"lora_weights {self.lora_weights!r} is not a folder with {ADAPTER_NAME}")
 
