@@ -11,15 +11,11 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator, skip_first_batches
-from accelerate.utils import (
-    DataLoaderConfiguration,
-    GradientAccumulationPlugin,
-    synchronize_rng_states,
-)
+from accelerate.utils import synchronize_rng_states
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -34,12 +30,6 @@ from barrier_diffusers.sampling import PartialSampler
 
 MANIFEST_NAME = "manifest.json"
 METRICS_NAME = "metrics.json"
-# what `accelerate launch` sets for each way to share out weights
-SHARDING = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-}
 PACKAGES = ("barrier-diffusers", "torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "numpy")
 
 
@@ -83,63 +73,6 @@ def claim_output_dir(output_dir: str, overwrite: bool, resume: bool) -> Path:
                 path = folder / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     return folder
-
-
-class RunSettings(Protocol):
-    """What `open_run` reads of a run's settings."""
-
-    output_dir: str
-    overwrite_output_dir: bool
-    resume_from_checkpoint: str | None
-    seed: int
-    gradient_accumulation_steps: int
-
-    @property
-    def mixed_precision(self) -> str: ...
-
-    @property
-    def report_to(self) -> str: ...
-
-
-def refuse_sharding() -> None:
-    """A ValueError if `accelerate launch` was told to share out the weights, which the loss reads whole in every step.
-
-    Read from the launcher's environment: building the accelerator would already start the processes' work together.
-    """
-    for variable, name in SHARDING.items():
-        if os.environ.get(variable, "false").lower() in ("1", "true"):
-            raise ValueError(
-                f"{name} is not supported: it shares out the weights, which the protection reads whole. Launch plain "
-                "data parallelism (accelerate launch --multi_gpu) and, if memory is short, train a LoRA adapter with "
-                "gradient checkpointing"
-            )
-
-
-def open_run(config: RunSettings) -> Accelerator:
-    """The accelerator of a run, its output folder claimed.
-
-    Raises:
-        ValueError: the folder may not be used, fp16 on a CPU, or the weights are to be shared out between processes.
-    """
-    refuse_sharding()
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            config.gradient_accumulation_steps, sync_with_dataloader=False
-        ),
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_dir=config.output_dir,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
-    )
-    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
-        raise ValueError(
-            "mixed_precision fp16 needs a GPU: on a CPU accelerate switches on neither autocast nor the scaling of "
-            "the loss; use bf16 or no"
-        )
-    if accelerator.is_main_process:
-        claim_output_dir(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint is not None)
-    accelerator.wait_for_everyone()
-    return accelerator
 
 
 def move_into(source: Path, target: Path, last: str) -> None:

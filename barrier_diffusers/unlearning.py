@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from diffusers.optimization import get_scheduler
 from torch import Tensor
 
 from barrier_diffusers.barrier import Barrier
@@ -26,22 +25,19 @@ from barrier_diffusers.preparation import (
     sampler_and_reference,
     set_up_protection,
 )
+from barrier_diffusers.runs import RunSettings, schedule_of
 from barrier_diffusers.training import History, StepMaker, endless, freeze_normalisation, share_random_state
 
 MakeStep = Callable[[dict[str, Any]], DiffusionStep]
 
 
-class UnlearningSettings(Protocol):
+class UnlearningSettings(RunSettings, Protocol):
     """What is read here of a run's settings."""
 
-    seed: int
     train_batch_size: int
     num_train_epochs: int
     max_train_steps: int | None
-    gradient_accumulation_steps: int
     learning_rate: float
-    lr_scheduler: str
-    lr_warmup_steps: int
     adam_weight_decay: float
     saliency_mask: float | None
     validation_prompt: list[str]
@@ -137,8 +133,7 @@ def unlearn(
         denoiser, optimizer, forget_loader, retain_loader
     )
     max_steps = config.max_train_steps or config.num_train_epochs * -(-len(forget_loader) // micro_steps)
-    warmup = config.lr_warmup_steps * processes
-    schedule = accelerator.prepare(get_scheduler(config.lr_scheduler, optimizer, None, warmup, max_steps * processes))
+    schedule = accelerator.prepare(schedule_of(config, optimizer, max_steps, processes))
     share_random_state(accelerator)
     share = (accelerator.process_index, processes)
     checkpoints.states["history"] = history = History()

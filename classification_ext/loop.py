@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 from barrier_diffusers.barrier import Barrier
 from barrier_diffusers.checkpoints import Checkpoints
 from barrier_diffusers.loop import train
-from barrier_diffusers.training import History, open_run
+from barrier_diffusers.runs import open_run, schedule_of
+from barrier_diffusers.training import History
 from classification_ext.settings import LoopConfig
 
 ONE_CYCLE = "one_cycle"  # torch's: up for a fifth of the steps, then down to nothing
@@ -66,13 +66,12 @@ class Loop:
 
     def _schedule(self) -> torch.optim.lr_scheduler.LRScheduler:
         config, processes = self.config, self.accelerator.num_processes
-        steps = self.max_steps * processes
         if config.lr_scheduler == ONE_CYCLE:
+            steps = self.max_steps * processes
             return torch.optim.lr_scheduler.OneCycleLR(
                 self.plain_optimizer, config.learning_rate, total_steps=steps, pct_start=0.2
             )
-        warmup = config.lr_warmup_steps * processes
-        return get_scheduler(config.lr_scheduler, self.plain_optimizer, warmup, steps)
+        return schedule_of(config, self.plain_optimizer, self.max_steps, processes)
 
     def resume(self) -> int:
         """Restore the checkpoint to go on from, if there is one; micro steps done."""

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from accelerate.utils import set_seed
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
-from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -26,6 +25,7 @@ from barrier_diffusers.evaluation.report import loss_curves
 from barrier_diffusers.files import write_json
 from barrier_diffusers.labelled import LabelledImages, as_pixels, load_labelled
 from barrier_diffusers.loop import train
+from barrier_diffusers.runs import open_run, schedule_of
 from barrier_diffusers.scratch import Averages
 from barrier_diffusers.training import (
     MANIFEST_NAME,
@@ -33,7 +33,6 @@ from barrier_diffusers.training import (
     endless,
     manifest,
     module_hashes,
-    open_run,
 )
 from ddpm_ext.pipeline import ClassConditionalDDPMPipeline
 from ddpm_ext.settings import TrainConfig
@@ -112,14 +111,8 @@ def main(config: TrainConfig) -> None:
     parameters = list(unet.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.adam_weight_decay)
     model, optimizer, loader = accelerator.prepare(unet, optimizer, batches(rows, config))
-    schedule = accelerator.prepare(
-        get_scheduler(
-            config.lr_scheduler,
-            optimizer,
-            num_warmup_steps=config.lr_warmup_steps * accelerator.num_processes,
-            num_training_steps=config.max_train_steps * accelerator.num_processes,
-        )
-    )
+    schedule = schedule_of(config, optimizer, config.max_train_steps, accelerator.num_processes)
+    schedule = accelerator.prepare(schedule)
     averages = Averages(parameters, decay=config.ema_decay, use_ema_warmup=True, power=0.75)
     averages.to(accelerator.device)
     optimizer.optimizer.register_step_post_hook(lambda *_: averages.step(parameters))

@@ -27,13 +27,13 @@ from barrier_diffusers.evaluation.report import before_after_grid, loss_curves, 
 from barrier_diffusers.files import write_json
 from barrier_diffusers.generation import generate
 from barrier_diffusers.objectives import Objective
+from barrier_diffusers.runs import open_run
 from barrier_diffusers.targets import Snapshots, snapshot_of
 from barrier_diffusers.training import (
     MANIFEST_NAME,
     METRICS_NAME,
     manifest,
     module_hashes,
-    open_run,
 )
 from barrier_diffusers.unlearning import unlearn
 from ddpm_ext.diffusion import LabelDiffusion, LabelRows, UnlearningRows, draw

@@ -9,8 +9,8 @@ from short_runs import BASE
 
 from barrier_diffusers import Barrier, BarrierConfig
 from barrier_diffusers.hub import choose_attention_backend
+from barrier_diffusers.runs import SHARDING, open_run
 from barrier_diffusers.settings import UnlearnConfig
-from barrier_diffusers.training import SHARDING, open_run
 
 CPU = torch.device("cpu")
 

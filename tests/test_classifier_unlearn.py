@@ -204,3 +204,11 @@ def test_a_signal_leaves_a_checkpoint_to_resume_from(data, tmp_path):
     step = int(checkpoint.name.removeprefix("step-"))
     metrics = run_train(data, tmp_path / "run", max_train_steps=step + 2, resume_from_checkpoint="latest")
     assert metrics["num_steps"] == step + 2
+
+
+def test_a_schedule_that_needs_the_number_of_steps(base, data, tmp_path):
+    changes = {"lr_scheduler": "cosine", "lr_warmup_steps": 2, "max_train_steps": 4, "evaluation.before": "false"}
+    _, manifest = run_unlearn(base, data, tmp_path / "run", **changes)
+    assert manifest["num_steps"] == 4 and not torch.equal(
+        weights(tmp_path / "run")["fc.weight"], weights(base)["fc.weight"]
+    )

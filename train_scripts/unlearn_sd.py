@@ -54,13 +54,13 @@ from barrier_diffusers.preparation import (
     maps_of_prompts,
     prompt_inputs,
 )
+from barrier_diffusers.runs import open_run
 from barrier_diffusers.settings import UnlearnConfig, chosen_objective, data_needs
 from barrier_diffusers.training import (
     MANIFEST_NAME,
     METRICS_NAME,
     manifest,
     module_hashes,
-    open_run,
 )
 from barrier_diffusers.unlearning import unlearn
 
