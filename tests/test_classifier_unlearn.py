@@ -209,6 +209,5 @@ def test_a_signal_leaves_a_checkpoint_to_resume_from(data, tmp_path):
 def test_a_schedule_that_needs_the_number_of_steps(base, data, tmp_path):
     changes = {"lr_scheduler": "cosine", "lr_warmup_steps": 2, "max_train_steps": 4, "evaluation.before": "false"}
     _, manifest = run_unlearn(base, data, tmp_path / "run", **changes)
-    assert manifest["num_steps"] == 4 and not torch.equal(
-        weights(tmp_path / "run")["fc.weight"], weights(base)["fc.weight"]
-    )
+    before, after = weights(base), weights(tmp_path / "run")
+    assert manifest["num_steps"] == 4 and any(not torch.equal(after[name], before[name]) for name in before)
