@@ -101,7 +101,8 @@ def kept(record: Mapping[str, Any]) -> dict[str, Any]:
 def markdown(entries: Sequence[Mapping[str, Any]]) -> str:
     """The rows, as a Markdown table: percentages, points for the drop, 95 % intervals in brackets."""
     attacks = list(dict.fromkeys(name for entry in entries for name in entry["numbers"]["attacks"]))
-    headings = ["erased by", "UA", "retain drop", "FID", *(f"after {name.replace('_', ' ')}" for name in attacks)]
+    headings = ["erased by", "UA", "retain drop", "FID (EfficientNet-Lite0)"]
+    headings += [f"after {name.replace('_', ' ')}" for name in attacks]
     lines = ["| " + " | ".join(headings) + " |", "|---|" + "---:|" * (len(headings) - 1)]
 
     def written(share: Mapping[str, Any] | None) -> str:
