@@ -124,7 +124,10 @@ def test_the_attack_table_judges_each_row_once(tmp_path, monkeypatch):
     rows = [Row({"erased by": "a"}, few)]
     attack_table.build(config, rows, changes)
     text, content = (tmp_path / "attacks.md").read_text(), page.read_text()
-    assert "| erased by | UA | retain drop | FID (EfficientNet-Lite0) | after misspelled |" in text and text.count("\n") == 3
+    assert (
+        "| erased by | UA | retain drop | FID (EfficientNet-Lite0) | after misspelled |" in text
+        and text.count("\n") == 3
+    )
     assert text in content and content.startswith("before") and content.endswith("after\n") and "old" not in content
     entry = json.loads((tmp_path / "attacks.json").read_text())[0]
     assert entry["numbers"]["attacks"]["misspelled"]["post_attack"]["num_images"] == 1
