@@ -49,14 +49,13 @@ table: $(READY) ## all rows of the README's tables; finished rows are not run ag
 attack-table: $(READY) ## what attacks bring back after five ways to erase; finished rows are not run again
 	$(BIN)/python benchmarks/attack_table.py
 
-COMMA := ,
 BENCH = $(BIN)/python benchmarks/$(1).py --page docs/performance.md --json docs/tables/$(2).json $(3)
 
 bench: $(READY) ## what the protection costs, measured here; the tables of docs/performance.md (an hour on a quiet CPU)
 	$(call BENCH,loss,loss,--targets all)
 	$(call BENCH,step,step_lora,--rank 16 --repeats 3)
 	$(call BENCH,step,step_full,--repeats 3)
-	$(call BENCH,setup,setup,--baseline false --batch_size 1 --repeats 1 --sizes '[1$(COMMA)16]')
+	$(call BENCH,setup,setup,--baseline false --batch_size 1 --repeats 1 --sizes 1 16)
 	$(call BENCH,scaling,scaling,--repeats 3)
 
 embedded-model: $(READY) ## train everything in assets/ again (Debian package dataset-fashion-mnist needed)

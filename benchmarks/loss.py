@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from cases import backward_of
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from measure import BenchmarkConfig, interleaved, report
@@ -91,19 +92,6 @@ def disturb(barrier: Barrier, size: float) -> None:
         norm = parameter.norm() if parameter.any() else parameter.new_tensor(float(parameter.numel()) ** 0.5)
         noise = torch.randn_like(parameter)
         parameter.add_(noise, alpha=(size * norm / noise.norm()).item())
-
-
-def backward_of(loss: Callable[[], torch.Tensor], barrier: Barrier) -> Callable[[], float]:
-    """A case of the benchmark: loss and gradients."""
-
-    def run() -> float:
-        for parameter in barrier.trainable_parameters():
-            parameter.grad = None
-        value = loss()
-        value.backward()
-        return value.item()
-
-    return run
 
 
 def main(config: LossConfig) -> None:

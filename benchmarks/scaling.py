@@ -10,13 +10,13 @@ batches; the seconds are those of the slowest process.
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from cases import backward_of, bare_passes, set_up
 from measure import BenchmarkConfig, interleaved, report
 from models import TARGETS, Batch, build_unet, forward, make_batches, reduced_dim_of
 from torch import nn
@@ -56,27 +56,11 @@ def targets_of(unet: nn.Module, config: ScalingConfig, num_maps: int | None = No
     return [names[index * len(names) // count] for index in range(count)]
 
 
-def bare_passes(unet: nn.Module, batches: list[Batch]) -> Callable[[], None]:
-    """Two forward passes over the batches."""
-
-    @torch.no_grad()
-    def run() -> None:
-        for batch in [*batches, *batches]:
-            forward(unet, batch)
-
-    return run
-
-
 def measure(unet: nn.Module, batches: list[Batch], options: BarrierConfig, config: ScalingConfig) -> dict[str, Any]:
     """Seconds to set up and of two bare passes, milliseconds of the loss with its gradients, bytes of the regions."""
     device = torch.device(config.device)
-
-    def set_up() -> None:
-        barrier = Barrier(unet, options)
-        barrier.setup_protection(batches, forward)
-        barrier.remove()
-
-    seconds = interleaved({"bare": bare_passes(unet, batches), "setup": set_up}, config.repeats, device, warmup=0)
+    cases = {"bare": bare_passes(unet, batches), "setup": set_up(unet, batches, options)}
+    seconds = interleaved(cases, config.repeats, device, warmup=0)
     barrier = Barrier(unet, options)
     barrier.setup_protection(batches, forward)
     parameters = barrier.trainable_parameters()
@@ -85,12 +69,7 @@ def measure(unet: nn.Module, batches: list[Batch], options: BarrierConfig, confi
         for parameter in parameters:
             parameter.mul_(1.001)
 
-    def loss() -> None:
-        for parameter in parameters:
-            parameter.grad = None
-        barrier.compute_protection_loss().backward()
-
-    seconds |= interleaved({"loss": loss}, config.repeats, device)
+    seconds |= interleaved({"loss": backward_of(barrier.compute_protection_loss, barrier)}, config.repeats, device)
     figures = {
         "two bare passes (s)": seconds["bare"],
         "setup (s)": seconds["setup"],
@@ -112,13 +91,7 @@ def in_process(rank: int, processes: int, port: int, config: ScalingConfig, resu
         unet = build_unet(config.model, device)
         batches = make_batches(config.model, middle, config.batch_size, config.side, device)[rank::processes]
         options = BarrierConfig(targets=TARGETS[config.targets], reduced_dim=reduced_dim_of(config.model))
-
-        def set_up() -> None:
-            barrier = Barrier(unet, options)
-            barrier.setup_protection(batches, forward)
-            barrier.remove()
-
-        cases = {"bare": bare_passes(unet, batches), "setup": set_up}
+        cases = {"bare": bare_passes(unet, batches), "setup": set_up(unet, batches, options)}
         results.put(interleaved(cases, config.repeats, device, warmup=0))
     finally:
         dist.destroy_process_group()

@@ -12,13 +12,13 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
+from cases import bare_passes, set_up
 from measure import BenchmarkConfig, in_fresh_process, interleaved, peak_bytes, report
 from models import TARGETS, build_unet, forward, make_batches, reduced_dim_of
 from naive import NaiveBarrier
 from torch import nn
 
-from barrier_diffusers import Barrier, BarrierConfig
+from barrier_diffusers import BarrierConfig
 from barrier_diffusers.barrier import resolve_targets
 from barrier_diffusers.command_line import run_script
 
@@ -42,23 +42,13 @@ def make_cases(config: SetupConfig, unet: nn.Module, num_batches: int) -> dict[s
     """Bare passes, the setup, the baseline's setup."""
     batches = make_batches(config.model, num_batches, config.batch_size, config.side, config.device)
     targets = TARGETS[config.targets]
-
-    def bare() -> None:
-        with torch.no_grad():
-            for _ in range(2):
-                for batch in batches:
-                    forward(unet, batch)
-
-    def barrier() -> None:
-        made = Barrier(unet, BarrierConfig(targets=targets, reduced_dim=reduced_dim_of(config.model)))
-        made.setup_protection(batches, forward)
-        made.remove()
+    options = BarrierConfig(targets=targets, reduced_dim=reduced_dim_of(config.model))
 
     def baseline() -> None:
         names = [entry.name for entry in resolve_targets(unet, targets)]
-        NaiveBarrier(unet, names, reduced_dim=reduced_dim_of(config.model)).setup(batches, forward)
+        NaiveBarrier(unet, names, reduced_dim=options.reduced_dim).setup(batches, forward)
 
-    return dict(zip(CASES, (bare, barrier, baseline), strict=True))
+    return dict(zip(CASES, (bare_passes(unet, batches), set_up(unet, batches, options), baseline), strict=True))
 
 
 def measure_size(config: SetupConfig) -> dict[str, Any]:
