@@ -85,13 +85,12 @@ def anchor_ids(
     Raises:
         ValueError: an anchor that there is not.
     """
-    named = config.objective.anchor
-    if named is None:
+    anchors = [anchor for anchor in config.objective.anchors_of(config.concepts) if anchor is not None]
+    if not anchors:
         return torch.tensor(retain_ids)[torch.randint(len(retain_ids), (len(labels_N),), generator=generator)]
-    for anchor in [named] if isinstance(named, str) else named:
+    for anchor in anchors:
         if anchor not in names:
             raise ValueError(f"objective.anchor {anchor!r} is no label of the data: {', '.join(names)}")
-    anchors = [named] * len(forget_ids) if isinstance(named, str) else named
     chosen = {label: names.index(anchor) for label, anchor in zip(forget_ids, anchors, strict=True)}
     return torch.tensor([chosen[int(label)] for label in labels_N])
 

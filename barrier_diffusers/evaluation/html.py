@@ -11,6 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from barrier_diffusers.config import as_list
 from barrier_diffusers.evaluation.certification import CERTIFICATE_NAME
 from barrier_diffusers.evaluation.figures import drift_bars, label_bars, trade_off
 from barrier_diffusers.files import written_whole
@@ -67,8 +68,8 @@ class RunRecord:
     def forgotten(self) -> list[str]:
         """The concepts, as the settings name them."""
         settings = self.manifest.get("settings", {})
-        named = settings.get("concept") or settings.get("forget_class") or []
-        return [named] if isinstance(named, str) else list(named)
+        named = settings.get("concept") or settings.get("forget_class")
+        return as_list(named)
 
     def shares(self, when: str) -> dict[str, Any]:
         """Label -> share, of the attribute that the concepts are values of; `when` is before or after."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from barrier_diffusers.concepts import ConceptConfig
-from barrier_diffusers.config import require_positive
+from barrier_diffusers.config import as_list, require_positive
 from barrier_diffusers.evaluation.attacks import (
     BenignConfig,
     Budget,
@@ -140,7 +140,7 @@ class EvaluateConfig:
     @property
     def protocols(self) -> list[str]:
         """The protocol(s) as a list."""
-        return [self.protocol] if isinstance(self.protocol, str) else self.protocol
+        return as_list(self.protocol)
 
     @property
     def judges_concepts(self) -> bool:
