@@ -27,9 +27,7 @@ from barrier_diffusers.kinds import KINDS
 from barrier_diffusers.processes import FolderLock, Stopped, last_error, run_logged
 from barrier_diffusers.stages import PLACES, Record, Stage, stage_inputs
 from barrier_diffusers.tracking import RESULTS_NAME, TrackConfig, collect, publish
-from barrier_diffusers.training import (
-    require_writable,
-)
+from barrier_diffusers.training import require_writable
 
 HASH = "{hash}"
 TRAINED = ("train", "retrain", "unlearn")  # stages that more than one process may share

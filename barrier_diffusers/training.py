@@ -1,4 +1,4 @@
-"""What the accelerate scripts share: output folder, accelerator, data order, manifest."""
+"""What the accelerate scripts share: output folder, data order, batches as steps, manifest."""
 
 from __future__ import annotations
 

@@ -11,11 +11,7 @@ import torch
 
 from barrier_diffusers.command_line import run_script
 from barrier_diffusers.files import write_json
-from barrier_diffusers.training import (
-    claim_output_dir,
-    manifest,
-    module_hash,
-)
+from barrier_diffusers.training import claim_output_dir, manifest, module_hash
 from classification_ext.data import load_split, make_splits
 from classification_ext.evaluation import evaluate, print_table
 from classification_ext.models import load_classifier

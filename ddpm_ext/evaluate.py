@@ -15,10 +15,7 @@ from barrier_diffusers.evaluation.erasure import generate_cached
 from barrier_diffusers.evaluation.report import image_rows, print_metrics
 from barrier_diffusers.files import write_json
 from barrier_diffusers.generation import generate
-from barrier_diffusers.training import (
-    claim_output_dir,
-    module_hashes,
-)
+from barrier_diffusers.training import claim_output_dir, module_hashes
 from ddpm_ext.evaluation import Judge, as_rgb, evaluate, make_questions, real_images
 from ddpm_ext.loading import load_pipeline
 from ddpm_ext.settings import EvaluateConfig

@@ -16,9 +16,7 @@ from barrier_diffusers.command_line import run_script
 from barrier_diffusers.config import require_positive
 from barrier_diffusers.files import file_names, written_whole
 from barrier_diffusers.generation import SamplingConfig, generate
-from barrier_diffusers.training import (
-    claim_output_dir,
-)
+from barrier_diffusers.training import claim_output_dir
 from ddpm_ext.loading import load_pipeline
 
 SCHEDULERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}

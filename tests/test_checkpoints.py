@@ -22,9 +22,7 @@ from barrier_diffusers.files import WriteError, write_json
 from barrier_diffusers.hub import save_pipeline
 from barrier_diffusers.interruption import Interruption
 from barrier_diffusers.settings import UnlearnConfig
-from barrier_diffusers.training import (
-    History,
-)
+from barrier_diffusers.training import History
 
 
 @pytest.fixture(autouse=True)

@@ -21,9 +21,7 @@ from barrier_diffusers.evaluation.settings import EvaluateConfig
 from barrier_diffusers.evaluation.subject import load_judged
 from barrier_diffusers.files import write_json
 from barrier_diffusers.hub import add_adapter, save_adapter
-from barrier_diffusers.training import (
-    module_hash,
-)
+from barrier_diffusers.training import module_hash
 
 sys.path.insert(0, str(ROOT / "train_scripts"))
 

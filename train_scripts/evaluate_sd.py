@@ -21,11 +21,7 @@ from barrier_diffusers.evaluation.report import attacks_picture, print_attacks
 from barrier_diffusers.evaluation.settings import EvaluateConfig
 from barrier_diffusers.evaluation.subject import PICTURE_NAME, SECONDS_NAME, Subject, claim_evaluation_dir
 from barrier_diffusers.files import write_json
-from barrier_diffusers.training import (
-    METRICS_NAME,
-    manifest,
-    module_hash,
-)
+from barrier_diffusers.training import METRICS_NAME, manifest, module_hash
 
 PLACES = ("output_dir", "overwrite_output_dir")  # settings that change no number
 

@@ -17,9 +17,7 @@ from barrier_diffusers.processes import Stopped
 from barrier_diffusers.sweep_file import read_sweep
 from barrier_diffusers.sweep_report import MARKDOWN_NAME, report
 from barrier_diffusers.sweeps import SweepConfig, Worker, check_sweep
-from barrier_diffusers.training import (
-    require_writable,
-)
+from barrier_diffusers.training import require_writable
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -35,9 +35,7 @@ from barrier_diffusers.data import (
 from barrier_diffusers.files import write_json, written_whole
 from barrier_diffusers.noising import sample_latents
 from barrier_diffusers.scratch import Averages, Training
-from barrier_diffusers.training import (
-    require_writable,
-)
+from barrier_diffusers.training import require_writable
 from barrier_diffusers.vocabulary import cut_clip_vocabulary, find_clip_vocabulary
 
 

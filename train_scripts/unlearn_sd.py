@@ -49,11 +49,7 @@ from barrier_diffusers.hub import (
     save_model_card,
     save_pipeline,
 )
-from barrier_diffusers.preparation import (
-    apply_edit,
-    maps_of_prompts,
-    prompt_inputs,
-)
+from barrier_diffusers.preparation import apply_edit, maps_of_prompts, prompt_inputs
 from barrier_diffusers.runs import open_run
 from barrier_diffusers.settings import UnlearnConfig, chosen_objective, data_needs
 from barrier_diffusers.training import (
