@@ -243,6 +243,15 @@ class Retaining(Protecting):
 
     if TYPE_CHECKING:
         objective: Any  # ObjectiveConfig, whose package imports torch
+        learning_rate: float
+        learning_rates: dict[str, float]
+
+    def check_learning_rates(self) -> None:
+        """A ValueError for a learning rate that is not above 0; targets are looked up when the model is there."""
+        named = {f"learning_rates.{target}": rate for target, rate in self.learning_rates.items()}
+        for name, rate in {"learning_rate": self.learning_rate, **named}.items():
+            if not rate > 0:
+                raise ValueError(f"{name} is {rate}, but must be > 0")
 
     @property
     def needs_retain(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +22,7 @@ from barrier_diffusers.reference import FrozenReference
 from barrier_diffusers.saliency import SaliencyMask, saliency_scores
 from barrier_diffusers.sampling import PartialSampler, SampledBatches
 from barrier_diffusers.settings import UnlearnConfig
+from barrier_diffusers.targets import ProtectedMap, matches
 from barrier_diffusers.training import StepMaker
 
 
@@ -104,6 +105,39 @@ def sampler_and_reference(
     if "reference" in objective.needs:
         reference = FrozenReference(barrier.model, barrier.trainable_parameters())
     return sampler, reference
+
+
+def rates_of_maps(maps: Sequence[ProtectedMap], learning_rates: Mapping[str, float]) -> dict[str, float]:
+    """Map name -> its own learning rate, of the maps that have one.
+
+    Args:
+        learning_rates: target, named as in `BarrierConfig.targets`, -> learning rate.
+
+    Raises:
+        ValueError: a target that names no trained map, or two that name the same one.
+    """
+    rates: dict[str, float] = {}
+    for target, rate in learning_rates.items():
+        named = [entry.name for entry in maps if matches(entry, target)]
+        if not named:
+            raise ValueError(f"learning_rates names {target!r}, but no target of that name trains")
+        twice = [name for name in named if name in rates]
+        if twice:
+            raise ValueError(f"learning_rates gives {twice[0]} two learning rates: name each map once")
+        rates |= dict.fromkeys(named, rate)
+    return rates
+
+
+def parameter_groups(
+    barrier: Barrier, learning_rate: float, learning_rates: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """The trained parameters by learning rate, in the form a torch optimizer takes; see `rates_of_maps`."""
+    rates = rates_of_maps(barrier.maps, learning_rates)
+    groups: dict[float, list[Any]] = {}
+    for entry in barrier.maps:
+        trained = entry.trainable(bias=not barrier.config.has_projection)
+        groups.setdefault(rates.get(entry.name, learning_rate), []).extend(trained)
+    return [{"params": parameters, "lr": rate} for rate, parameters in groups.items() if parameters]
 
 
 def maps_of_prompts(config: UnlearnConfig, diffusion: Diffusion) -> list[str]:

@@ -34,6 +34,7 @@ class UnlearnConfig(ConceptConfig, Retaining):  # in this order: jsonargparse lo
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
     learning_rate: float = 1e-5
+    learning_rates: dict[str, float] = field(default_factory=dict)  # of targets with one of their own, by name
     lr_scheduler: str = "constant"
     lr_warmup_steps: int = 0
     adam_weight_decay: float = 0.0  # decay would drift the weights away from the snapshot
@@ -68,6 +69,7 @@ class UnlearnConfig(ConceptConfig, Retaining):  # in this order: jsonargparse lo
         if self.rank < 0 or (self.merge_adapter and self.rank == 0):
             raise ValueError("rank must be >= 0, and merge_adapter needs rank > 0")
         self.check_saliency_mask()
+        self.check_learning_rates()
         if self.needs_retain and not self.has_retain_rows:
             raise ValueError(
                 "alpha > 0, use_actual_bounds, residual_source and a projection need retain data: set retain_prompts"
@@ -93,6 +95,7 @@ def chosen_objective(config: UnlearnConfig) -> Objective:
     if objective.edit is not None:
         trains = {
             "rank": config.rank > 0,
+            "learning_rates": bool(config.learning_rates),
             "saliency_mask": config.saliency_mask is not None,
             "resume_from_checkpoint": config.resume_from_checkpoint is not None,
         }

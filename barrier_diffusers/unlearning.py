@@ -22,6 +22,7 @@ from barrier_diffusers.preparation import (
     ForgetAndRetain,
     attach_saliency_mask,
     batches,
+    parameter_groups,
     sampler_and_reference,
     set_up_protection,
 )
@@ -38,6 +39,7 @@ class UnlearningSettings(RunSettings, Protocol):
     num_train_epochs: int
     max_train_steps: int | None
     learning_rate: float
+    learning_rates: dict[str, float]
     adam_weight_decay: float
     saliency_mask: float | None
     validation_prompt: list[str]
@@ -119,7 +121,8 @@ def unlearn(
     seconds_setup = time.perf_counter() - start
 
     parameters = barrier.trainable_parameters()
-    optimizer: Any = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.adam_weight_decay)
+    groups = parameter_groups(barrier, config.learning_rate, config.learning_rates)
+    optimizer: Any = torch.optim.AdamW(groups, weight_decay=config.adam_weight_decay)
     if config.saliency_mask is not None:
         rows = (StepMaker(denoiser, diffusion), data.forget, config.train_batch_size)
         checkpoints.states["saliency_mask"] = attach_saliency_mask(

@@ -49,7 +49,7 @@ from barrier_diffusers.hub import (
     save_model_card,
     save_pipeline,
 )
-from barrier_diffusers.preparation import apply_edit, maps_of_prompts, prompt_inputs
+from barrier_diffusers.preparation import apply_edit, maps_of_prompts, prompt_inputs, rates_of_maps
 from barrier_diffusers.runs import open_run
 from barrier_diffusers.settings import UnlearnConfig, chosen_objective, data_needs
 from barrier_diffusers.training import (
@@ -171,6 +171,7 @@ def main(config: UnlearnConfig) -> None:
     if config.rank:
         add_adapter(denoiser, config.barrier, config.rank)
     barrier = Barrier(denoiser, config.barrier)
+    rates_of_maps(barrier.maps, config.learning_rates)  # an error now, not after the data is read
     if objective.check_maps is not None:
         objective.check_maps(barrier.maps)
 
