@@ -7,8 +7,6 @@ With `concept` and `base_model` the pipeline is compared with the one it was bef
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from barrier_diffusers.command_line import run_script
 from barrier_diffusers.data import fingerprint
 from barrier_diffusers.evaluation.erasure import generate_cached
@@ -16,6 +14,7 @@ from barrier_diffusers.evaluation.report import image_rows, print_metrics
 from barrier_diffusers.files import write_json
 from barrier_diffusers.generation import generate
 from barrier_diffusers.training import claim_output_dir, module_hashes
+from ddpm_ext.attacks import run_attacks
 from ddpm_ext.evaluation import Judge, as_rgb, evaluate, make_questions, real_images
 from ddpm_ext.loading import load_pipeline
 from ddpm_ext.settings import EvaluateConfig
@@ -40,13 +39,16 @@ def main(config: EvaluateConfig) -> None:
     images = generate(pipeline, questions.labels, sampling)
     scores = evaluate(judge, questions, before, images, real, output / "cache")
     scores |= {"model": module_hashes(pipeline), "scheduler": type(pipeline.scheduler).__name__}
-    write_json(Path(output) / RESULT_NAME, scores)
-    image_rows(as_rgb(images), questions.labels, Path(output) / "images.png")
     if questions.forgotten:
         print_metrics(scores, config.evaluation.attribute, questions.forgotten)
+        if config.evaluation.attacks:
+            place = (pipeline, config.evaluation, config.data, judge, questions, images, output)
+            scores["attacks"] = run_attacks(*place)
     else:
         low, high = scores["accuracy"]["interval_95"]
         print(f"recognised: {scores['accuracy']['value']:.1f} % of {len(images)} images ({low:.1f} to {high:.1f})")
+    write_json(output / RESULT_NAME, scores)
+    image_rows(as_rgb(images), questions.labels, output / "images.png")
     print(f"result: {output / RESULT_NAME}")
 
 

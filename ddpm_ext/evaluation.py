@@ -73,6 +73,10 @@ class Judge:
         """The most likely label of each image."""
         return [self.names[index] for index in probabilities_NJ.argmax(1).tolist()]
 
+    def shows(self, images_NHWC: np.ndarray, label: str) -> list[bool]:
+        """Whether each byte image (N, S, S, C) is recognised as the label."""
+        return [found == label for found in self.recognise(self.probabilities(self.render(images_NHWC)))]
+
 
 @dataclass(frozen=True)
 class Questions:

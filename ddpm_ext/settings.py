@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from barrier_diffusers.config import RUN_COUNTS, BarrierConfig, Retaining, as_list, require_positive
+from barrier_diffusers.evaluation.attacks.base import LearningBudget
 from barrier_diffusers.generation import SamplingConfig
 from barrier_diffusers.objectives import Objective, ObjectiveConfig, load_objective
 
@@ -122,9 +123,26 @@ class EvaluationConfig:
     split: str | None = "test"  # real images that FID, precision and recall compare with; null: not compared
     neighbours: int = 3  # of precision and recall
     sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(25, 3.0))
+    # what is tried to bring forgotten labels back, with images of the split: inversion (a new row of the class
+    # embedding is learned), relearning (the whole network is fine-tuned)
+    attacks: list[Literal["inversion", "relearning"]] = field(default_factory=list)
+    inversion: LearningBudget = field(default_factory=lambda: LearningBudget(num_steps=200, learning_rate=2e-2))
+    relearning: LearningBudget = field(
+        default_factory=lambda: LearningBudget(num_steps=100, batch_size=10, num_images=10, learning_rate=1e-4)
+    )
 
     def __post_init__(self) -> None:
         require_positive(self, ("images_per_label", "images_per_retained_label", "neighbours"))
+        if len(set(self.attacks)) < len(self.attacks):
+            raise ValueError(f"evaluation.attacks names one twice: {', '.join(self.attacks)}")
+        if self.attacks and (self.judge is None or self.split is None):
+            raise ValueError(
+                "evaluation.attacks learn from evaluation.split and are scored by evaluation.judge: set both"
+            )
+
+    def budget_of(self, attack: str) -> LearningBudget:
+        """What an attack may spend."""
+        return getattr(self, attack)
 
 
 @dataclass(kw_only=True)
@@ -168,6 +186,7 @@ class UnlearnConfig(Retaining):
     max_train_steps: int | None = None  # overrides num_train_epochs
     gradient_accumulation_steps: int = 1
     learning_rate: float = 1e-4
+    learning_rates: dict[str, float] = field(default_factory=dict)  # of targets with one of their own, by name
     lr_scheduler: str = "constant"
     lr_warmup_steps: int = 0
     adam_weight_decay: float = 0.0  # decay would drift the weights away from the snapshot
@@ -192,6 +211,7 @@ class UnlearnConfig(Retaining):
             raise ValueError(f"concept names a label twice: {', '.join(self.concepts)}")
         require_share(self, "label_dropout")
         self.check_saliency_mask()
+        self.check_learning_rates()
 
     @property
     def concepts(self) -> list[str]:

@@ -27,6 +27,7 @@ from barrier_diffusers.evaluation.report import before_after_grid, loss_curves, 
 from barrier_diffusers.files import write_json
 from barrier_diffusers.generation import generate
 from barrier_diffusers.objectives import Objective
+from barrier_diffusers.preparation import rates_of_maps
 from barrier_diffusers.runs import open_run
 from barrier_diffusers.targets import Snapshots, snapshot_of
 from barrier_diffusers.training import (
@@ -36,6 +37,7 @@ from barrier_diffusers.training import (
     module_hashes,
 )
 from barrier_diffusers.unlearning import unlearn
+from ddpm_ext.attacks import run_attacks
 from ddpm_ext.diffusion import LabelDiffusion, LabelRows, UnlearningRows, draw
 from ddpm_ext.evaluation import Judge, Questions, as_rgb, evaluate, make_questions, real_images
 from ddpm_ext.loading import load_pipeline, load_rows
@@ -139,6 +141,9 @@ def finish(job: Job, history: dict[str, list[float]], facts: dict[str, Any]) -> 
     if job.judge is not None:
         metrics = {**evaluate(job.judge, job.questions, job.before, after, job.real, job.cache), **facts}
         print_metrics(metrics, config.evaluation.attribute, job.questions.forgotten)
+        if config.evaluation.attacks:
+            place = (pipeline, config.evaluation, config.data, job.judge, job.questions, after, output)
+            metrics["attacks"] = run_attacks(*place)
     write_json(output / METRICS_NAME, metrics)
     hashes = {"base_denoiser": job.base_hash, **module_hashes(pipeline)}
     write_json(output / MANIFEST_NAME, manifest(config, hashes, history=history, **facts))
@@ -160,6 +165,7 @@ def main(config: UnlearnConfig) -> None:
     questions = make_questions(config.evaluation, pipeline.labels, config.concepts)
     judge = Judge(config.evaluation, pipeline.labels) if config.evaluation.judge else None
     barrier = Barrier(unet, config.barrier)
+    rates_of_maps(barrier.maps, config.learning_rates)  # an error now, not after the data is read
     with accelerator.main_process_first():
         rows = unlearning_rows(config, objective, pipeline)
     cache = Path(config.cache_dir or output / "cache")

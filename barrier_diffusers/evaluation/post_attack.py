@@ -50,10 +50,24 @@ class Judge:
         return [label == concept for label in recognise(self.classifier, images_NHWC)[self.attribute]]
 
 
-def rows_of(questions: Questions, concept: str) -> slice:
-    """Where the concept's prompts stand among the questions: its prompts follow one another."""
-    first = questions.labels.index(concept)
-    return slice(first, first + questions.labels.count(concept))
+def rows_of(labels: Sequence[str], concept: str) -> slice:
+    """Where a concept stands among the labels of all questions: its questions follow one another."""
+    first = labels.index(concept)
+    return slice(first, first + labels.count(concept))
+
+
+def outcome(
+    attack: str, concept: str, shown: tuple[Sequence[bool], Sequence[bool]], budget: Budget, num_training_images: int
+) -> dict[str, Any]:
+    """The record of one attack; `shown` says which images show the concept, without and under the attack."""
+    return {
+        "attack": attack,
+        "concept": concept,
+        "pre_attack": share(shown[0]),
+        "post_attack": share(shown[1]),
+        "budget": asdict(budget),
+        "num_training_images": num_training_images,
+    }
 
 
 def forgotten_concepts(
@@ -75,7 +89,7 @@ def forgotten_concepts(
     found = []
     for concept in config.concepts:
         mine, _ = split_concepts(loaded, config.concept_column, [concept])
-        rows = rows_of(questions, concept)
+        rows = rows_of(questions.labels, concept)
         sampling = replace(evaluation.sampling, seed=evaluation.sampling.seed + rows.start)
         found.append(
             Forgotten(concept, questions.prompts[rows], image_text(mine, config), others, sampling, resolution)
@@ -117,14 +131,11 @@ def run_attacks(
         for entry in forgotten:
             attempt = get_attack(name).run(pipeline, entry, budget)
             images[f"{name}: {entry.concept}"] = attempt.images_NHWC
+            concept, made = entry.concept, attempt.images_NHWC
+            shown = (judge.shows(plain[concept], concept), judge.shows(made, concept))
             results.append(
                 {
-                    "attack": name,
-                    "concept": entry.concept,
-                    "pre_attack": share(judge.shows(plain[entry.concept], entry.concept)),
-                    "post_attack": share(judge.shows(attempt.images_NHWC, entry.concept)),
-                    "budget": asdict(budget),
-                    "num_training_images": attempt.num_training_images,
+                    **outcome(name, entry.concept, shown, budget, attempt.num_training_images),
                     "prompts": list(dict.fromkeys(attempt.prompts)),
                     **attempt.found,
                 }

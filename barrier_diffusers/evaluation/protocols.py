@@ -163,7 +163,7 @@ class ConceptProtocol(Protocol):
         nothing, sampling = Dataset.from_dict({"image": [], "text": []}), evaluation.sampling
         found = []
         for concept in self.concepts.concepts:
-            rows = rows_of(self.questions, concept)
+            rows = rows_of(self.questions.labels, concept)
             seeds = replace(sampling, seed=sampling.seed + rows.start)
             found.append(Forgotten(concept, self.questions.prompts[rows], nothing, nothing, seeds, resolution))
         return found

@@ -17,9 +17,10 @@ from datasets import Dataset
 from torch import Tensor, nn
 from tqdm.auto import trange
 
-from barrier_diffusers.architectures import Diffusion, components, get_architecture
+from barrier_diffusers.architectures import components, get_architecture
 from barrier_diffusers.config import require_positive
 from barrier_diffusers.data import encode_moments, swap_concept, take_evenly
+from barrier_diffusers.denoising import Denoising
 from barrier_diffusers.generation import SamplingConfig
 from barrier_diffusers.objectives.base import Condition, DiffusionStep
 from barrier_diffusers.registry import Registry
@@ -184,7 +185,7 @@ def encode(pipeline: Any, images: Dataset, resolution: int) -> Tensor:
 
 
 def learn(
-    diffusion: Diffusion,
+    diffusion: Denoising,
     moments: Tensor,
     condition: Callable[[Tensor], Condition],
     parameters: Sequence[nn.Parameter],
@@ -194,8 +195,8 @@ def learn(
     """Train `parameters`, and nothing else, on the denoising loss that the model itself was trained with.
 
     Args:
-        moments: VAE posteriors (N, 2 c, h, w) of the images.
-        condition: numbers of the images in a batch (B,) -> what their captions tell the denoiser.
+        moments: VAE posteriors (N, 2 c, h, w) of the images, or what else `diffusion.noised` takes.
+        condition: numbers of the images in a batch (B,) -> what their captions or labels tell the denoiser.
 
     Raises:
         FloatingPointError: a loss that is not finite.

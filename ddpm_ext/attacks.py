@@ -1,0 +1,143 @@
+"""Attacks on a class-conditional DDPM: can a forgotten label be brought back from a few images of it?
+
+Shapes: N images, C channels, S image side, H height, W width.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from barrier_diffusers.evaluation.attacks.base import LearningBudget, frozen, learn
+from barrier_diffusers.evaluation.attacks.inversion import LearnedToken
+from barrier_diffusers.evaluation.post_attack import outcome, rows_of
+from barrier_diffusers.evaluation.report import attacks_picture, print_attacks
+from barrier_diffusers.generation import SamplingConfig, generate
+from barrier_diffusers.objectives.base import Condition
+from ddpm_ext.diffusion import LABELS, LabelDiffusion, draw
+from ddpm_ext.evaluation import Judge, Questions, as_rgb
+from ddpm_ext.loading import load_rows
+from ddpm_ext.pipeline import ClassConditionalDDPMPipeline
+from ddpm_ext.settings import EvaluationConfig, LabelledDataConfig
+
+PICTURE_NAME = "attacks.png"
+
+
+@contextmanager
+def learned_row(pipeline: ClassConditionalDDPMPipeline, label: int) -> Iterator[list[nn.Parameter]]:
+    """What concept inversion trains: a new row of the class embedding in the label's place; the table comes back."""
+    unet: Any = pipeline.unet
+    table = unet.class_embedding
+    try:
+        unet.class_embedding = learned = LearnedToken(table, label, table.weight[label])
+        yield [learned.vector]
+    finally:
+        unet.class_embedding = table
+
+
+@contextmanager
+def every_weight(pipeline: ClassConditionalDDPMPipeline, label: int) -> Iterator[list[nn.Parameter]]:
+    """What relearning trains: all weights of the UNet; they come back."""
+    weights = list(pipeline.unet.parameters())
+    before = [weight.detach().clone() for weight in weights]
+    try:
+        yield [weight.requires_grad_(True) for weight in weights]
+    finally:
+        with torch.no_grad():
+            for weight, value in zip(weights, before, strict=True):
+                weight.copy_(value)
+
+
+ATTACKS = {"inversion": learned_row, "relearning": every_weight}
+
+
+def images_of(
+    budget: LearningBudget, config: EvaluationConfig, data: LabelledDataConfig, pipeline: Any, label: str
+) -> Tensor:
+    """The images of the evaluation split that an attack learns from, bytes (N, C, S, S).
+
+    Raises:
+        ValueError: fewer than the budget names.
+    """
+    rows = load_rows(data, pipeline, config.split)
+    drawn = draw(rows, [rows.index_of(label)], budget.num_images, torch.Generator().manual_seed(budget.seed))
+    if len(drawn) < (budget.num_images or 1):
+        raise ValueError(
+            f"an attack wants {budget.num_images} images of {label}, but split {config.split!r} has {len(drawn)}: "
+            "lower num_images"
+        )
+    return drawn.images
+
+
+def attack(
+    name: str,
+    pipeline: ClassConditionalDDPMPipeline,
+    label: str,
+    images: Tensor,
+    budget: LearningBudget,
+    labels: Sequence[str],
+    sampling: SamplingConfig,
+) -> np.ndarray:
+    """Byte images (N, S, S, C) of the labels (N) under an attack that learns from `images`.
+
+    Raises:
+        FloatingPointError: a loss that is not finite.
+    """
+    number = pipeline.labels.index(label)
+
+    def condition(rows: Tensor) -> Condition:
+        return {LABELS: torch.full_like(rows, number)}
+
+    with frozen(pipeline), ATTACKS[name](pipeline, number) as trained:
+        learn(LabelDiffusion(pipeline), images, condition, trained, budget, f"{name} of {label}")
+        return generate(pipeline, labels, sampling, desc=f"images after {name}")
+
+
+def run_attacks(
+    pipeline: ClassConditionalDDPMPipeline,
+    config: EvaluationConfig,
+    data: LabelledDataConfig,
+    judge: Judge,
+    questions: Questions,
+    plain: np.ndarray,
+    output: Path,
+) -> list[dict[str, Any]]:
+    """Run the chosen attacks on every forgotten label, each on the pipeline as it is; print and draw what came of it.
+
+    Args:
+        plain: byte images (N, S, S, C) of the questions, without an attack.
+        output: folder that gets the picture.
+
+    Returns:
+        Per attack and label: shares of images recognised as the label before and after, and the budget.
+
+    Raises:
+        ValueError: too few images to learn from.
+        FloatingPointError: an attack's loss that is not finite.
+    """
+    places = {label: rows_of(questions.labels, label) for label in questions.forgotten}
+    shown = {label: as_rgb(plain[rows]) for label, rows in places.items()}
+    attacked: dict[str, np.ndarray] = {}
+    results: list[dict[str, Any]] = []
+    seconds: dict[str, float] = {}
+    for name in config.attacks:
+        budget, start = config.budget_of(name), time.perf_counter()
+        for label, rows in places.items():
+            images = images_of(budget, config, data, pipeline, label)
+            sampling = replace(config.sampling, seed=config.sampling.seed + rows.start)
+            made = attack(name, pipeline, label, images, budget, questions.labels[rows], sampling)
+            attacked[f"{name}: {label}"] = as_rgb(made)
+            both = (judge.shows(plain[rows], label), judge.shows(made, label))
+            results.append(outcome(name, label, both, budget, len(images)))
+        seconds[name] = time.perf_counter() - start
+    print_attacks(results, seconds)
+    attacks_picture(shown, attacked, output / PICTURE_NAME, min(12, config.images_per_label))
+    return results

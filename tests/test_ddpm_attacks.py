@@ -1,0 +1,102 @@
+"""Attacks on a class-conditional DDPM: what they learn, and that the pipeline is the same afterwards."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ddpm_models import Place
+
+from barrier_diffusers.command_line import parse_config
+from barrier_diffusers.evaluation.attacks import LearningBudget
+from barrier_diffusers.generation import SamplingConfig, generate
+from barrier_diffusers.training import module_hash
+from ddpm_ext import evaluate as evaluate_script
+from ddpm_ext.attacks import attack, images_of
+from ddpm_ext.evaluation import Judge
+from ddpm_ext.loading import load_pipeline
+from ddpm_ext.settings import EvaluateConfig, EvaluationConfig, LabelledDataConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+SHORT = {"evaluation.attacks": "[inversion,relearning]", "evaluation.inversion.num_steps": 2}
+SHORT |= {"evaluation.relearning.num_steps": 2, "evaluation.relearning.num_images": 3}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return Place(tmp_path_factory.mktemp("ddpm"))
+
+
+@pytest.mark.parametrize("name", ["inversion", "relearning"])
+def test_an_attack_leaves_the_pipeline_as_it_was(place, name):
+    pipeline = load_pipeline(str(place.base))
+    before, table = module_hash(pipeline.unet), pipeline.unet.class_embedding
+    images = torch.randint(256, (4, 1, 8, 8), dtype=torch.uint8)
+    sampling, budget = SamplingConfig(2, 3.0), LearningBudget(num_steps=3, batch_size=2, learning_rate=0.1)
+    plain = generate(pipeline, ["boot"] * 3, sampling)
+    made = attack(name, pipeline, "boot", images, budget, ["boot"] * 3, sampling)
+    assert made.shape == plain.shape == (3, 8, 8, 1) and (made != plain).any()
+    assert module_hash(pipeline.unet) == before and pipeline.unet.class_embedding is table
+    assert all(value.requires_grad for value in pipeline.unet.parameters())
+    assert np.array_equal(attack(name, pipeline, "boot", images, budget, ["boot"] * 3, sampling), made)
+    with pytest.raises(FloatingPointError, match=f"{name} of boot: non-finite loss"):
+        attack(name, pipeline, "boot", images, replace(budget, learning_rate=1e30), ["boot"], sampling)
+    assert module_hash(pipeline.unet) == before and pipeline.unet.class_embedding is table
+
+
+def test_a_learned_row_changes_its_label_alone(place):
+    pipeline, sampling = load_pipeline(str(place.base)), SamplingConfig(2, 3.0)
+    images, budget = torch.zeros(4, 1, 8, 8, dtype=torch.uint8), LearningBudget(num_steps=3, learning_rate=0.1)
+    others = generate(pipeline, ["bag", "coat"], sampling)
+    assert np.array_equal(attack("inversion", pipeline, "boot", images, budget, ["bag", "coat"], sampling), others)
+    relearned = attack("relearning", pipeline, "boot", images, budget, ["bag", "coat"], sampling)
+    assert not np.array_equal(relearned, others)
+
+
+def test_a_run_and_an_evaluation_report_the_same_attacks(place, tmp_path):
+    metrics, _ = place.unlearn(tmp_path / "run", **SHORT)
+    assert [(entry["attack"], entry["concept"]) for entry in metrics["attacks"]] == [
+        ("inversion", "boot"),
+        ("relearning", "boot"),
+    ]
+    assert [entry["num_training_images"] for entry in metrics["attacks"]] == [8, 3]
+    for entry in metrics["attacks"]:
+        assert entry["pre_attack"]["value"] == 100 - metrics["unlearning_accuracy"]
+        assert entry["post_attack"]["num_images"] == 5
+    assert "inversion" in (tmp_path / "run" / "report.html").read_text()
+    assert (tmp_path / "run" / "attacks.png").is_file()
+    settings = {"pretrained_model_name_or_path": tmp_path / "run", "concept": "boot", "evaluation.judge": place.judge}
+    settings |= {"evaluation.images_per_label": 5, "evaluation.sampling.num_inference_steps": 2, **SHORT}
+    words = place.words(tmp_path / "judged", settings)
+    words = [word for word in words if word not in ("--report_to", "none")]
+    evaluate_script.main(parse_config(EvaluateConfig, words))
+    judged = json.loads((tmp_path / "judged" / "evaluation.json").read_text())
+    assert judged["attacks"] == metrics["attacks"]
+
+
+def test_what_an_attack_needs(place):
+    with pytest.raises(ValueError, match="scored by evaluation.judge"):
+        EvaluationConfig(None, attacks=["inversion"])
+    with pytest.raises(ValueError, match="names one twice"):
+        EvaluationConfig(attacks=["inversion", "inversion"])
+    config, pipeline = EvaluationConfig(str(place.judge)), load_pipeline(str(place.base))
+    with pytest.raises(ValueError, match="wants 9 images of boot, but split 'test' has 8"):
+        images_of(LearningBudget(num_images=9), config, LabelledDataConfig(str(place.data)), pipeline, "boot")
+
+
+def test_a_label_that_was_only_renamed_comes_back(monkeypatch):
+    """The embedded DDPM with boot's row in bag's place: forgotten for everyone who asks, but not by the network."""
+    monkeypatch.chdir(ROOT)
+    pipeline, label = load_pipeline("assets/fashion_ddpm"), "bag"
+    table = pipeline.unet.class_embedding.weight
+    with torch.no_grad():
+        table[pipeline.labels.index(label)] = table[pipeline.labels.index("boot")]
+    config, data = EvaluationConfig(rendering="ink"), LabelledDataConfig("assets/fashion_mnist")
+    judge, sampling = Judge(config, pipeline.labels), SamplingConfig(15, 3.0)
+    assert not any(judge.shows(generate(pipeline, [label] * 8, sampling), label))
+    budget = LearningBudget(num_steps=100, batch_size=16, num_images=100, learning_rate=3e-2)
+    images = images_of(budget, config, data, pipeline, label)
+    made = attack("inversion", pipeline, label, images, budget, [label] * 8, sampling)
+    assert sum(judge.shows(made, label)) >= 6
