@@ -57,13 +57,15 @@ def base_hash() -> str:
 
 def numbers_of(metrics: dict[str, Any]) -> dict[str, Any]:
     """What the table and its JSON file keep of a run's metrics, in one level."""
-    kept = {key: value for key, value in metrics.items() if not isinstance(value, dict)}
+    kept = {key: value for key, value in metrics.items() if not isinstance(value, dict | list)}
     after = metrics["retained_after"]
     kept |= {key: value for key, value in after.items() if key != "details"}
     kept |= {f"{key}_before": value for key, value in metrics["retained_before"].items() if key != "details"}
     intervals = {key: metrics["details"][key] for key in KEPT}
     per_label = {key: value for key, value in metrics.items() if key.startswith("per_class")}
     facts = {key: metrics[key] for key in ("drift", "seeds", "sampling", "judge")}
+    kept |= {f"after_{entry['attack']}": entry["post_attack"]["value"] for entry in metrics["attacks"]}
+    facts["attacks"] = metrics["attacks"]
     return {**kept, **per_label, **facts, "intervals": intervals, "fidelity": after["details"]}
 
 
