@@ -5,9 +5,9 @@ from pathlib import Path
 
 import ddpm_table
 import pytest
-from ddpm_rows import LABELS, METRICS, OBJECTIVES, PROTECTIONS, ddpm
+from ddpm_rows import EVERY_LABEL, LABELS, METRICS, OBJECTIVES, ONE_RATE, PROTECTIONS, ddpm
 from erasure_table import markdown
-from rows import Row, Table
+from rows import SHORT_LIST, Row, Table
 from running import words_of
 
 from barrier_diffusers.command_line import parse_config
@@ -24,21 +24,22 @@ def in_repository(monkeypatch):
 
 def test_every_row_is_a_valid_run_with_a_name_of_its_own():
     rows = [row for chain in ddpm().chains for row in chain]
-    assert (
-        len({row.name for row in rows})
-        == len(rows)
-        == len(LABELS) * (len(PROTECTIONS) + 1) + 2 * (len(OBJECTIVES) - 1)
-    )
+    labels = len(SHORT_LIST) * len(PROTECTIONS) + (len(LABELS) - len(SHORT_LIST)) * len(EVERY_LABEL)
+    assert len({row.name for row in rows}) == len(rows) == labels + (len(OBJECTIVES) - 1) * len(EVERY_LABEL)
+    table_rates = {row.cells["protection"]: set() for row in rows}
     for row in rows:
         assert json.loads(json.dumps(row.flags)) == row.flags  # else the row would never count as finished
         config = parse_config(UnlearnConfig, words_of(ddpm_table.CONFIG, row.flags))
         chosen_objective(config)
         assert config.protected == (row.cells["protection"] in ("penalty", "projection"))
+        table_rates[row.cells["protection"]].add(config.learning_rates.get("class_embedding"))
+    assert table_rates.pop(ONE_RATE) == {None} and set.union(*table_rates.values()) == {0.02}  # a fair comparison
 
 
 def test_a_row_runs_and_is_not_run_again(tmp_path, monkeypatch, capsys):
     tiny = {"concept": "bag", "train_batch_size": 4, "max_train_steps": 1, "max_forget_images": 8}
     tiny |= {"max_retain_images": 18, "evaluation.images_per_label": 2, "evaluation.sampling.num_inference_steps": 2}
+    tiny |= {f"evaluation.{attack}.num_steps": 1 for attack in ("inversion", "relearning")}
     row = Row({"label": "bag", "objective": "rl"}, tiny)
     monkeypatch.setattr(ddpm_table, "ddpm", lambda: Table([[row]], METRICS))
     folders = {"docs": str(tmp_path / "docs"), "output_dir": str(tmp_path / "runs"), "page": str(tmp_path / "page.md")}
@@ -48,6 +49,7 @@ def test_a_row_runs_and_is_not_run_again(tmp_path, monkeypatch, capsys):
     (entry,) = json.loads((tmp_path / "docs/ddpm.json").read_text())
     assert set(METRICS.values()) <= set(entry["metrics"])
     assert entry["metrics"]["fidelity"]["num_reference_images"] == 9 * 400
+    assert [attack["attack"] for attack in entry["metrics"]["attacks"]] == ["inversion", "relearning"]
     assert not (tmp_path / "runs" / row.name / "unet").exists()
     assert markdown(Table([[row]], METRICS), {row.name: entry}) in (tmp_path / "page.md").read_text()
     monkeypatch.setattr(ddpm_table, "run_row", None)
