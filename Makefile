@@ -13,7 +13,7 @@ export DIFFUSERS_VERBOSITY = error
 
 .DEFAULT_GOAL := help
 .PHONY: help install unlearn evaluate test test-slow table attack-table bench reference embedded-model unlearn-classifier classifier-table \
-	embedded-resnet unlearn-ddpm ddpm-table embedded-ddpm quality style clean
+	embedded-resnet unlearn-ddpm ddpm-table embedded-ddpm retrained-ddpm quality style clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -85,6 +85,12 @@ embedded-ddpm: $(READY) ## train assets/fashion_ddpm again and judge it (Debian 
 	$(LAUNCH) -m ddpm_ext.train --config ddpm_ext/configs/train_fashion.yaml --overwrite_output_dir true
 	rm -rf assets/fashion_ddpm/checkpoints assets/fashion_ddpm/logs
 	$(BIN)/python -m ddpm_ext.evaluate --config ddpm_ext/configs/evaluate_fashion.yaml --overwrite_output_dir true
+
+retrained-ddpm: $(READY) ## the yardstick: a DDPM that never saw a sneaker, judged (same Debian package)
+	test -d runs/fashion_mnist_labelled || $(BIN)/python train_scripts/prepare_fashion_mnist.py
+	$(LAUNCH) -m ddpm_ext.train --config ddpm_ext/configs/train_fashion.yaml --exclude_labels '[sneaker]' \
+	  --output_dir runs/ddpm_retrained --overwrite_output_dir true
+	$(BIN)/python -m ddpm_ext.evaluate --config ddpm_ext/configs/evaluate_retrained.yaml --overwrite_output_dir true
 
 reference: $(READY) ## write the settings and API pages in docs/ from the source
 	$(BIN)/python docs/write_reference.py

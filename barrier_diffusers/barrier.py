@@ -86,8 +86,11 @@ class Barrier:
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The parameters the optimizer may change."""
-        bias = not self.config.has_projection
-        return [parameter for entry in self.maps for parameter in entry.trainable(bias)]
+        return [parameter for entry in self.maps for parameter in self.trainable_of(entry)]
+
+    def trainable_of(self, entry: ProtectedMap) -> list[nn.Parameter]:
+        """Those of one of the maps; a projection holds its bias."""
+        return entry.trainable(bias=not self.config.has_projection)
 
     @property
     def num_trainable(self) -> int:

@@ -120,7 +120,8 @@ def rates_of_maps(maps: Sequence[ProtectedMap], learning_rates: Mapping[str, flo
     for target, rate in learning_rates.items():
         named = [entry.name for entry in maps if matches(entry, target)]
         if not named:
-            raise ValueError(f"learning_rates names {target!r}, but no target of that name trains")
+            trained = ", ".join(dict.fromkeys(entry.name.rpartition(".")[2] for entry in maps))
+            raise ValueError(f"learning_rates names {target!r}, but no target of that name trains; there is {trained}")
         twice = [name for name in named if name in rates]
         if twice:
             raise ValueError(f"learning_rates gives {twice[0]} two learning rates: name each map once")
@@ -135,8 +136,7 @@ def parameter_groups(
     rates = rates_of_maps(barrier.maps, learning_rates)
     groups: dict[float, list[Any]] = {}
     for entry in barrier.maps:
-        trained = entry.trainable(bias=not barrier.config.has_projection)
-        groups.setdefault(rates.get(entry.name, learning_rate), []).extend(trained)
+        groups.setdefault(rates.get(entry.name, learning_rate), []).extend(barrier.trainable_of(entry))
     return [{"params": parameters, "lr": rate} for rate, parameters in groups.items() if parameters]
 
 

@@ -108,6 +108,7 @@ class SaliencyMask:
         self.parameters = list(parameters)
         self.masks = [torch.ones_like(parameter, dtype=torch.bool) for parameter in self.parameters]
         self._first = [parameter.detach().clone() for parameter in self.parameters]
+        self._hooks: list[Any] = []
 
     def choose(self, groups: Sequence[Sequence[tuple[nn.Parameter, Tensor]]], fraction: float) -> None:
         """Keep the top `fraction` of each group's scores (`saliency_scores`)."""
@@ -123,10 +124,16 @@ class SaliencyMask:
         return sum(int(mask.sum()) for mask in self.masks) / sum(mask.numel() for mask in self.masks)
 
     def attach(self, optimizer: Any) -> None:
-        """Hook into the parameters' gradients and the torch optimizer's steps."""
+        """Hook into the parameters' gradients and the torch optimizer's steps, until `detach`."""
         for index, parameter in enumerate(self.parameters):
-            parameter.register_hook(lambda gradient, index=index: gradient.masked_fill(~self.masks[index], 0))
-        optimizer.register_step_post_hook(lambda *_: self._restore())
+            hook = parameter.register_hook(lambda gradient, index=index: gradient.masked_fill(~self.masks[index], 0))
+            self._hooks.append(hook)
+        self._hooks.append(optimizer.register_step_post_hook(lambda *_: self._restore()))
+
+    def detach(self) -> None:
+        """Let everything move again."""
+        while self._hooks:
+            self._hooks.pop().remove()
 
     @torch.no_grad()
     def _restore(self) -> None:

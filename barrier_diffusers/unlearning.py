@@ -123,9 +123,10 @@ def unlearn(
     parameters = barrier.trainable_parameters()
     groups = parameter_groups(barrier, config.learning_rate, config.learning_rates)
     optimizer: Any = torch.optim.AdamW(groups, weight_decay=config.adam_weight_decay)
+    mask = None
     if config.saliency_mask is not None:
         rows = (StepMaker(denoiser, diffusion), data.forget, config.train_batch_size)
-        checkpoints.states["saliency_mask"] = attach_saliency_mask(
+        checkpoints.states["saliency_mask"] = mask = attach_saliency_mask(
             config.saliency_mask, barrier, optimizer, *rows, accelerator, checkpoint is not None
         )
     processes, micro_steps = accelerator.num_processes, config.gradient_accumulation_steps
@@ -176,6 +177,8 @@ def unlearn(
         after_step,
         names=UnlearningTerms.NAMES,
     )
+    if mask is not None:
+        mask.detach()
     if accelerator.is_main_process:
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # gives the denoiser its own forward back
     facts = {"num_steps": max_steps, "seconds_training": seconds, "seconds_setup": round(seconds_setup, 2)}

@@ -117,7 +117,7 @@ def markdown(table: Table, entries: dict[str, dict[str, Any]]) -> str:
             blocks.setdefault(key, []).append(metrics)
     place = headings.index(table.mean_over) if table.mean_over else 0
     for key, group in blocks.items():
-        if len(group) > 1:
+        if len(group) >= table.mean_of:
             lines.append(line([*key[:place], f"**mean of {len(group)}**", *key[place:]], table, group))
     return "\n".join(lines) + "\n"
 

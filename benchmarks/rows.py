@@ -58,6 +58,7 @@ class Table:
     chains: list[list[Row]]
     metrics: dict[str, str] = field(default_factory=lambda: METRICS)  # heading -> key in metrics.json, or "a - b"
     mean_over: str | None = None  # heading whose rows are averaged below the table
+    mean_of: int = 2  # at least so many rows, so that means below one another are of the same ones
     across: tuple[str, ...] = ()  # headings that run across the page in the README's short form
 
 

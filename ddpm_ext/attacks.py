@@ -6,15 +6,16 @@ Shapes: N images, C channels, S image side, H height, W width.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from barrier_diffusers.evaluation.attacks.base import LearningBudget, frozen, learn
 from barrier_diffusers.evaluation.attacks.inversion import LearnedToken
@@ -26,55 +27,70 @@ from ddpm_ext.diffusion import LABELS, LabelDiffusion, draw
 from ddpm_ext.evaluation import Judge, Questions, as_rgb
 from ddpm_ext.loading import load_rows
 from ddpm_ext.pipeline import ClassConditionalDDPMPipeline
-from ddpm_ext.settings import EvaluationConfig, LabelledDataConfig
+from ddpm_ext.settings import EvaluationConfig, FineTuningConfig, LabelledDataConfig, RowInversionConfig
 
 PICTURE_NAME = "attacks.png"
 
 
+Groups = list[dict[str, Any]]  # of a torch optimizer
+
+
 @contextmanager
-def learned_row(pipeline: ClassConditionalDDPMPipeline, label: int) -> Iterator[list[nn.Parameter]]:
+def learned_row(pipeline: ClassConditionalDDPMPipeline, label: int, budget: RowInversionConfig) -> Iterator[Groups]:
     """What concept inversion trains: a new row of the class embedding in the label's place; the table comes back."""
     unet: Any = pipeline.unet
     table = unet.class_embedding
     try:
         unet.class_embedding = learned = LearnedToken(table, label, table.weight[label])
-        yield [learned.vector]
+        yield [{"params": [learned.vector]}]
     finally:
         unet.class_embedding = table
 
 
 @contextmanager
-def every_weight(pipeline: ClassConditionalDDPMPipeline, label: int) -> Iterator[list[nn.Parameter]]:
+def every_weight(pipeline: ClassConditionalDDPMPipeline, label: int, budget: FineTuningConfig) -> Iterator[Groups]:
     """What relearning trains: all weights of the UNet; they come back."""
     weights = list(pipeline.unet.parameters())
     before = [weight.detach().clone() for weight in weights]
+    table = pipeline.unet.class_embedding.weight
+    others = [weight.requires_grad_(True) for weight in weights if weight is not table]
     try:
-        yield [weight.requires_grad_(True) for weight in weights]
+        rate = budget.embedding_learning_rate
+        yield [{"params": others}, {"params": [table.requires_grad_(True)], "lr": rate}]
     finally:
         with torch.no_grad():
             for weight, value in zip(weights, before, strict=True):
                 weight.copy_(value)
 
 
-ATTACKS = {"inversion": learned_row, "relearning": every_weight}
+ATTACKS: dict[str, Callable[..., AbstractContextManager[Groups]]] = {
+    "inversion": learned_row,
+    "relearning": every_weight,
+}
+Images = dict[tuple[str, str], Tensor]  # (attack, label) -> bytes (N, C, S, S) that it learns from
 
 
-def images_of(
-    budget: LearningBudget, config: EvaluationConfig, data: LabelledDataConfig, pipeline: Any, label: str
-) -> Tensor:
-    """The images of the evaluation split that an attack learns from, bytes (N, C, S, S).
+def attack_images(
+    config: EvaluationConfig,
+    data: LabelledDataConfig,
+    pipeline: ClassConditionalDDPMPipeline,
+    forgotten: Sequence[str],
+) -> Images:
+    """What the chosen attacks learn from, of the evaluation split; call it before any long work.
 
     Raises:
-        ValueError: fewer than the budget names.
+        ValueError: a label with fewer images than an attack wants.
     """
-    rows = load_rows(data, pipeline, config.split)
-    drawn = draw(rows, [rows.index_of(label)], budget.num_images, torch.Generator().manual_seed(budget.seed))
-    if len(drawn) < (budget.num_images or 1):
-        raise ValueError(
-            f"an attack wants {budget.num_images} images of {label}, but split {config.split!r} has {len(drawn)}: "
-            "lower num_images"
-        )
-    return drawn.images
+    found: Images = {}
+    if config.attacks:
+        rows = load_rows(data, pipeline, config.split)
+        for name, label in product(config.attacks, forgotten):
+            budget = config.budget_of(name)
+            mine = rows[rows.rows_of(label)]
+            budget.require(mine, f"{label} in split {config.split!r}")
+            generator = torch.Generator().manual_seed(budget.seed)
+            found[name, label] = draw(mine, [rows.index_of(label)], budget.num_images, generator).images
+    return found
 
 
 def attack(
@@ -96,7 +112,7 @@ def attack(
     def condition(rows: Tensor) -> Condition:
         return {LABELS: torch.full_like(rows, number)}
 
-    with frozen(pipeline), ATTACKS[name](pipeline, number) as trained:
+    with frozen(pipeline), ATTACKS[name](pipeline, number, budget) as trained:
         learn(LabelDiffusion(pipeline), images, condition, trained, budget, f"{name} of {label}")
         return generate(pipeline, labels, sampling, desc=f"images after {name}")
 
@@ -104,23 +120,24 @@ def attack(
 def run_attacks(
     pipeline: ClassConditionalDDPMPipeline,
     config: EvaluationConfig,
-    data: LabelledDataConfig,
+    images: Images,
     judge: Judge,
     questions: Questions,
     plain: np.ndarray,
     output: Path,
-) -> list[dict[str, Any]]:
+) -> dict[str, Any]:
     """Run the chosen attacks on every forgotten label, each on the pipeline as it is; print and draw what came of it.
 
     Args:
+        images: of `attack_images`.
         plain: byte images (N, S, S, C) of the questions, without an attack.
         output: folder that gets the picture.
 
     Returns:
-        Per attack and label: shares of images recognised as the label before and after, and the budget.
+        attacks: per attack and label, shares of images recognised as the label before and after, and the budget.
+        seconds_attacks: attack -> seconds.
 
     Raises:
-        ValueError: too few images to learn from.
         FloatingPointError: an attack's loss that is not finite.
     """
     places = {label: rows_of(questions.labels, label) for label in questions.forgotten}
@@ -131,13 +148,13 @@ def run_attacks(
     for name in config.attacks:
         budget, start = config.budget_of(name), time.perf_counter()
         for label, rows in places.items():
-            images = images_of(budget, config, data, pipeline, label)
+            learned_from = images[name, label]
             sampling = replace(config.sampling, seed=config.sampling.seed + rows.start)
-            made = attack(name, pipeline, label, images, budget, questions.labels[rows], sampling)
+            made = attack(name, pipeline, label, learned_from, budget, questions.labels[rows], sampling)
             attacked[f"{name}: {label}"] = as_rgb(made)
             both = (judge.shows(plain[rows], label), judge.shows(made, label))
-            results.append(outcome(name, label, both, budget, len(images)))
-        seconds[name] = time.perf_counter() - start
+            results.append(outcome(name, label, both, budget, len(learned_from)))
+        seconds[name] = round(time.perf_counter() - start, 2)
     print_attacks(results, seconds)
     attacks_picture(shown, attacked, output / PICTURE_NAME, min(12, config.images_per_label))
-    return results
+    return {"attacks": results, "seconds_attacks": seconds}

@@ -7,6 +7,8 @@ With `concept` and `base_model` the pipeline is compared with the one it was bef
 
 from __future__ import annotations
 
+import torch
+
 from barrier_diffusers.command_line import run_script
 from barrier_diffusers.data import fingerprint
 from barrier_diffusers.evaluation.erasure import generate_cached
@@ -14,7 +16,7 @@ from barrier_diffusers.evaluation.report import image_rows, print_metrics
 from barrier_diffusers.files import write_json
 from barrier_diffusers.generation import generate
 from barrier_diffusers.training import claim_output_dir, module_hashes
-from ddpm_ext.attacks import run_attacks
+from ddpm_ext.attacks import attack_images, run_attacks
 from ddpm_ext.evaluation import Judge, as_rgb, evaluate, make_questions, real_images
 from ddpm_ext.loading import load_pipeline
 from ddpm_ext.settings import EvaluateConfig
@@ -25,13 +27,15 @@ RESULT_NAME = "evaluation.json"
 def main(config: EvaluateConfig) -> None:
     """Generate -> judge -> write evaluation.json and the picture."""
     output = claim_output_dir(config.output_dir, config.overwrite_output_dir, resume=False)
-    pipeline = load_pipeline(config.pretrained_model_name_or_path)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipeline = load_pipeline(config.pretrained_model_name_or_path).to(device)
     judge = Judge(config.evaluation, pipeline.labels)
     questions = make_questions(config.evaluation, pipeline.labels, config.concepts)
     real = real_images(config.evaluation, config.data, pipeline, config.concepts)
+    to_attack = attack_images(config.evaluation, config.data, pipeline, config.concepts)
     sampling, before = config.evaluation.sampling, None
     if config.base_model is not None:
-        base = load_pipeline(config.base_model)
+        base = load_pipeline(config.base_model).to(device)
         if base.labels != pipeline.labels:
             raise ValueError(f"{config.base_model!r} has other labels than {config.pretrained_model_name_or_path!r}")
         made_by = fingerprint(module_hashes(base))
@@ -39,16 +43,16 @@ def main(config: EvaluateConfig) -> None:
     images = generate(pipeline, questions.labels, sampling)
     scores = evaluate(judge, questions, before, images, real, output / "cache")
     scores |= {"model": module_hashes(pipeline), "scheduler": type(pipeline.scheduler).__name__}
+    write_json(output / RESULT_NAME, scores)
+    image_rows(as_rgb(images), questions.labels, output / "images.png")
     if questions.forgotten:
         print_metrics(scores, config.evaluation.attribute, questions.forgotten)
-        if config.evaluation.attacks:
-            place = (pipeline, config.evaluation, config.data, judge, questions, images, output)
-            scores["attacks"] = run_attacks(*place)
     else:
         low, high = scores["accuracy"]["interval_95"]
         print(f"recognised: {scores['accuracy']['value']:.1f} % of {len(images)} images ({low:.1f} to {high:.1f})")
-    write_json(output / RESULT_NAME, scores)
-    image_rows(as_rgb(images), questions.labels, output / "images.png")
+    if to_attack:
+        scores |= run_attacks(pipeline, config.evaluation, to_attack, judge, questions, images, output)
+        write_json(output / RESULT_NAME, scores)
     print(f"result: {output / RESULT_NAME}")
 
 

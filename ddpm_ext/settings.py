@@ -110,6 +110,32 @@ TARGETS = ["to_q", "to_k", "to_v", "class_embedding"]  # as the paper's DDPM set
 
 
 @dataclass
+class RowInversionConfig(LearningBudget):
+    """Budget of learning a new row of the class embedding."""
+
+    num_steps: int = 200
+    learning_rate: float = 2e-2
+
+
+@dataclass
+class FineTuningConfig(LearningBudget):
+    """Budget of fine-tuning the whole network on a few images of the label."""
+
+    num_steps: int = 100
+    batch_size: int = 10
+    num_images: int | None = 10
+    learning_rate: float = 1e-4
+    embedding_learning_rate: float = 2e-2  # of the class embedding, whose entries are larger than those of weights
+
+
+@dataclass
+class LabelSamplingConfig(SamplingConfig):
+    """How labels are sampled."""
+
+    num_inference_steps: int = 25  # of the pipeline's own scheduler
+
+
+@dataclass
 class EvaluationConfig:
     """Which images are judged, and by whom."""
 
@@ -122,14 +148,12 @@ class EvaluationConfig:
     images_per_retained_label: int | None = None  # of every other label; None: as many
     split: str | None = "test"  # real images that FID, precision and recall compare with; null: not compared
     neighbours: int = 3  # of precision and recall
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(25, 3.0))
+    sampling: LabelSamplingConfig = field(default_factory=LabelSamplingConfig)
     # what is tried to bring forgotten labels back, with images of the split: inversion (a new row of the class
     # embedding is learned), relearning (the whole network is fine-tuned)
     attacks: list[Literal["inversion", "relearning"]] = field(default_factory=list)
-    inversion: LearningBudget = field(default_factory=lambda: LearningBudget(num_steps=200, learning_rate=2e-2))
-    relearning: LearningBudget = field(
-        default_factory=lambda: LearningBudget(num_steps=100, batch_size=10, num_images=10, learning_rate=1e-4)
-    )
+    inversion: RowInversionConfig = field(default_factory=RowInversionConfig)
+    relearning: FineTuningConfig = field(default_factory=FineTuningConfig)
 
     def __post_init__(self) -> None:
         require_positive(self, ("images_per_label", "images_per_retained_label", "neighbours"))
@@ -160,6 +184,8 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if self.evaluation.judge is None:
             raise ValueError("nobody judges the images: set evaluation.judge, a folder of an AttributeClassifier")
+        if self.evaluation.attacks and not self.concepts:
+            raise ValueError("evaluation.attacks bring forgotten labels back: set concept")
 
     @property
     def concepts(self) -> list[str]:

@@ -37,7 +37,7 @@ from barrier_diffusers.training import (
     module_hashes,
 )
 from barrier_diffusers.unlearning import unlearn
-from ddpm_ext.attacks import run_attacks
+from ddpm_ext.attacks import Images, attack_images, run_attacks
 from ddpm_ext.diffusion import LabelDiffusion, LabelRows, UnlearningRows, draw
 from ddpm_ext.evaluation import Judge, Questions, as_rgb, evaluate, make_questions, real_images
 from ddpm_ext.loading import load_pipeline, load_rows
@@ -119,11 +119,12 @@ class Job:
     questions: Questions
     before: np.ndarray  # images (N, S, S, C) of the questions' labels
     real: np.ndarray | None
+    attack_images: Images
     base_hash: str
 
 
 def finish(job: Job, history: dict[str, list[float]], facts: dict[str, Any]) -> None:
-    """Save the weights first, then look at what they do: images after, metrics, pictures, manifest."""
+    """Save the weights first, then look at what they do: images after, metrics, pictures, manifest, attacks."""
     config, output, pipeline = job.config, job.output, job.pipeline
     pipeline.unet.eval()
     (job.barrier if config.protected else config.barrier).save_pretrained(output)
@@ -141,12 +142,13 @@ def finish(job: Job, history: dict[str, list[float]], facts: dict[str, Any]) -> 
     if job.judge is not None:
         metrics = {**evaluate(job.judge, job.questions, job.before, after, job.real, job.cache), **facts}
         print_metrics(metrics, config.evaluation.attribute, job.questions.forgotten)
-        if config.evaluation.attacks:
-            place = (pipeline, config.evaluation, config.data, job.judge, job.questions, after, output)
-            metrics["attacks"] = run_attacks(*place)
     write_json(output / METRICS_NAME, metrics)
     hashes = {"base_denoiser": job.base_hash, **module_hashes(pipeline)}
     write_json(output / MANIFEST_NAME, manifest(config, hashes, history=history, **facts))
+    if job.attack_images and job.judge is not None:
+        place = (job.judge, job.questions, after, output)
+        metrics |= run_attacks(pipeline, config.evaluation, job.attack_images, *place)
+        write_json(output / METRICS_NAME, metrics)
     print(f"pipeline: {output}\npicture:  {output / 'before_after.png'}")
     print(f"report:   {write_report([output], output / REPORT_NAME)}")
 
@@ -169,9 +171,10 @@ def main(config: UnlearnConfig) -> None:
     with accelerator.main_process_first():
         rows = unlearning_rows(config, objective, pipeline)
     cache = Path(config.cache_dir or output / "cache")
-    before, real = np.empty(0), None
+    before, real, to_attack = np.empty(0), None, {}
     if accelerator.is_main_process:
         real = real_images(config.evaluation, config.data, pipeline, config.concepts) if judge else None
+        to_attack = attack_images(config.evaluation, config.data, pipeline, config.concepts)
         made_by = fingerprint(hashes)
         before = generate_cached(pipeline, questions.labels, config.evaluation.sampling, cache, made_by)
     accelerator.wait_for_everyone()
@@ -197,7 +200,8 @@ def main(config: UnlearnConfig) -> None:
         validate,
     )
     if accelerator.is_main_process:
-        job = Job(config, output, cache, pipeline, barrier, snapshots, judge, questions, before, real, hashes["unet"])
+        seen = (before, real, to_attack, hashes["unet"])
+        job = Job(config, output, cache, pipeline, barrier, snapshots, judge, questions, *seen)
         finish(job, results.pop("history"), results)
     accelerator.wait_for_everyone()
     accelerator.end_training()

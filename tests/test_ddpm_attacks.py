@@ -8,19 +8,27 @@ import numpy as np
 import pytest
 import torch
 from ddpm_models import Place
+from PIL import Image
 
 from barrier_diffusers.command_line import parse_config
-from barrier_diffusers.evaluation.attacks import LearningBudget
 from barrier_diffusers.generation import SamplingConfig, generate
 from barrier_diffusers.training import module_hash
+from ddpm_ext import attacks
 from ddpm_ext import evaluate as evaluate_script
-from ddpm_ext.attacks import attack, images_of
+from ddpm_ext.attacks import attack, attack_images
 from ddpm_ext.evaluation import Judge
 from ddpm_ext.loading import load_pipeline
-from ddpm_ext.settings import EvaluateConfig, EvaluationConfig, LabelledDataConfig
+from ddpm_ext.settings import (
+    EvaluateConfig,
+    EvaluationConfig,
+    FineTuningConfig,
+    LabelledDataConfig,
+    RowInversionConfig,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = {"evaluation.attacks": "[inversion,relearning]", "evaluation.inversion.num_steps": 2}
+BUDGETS = {"inversion": RowInversionConfig, "relearning": FineTuningConfig}
 SHORT |= {"evaluation.relearning.num_steps": 2, "evaluation.relearning.num_images": 3}
 
 
@@ -29,12 +37,12 @@ def place(tmp_path_factory):
     return Place(tmp_path_factory.mktemp("ddpm"))
 
 
-@pytest.mark.parametrize("name", ["inversion", "relearning"])
+@pytest.mark.parametrize("name", BUDGETS)
 def test_an_attack_leaves_the_pipeline_as_it_was(place, name):
     pipeline = load_pipeline(str(place.base))
     before, table = module_hash(pipeline.unet), pipeline.unet.class_embedding
     images = torch.randint(256, (4, 1, 8, 8), dtype=torch.uint8)
-    sampling, budget = SamplingConfig(2, 3.0), LearningBudget(num_steps=3, batch_size=2, learning_rate=0.1)
+    sampling, budget = SamplingConfig(2, 3.0), BUDGETS[name](num_steps=3, batch_size=2, learning_rate=0.1)
     plain = generate(pipeline, ["boot"] * 3, sampling)
     made = attack(name, pipeline, "boot", images, budget, ["boot"] * 3, sampling)
     assert made.shape == plain.shape == (3, 8, 8, 1) and (made != plain).any()
@@ -48,15 +56,34 @@ def test_an_attack_leaves_the_pipeline_as_it_was(place, name):
 
 def test_a_learned_row_changes_its_label_alone(place):
     pipeline, sampling = load_pipeline(str(place.base)), SamplingConfig(2, 3.0)
-    images, budget = torch.zeros(4, 1, 8, 8, dtype=torch.uint8), LearningBudget(num_steps=3, learning_rate=0.1)
-    others = generate(pipeline, ["bag", "coat"], sampling)
-    assert np.array_equal(attack("inversion", pipeline, "boot", images, budget, ["bag", "coat"], sampling), others)
-    relearned = attack("relearning", pipeline, "boot", images, budget, ["bag", "coat"], sampling)
-    assert not np.array_equal(relearned, others)
+    images, asked = torch.zeros(4, 1, 8, 8, dtype=torch.uint8), ["bag", "coat"]
+    others = generate(pipeline, asked, sampling)
+    row, network = RowInversionConfig(num_steps=3, learning_rate=0.1), FineTuningConfig(num_steps=3, learning_rate=0.1)
+    assert np.array_equal(attack("inversion", pipeline, "boot", images, row, asked, sampling), others)
+    assert not np.array_equal(attack("relearning", pipeline, "boot", images, network, asked, sampling), others)
 
 
-def test_a_run_and_an_evaluation_report_the_same_attacks(place, tmp_path):
-    metrics, _ = place.unlearn(tmp_path / "run", **SHORT)
+def test_relearning_gives_the_class_embedding_its_own_rate(place, monkeypatch):
+    pipeline, ends = load_pipeline(str(place.base)), {}
+    before = {name: value.detach().clone() for name, value in pipeline.unet.named_parameters()}
+
+    def see(*_, **__):
+        ends.update({name: value.detach().clone() for name, value in pipeline.unet.named_parameters()})
+        return np.zeros((1, 8, 8, 1), np.uint8)
+
+    monkeypatch.setattr(attacks, "generate", see)
+    images, budget = torch.zeros(2, 1, 8, 8, dtype=torch.uint8), FineTuningConfig(num_steps=1, learning_rate=1e-3)
+    attack("relearning", pipeline, "boot", images, budget, ["boot"], SamplingConfig(2, 3.0))
+    moved = {name: float((ends[name] - value).abs().max()) for name, value in before.items()}
+    assert moved.pop("class_embedding.weight") == pytest.approx(2e-2, rel=1e-2)  # Adam's first step
+    assert 0.9e-3 < max(moved.values()) < 1.1e-3
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"saliency_mask": 0.25, "barrier.lambda_interval": 0.0, "objective.name": "ga"}]
+)
+def test_a_run_and_an_evaluation_report_the_same_attacks(place, tmp_path, settings):
+    metrics, _ = place.unlearn(tmp_path / "run", **SHORT, **settings)
     assert [(entry["attack"], entry["concept"]) for entry in metrics["attacks"]] == [
         ("inversion", "boot"),
         ("relearning", "boot"),
@@ -73,7 +100,18 @@ def test_a_run_and_an_evaluation_report_the_same_attacks(place, tmp_path):
     words = [word for word in words if word not in ("--report_to", "none")]
     evaluate_script.main(parse_config(EvaluateConfig, words))
     judged = json.loads((tmp_path / "judged" / "evaluation.json").read_text())
-    assert judged["attacks"] == metrics["attacks"]
+    assert judged["attacks"] == metrics["attacks"] and set(judged["seconds_attacks"]) == set(BUDGETS)
+    for folder in (tmp_path / "run", tmp_path / "judged"):  # nothing but the weights tells the two apart
+        assert np.asarray(Image.open(folder / "attacks.png")).std() > 0
+    one, other = ((tmp_path / name / "attacks.png").read_bytes() for name in ("run", "judged"))
+    assert one == other
+
+
+def test_numbers_are_kept_if_an_attack_fails(place, tmp_path):
+    with pytest.raises(FloatingPointError, match="inversion of boot"):
+        place.unlearn(tmp_path, **SHORT, **{"evaluation.inversion.learning_rate": 1e30})
+    assert "unlearning_accuracy" in json.loads((tmp_path / "metrics.json").read_text())
+    assert (tmp_path / "manifest.json").is_file()
 
 
 def test_what_an_attack_needs(place):
@@ -81,9 +119,12 @@ def test_what_an_attack_needs(place):
         EvaluationConfig(None, attacks=["inversion"])
     with pytest.raises(ValueError, match="names one twice"):
         EvaluationConfig(attacks=["inversion", "inversion"])
-    config, pipeline = EvaluationConfig(str(place.judge)), load_pipeline(str(place.base))
-    with pytest.raises(ValueError, match="wants 9 images of boot, but split 'test' has 8"):
-        images_of(LearningBudget(num_images=9), config, LabelledDataConfig(str(place.data)), pipeline, "boot")
+    data = LabelledDataConfig(str(place.data))
+    config = EvaluationConfig(str(place.judge), attacks=["relearning"])
+    with pytest.raises(ValueError, match="wants 10 held-out images of boot in split 'test', but there are 8"):
+        attack_images(config, data, load_pipeline(str(place.base)), ["boot"])
+    with pytest.raises(ValueError, match="set concept"):
+        EvaluateConfig(pretrained_model_name_or_path="x", output_dir="y", data=data, evaluation=config)
 
 
 def test_a_label_that_was_only_renamed_comes_back(monkeypatch):
@@ -96,7 +137,8 @@ def test_a_label_that_was_only_renamed_comes_back(monkeypatch):
     config, data = EvaluationConfig(rendering="ink"), LabelledDataConfig("assets/fashion_mnist")
     judge, sampling = Judge(config, pipeline.labels), SamplingConfig(15, 3.0)
     assert not any(judge.shows(generate(pipeline, [label] * 8, sampling), label))
-    budget = LearningBudget(num_steps=100, batch_size=16, num_images=100, learning_rate=3e-2)
-    images = images_of(budget, config, data, pipeline, label)
+    budget = RowInversionConfig(num_steps=100, batch_size=16, num_images=100, learning_rate=3e-2)
+    config.attacks, config.inversion = ["inversion"], budget
+    images = attack_images(config, data, pipeline, [label])["inversion", label]
     made = attack("inversion", pipeline, label, images, budget, [label] * 8, sampling)
     assert sum(judge.shows(made, label)) >= 6

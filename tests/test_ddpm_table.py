@@ -5,13 +5,14 @@ from pathlib import Path
 
 import ddpm_table
 import pytest
-from ddpm_rows import EVERY_LABEL, LABELS, METRICS, OBJECTIVES, ONE_RATE, PROTECTIONS, ddpm
+import yaml
+from ddpm_rows import EVERY_LABEL, HIGHER, LABELS, METRICS, OBJECTIVES, ONE_RATE, PROTECTIONS, ddpm
 from erasure_table import markdown
 from rows import SHORT_LIST, Row, Table
 from running import words_of
 
 from barrier_diffusers.command_line import parse_config
-from ddpm_ext.settings import UnlearnConfig, chosen_objective
+from ddpm_ext.settings import EvaluateConfig, UnlearnConfig, chosen_objective
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,7 +34,22 @@ def test_every_row_is_a_valid_run_with_a_name_of_its_own():
         chosen_objective(config)
         assert config.protected == (row.cells["protection"] in ("penalty", "projection"))
         table_rates[row.cells["protection"]].add(config.learning_rates.get("class_embedding"))
-    assert table_rates.pop(ONE_RATE) == {None} and set.union(*table_rates.values()) == {0.02}  # a fair comparison
+    assert table_rates.pop(ONE_RATE) == table_rates.pop(HIGHER) == {None} and set.union(*table_rates.values()) == {
+        0.02
+    }  # a fair comparison
+
+
+def test_the_yardstick_is_judged_as_a_row_is_and_the_pipeline_trains_as_the_example_does():
+    row = next(row for chain in ddpm().chains for row in chain if row.name == "sneaker-rl-projection")
+    config = parse_config(UnlearnConfig, words_of(ddpm_table.CONFIG, row.flags))
+    yardstick = parse_config(EvaluateConfig, ["--config", "ddpm_ext/configs/evaluate_retrained.yaml"])
+    assert (yardstick.evaluation, yardstick.concepts) == (config.evaluation, config.concepts)
+    stage = yaml.safe_load(Path("train_scripts/configs/pipeline_fashion_ddpm.yaml").read_text())["unlearn"]
+    example = yaml.safe_load(ddpm_table.CONFIG.read_text())
+    for settings in (stage, example):
+        for name in ("output_dir", "checkpointing_steps", "evaluation"):
+            settings.pop(name, None)
+    assert stage == example
 
 
 def test_a_row_runs_and_is_not_run_again(tmp_path, monkeypatch, capsys):

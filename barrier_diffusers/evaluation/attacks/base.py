@@ -5,7 +5,7 @@ Shapes: N images, H height, W width, B batch, c latent channels, h and w latent 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -67,7 +67,7 @@ class ImageBudget(Budget):
         """The images that the attack learns from."""
         return images.select(take_evenly(range(len(images)), self.num_images, self.seed))
 
-    def require(self, images: Dataset, what: str) -> None:
+    def require(self, images: Sized, what: str) -> None:
         """A ValueError if there are fewer images than the budget names, or none."""
         wanted = self.num_images or 1
         if len(images) < wanted:
@@ -188,11 +188,12 @@ def learn(
     diffusion: Denoising,
     moments: Tensor,
     condition: Callable[[Tensor], Condition],
-    parameters: Sequence[nn.Parameter],
+    parameters: Sequence[nn.Parameter] | Sequence[dict[str, Any]],
     budget: LearningBudget,
     desc: str,
 ) -> None:
-    """Train `parameters`, and nothing else, on the denoising loss that the model itself was trained with.
+    """Train `parameters` (or groups of a torch optimizer), and nothing else, on the denoising loss that the model
+    itself was trained with.
 
     Args:
         moments: VAE posteriors (N, 2 c, h, w) of the images, or what else `diffusion.noised` takes.

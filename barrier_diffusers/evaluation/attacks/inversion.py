@@ -52,12 +52,12 @@ class InversionConfig(LearningBudget):
 
 
 class LearnedToken(nn.Module):
-    """An embedding layer that knows one token more than the layer it stands for.
+    """An embedding layer that knows one token more than the layer it stands for, or one of its tokens anew.
 
     Args:
-        layer: the text encoder's own layer, which keeps its weights.
-        token_id: the new token's.
-        vector_D: the new token's embedding at the start.
+        layer: the embedding layer it stands for, which keeps its weights.
+        token_id: the new token's, or that of the row.
+        vector_D: the token's embedding at the start.
     """
 
     def __init__(self, layer: nn.Module, token_id: int, vector_D: Tensor):
