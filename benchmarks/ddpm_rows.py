@@ -51,8 +51,7 @@ METRICS = {
     "recall": "recall_classifier",
     "trained %": "percent_trainable",
     "seconds to set up": "seconds_setup",
-    "back: inversion": "after_inversion",
-    "back: relearning": "after_relearning",
+    "after inversion": "after_inversion",
 }
 
 

@@ -6,8 +6,8 @@ Shapes: N images, C channels, S image side, H height, W width.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from barrier_diffusers.evaluation.attacks.base import LearningBudget, frozen, learn
 from barrier_diffusers.evaluation.attacks.inversion import LearnedToken
@@ -27,46 +27,37 @@ from ddpm_ext.diffusion import LABELS, LabelDiffusion, draw
 from ddpm_ext.evaluation import Judge, Questions, as_rgb
 from ddpm_ext.loading import load_rows
 from ddpm_ext.pipeline import ClassConditionalDDPMPipeline
-from ddpm_ext.settings import EvaluationConfig, FineTuningConfig, LabelledDataConfig, RowInversionConfig
+from ddpm_ext.settings import EvaluationConfig, LabelledDataConfig
 
 PICTURE_NAME = "attacks.png"
 
 
-Groups = list[dict[str, Any]]  # of a torch optimizer
-
-
 @contextmanager
-def learned_row(pipeline: ClassConditionalDDPMPipeline, label: int, budget: RowInversionConfig) -> Iterator[Groups]:
+def learned_row(pipeline: ClassConditionalDDPMPipeline, label: int) -> Iterator[list[nn.Parameter]]:
     """What concept inversion trains: a new row of the class embedding in the label's place; the table comes back."""
     unet: Any = pipeline.unet
     table = unet.class_embedding
     try:
         unet.class_embedding = learned = LearnedToken(table, label, table.weight[label])
-        yield [{"params": [learned.vector]}]
+        yield [learned.vector]
     finally:
         unet.class_embedding = table
 
 
 @contextmanager
-def every_weight(pipeline: ClassConditionalDDPMPipeline, label: int, budget: FineTuningConfig) -> Iterator[Groups]:
+def every_weight(pipeline: ClassConditionalDDPMPipeline, label: int) -> Iterator[list[nn.Parameter]]:
     """What relearning trains: all weights of the UNet; they come back."""
     weights = list(pipeline.unet.parameters())
     before = [weight.detach().clone() for weight in weights]
-    table = pipeline.unet.class_embedding.weight
-    others = [weight.requires_grad_(True) for weight in weights if weight is not table]
     try:
-        rate = budget.embedding_learning_rate
-        yield [{"params": others}, {"params": [table.requires_grad_(True)], "lr": rate}]
+        yield [weight.requires_grad_(True) for weight in weights]
     finally:
         with torch.no_grad():
             for weight, value in zip(weights, before, strict=True):
                 weight.copy_(value)
 
 
-ATTACKS: dict[str, Callable[..., AbstractContextManager[Groups]]] = {
-    "inversion": learned_row,
-    "relearning": every_weight,
-}
+ATTACKS = {"inversion": learned_row, "relearning": every_weight}
 Images = dict[tuple[str, str], Tensor]  # (attack, label) -> bytes (N, C, S, S) that it learns from
 
 
@@ -112,7 +103,7 @@ def attack(
     def condition(rows: Tensor) -> Condition:
         return {LABELS: torch.full_like(rows, number)}
 
-    with frozen(pipeline), ATTACKS[name](pipeline, number, budget) as trained:
+    with frozen(pipeline), ATTACKS[name](pipeline, number) as trained:
         learn(LabelDiffusion(pipeline), images, condition, trained, budget, f"{name} of {label}")
         return generate(pipeline, labels, sampling, desc=f"images after {name}")
 

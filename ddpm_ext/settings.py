@@ -121,11 +121,10 @@ class RowInversionConfig(LearningBudget):
 class FineTuningConfig(LearningBudget):
     """Budget of fine-tuning the whole network on a few images of the label."""
 
-    num_steps: int = 100
+    num_steps: int = 300
     batch_size: int = 10
     num_images: int | None = 10
     learning_rate: float = 1e-4
-    embedding_learning_rate: float = 2e-2  # of the class embedding, whose entries are larger than those of weights
 
 
 @dataclass

@@ -188,12 +188,11 @@ def learn(
     diffusion: Denoising,
     moments: Tensor,
     condition: Callable[[Tensor], Condition],
-    parameters: Sequence[nn.Parameter] | Sequence[dict[str, Any]],
+    parameters: Sequence[nn.Parameter],
     budget: LearningBudget,
     desc: str,
 ) -> None:
-    """Train `parameters` (or groups of a torch optimizer), and nothing else, on the denoising loss that the model
-    itself was trained with.
+    """Train `parameters`, and nothing else, on the denoising loss that the model itself was trained with.
 
     Args:
         moments: VAE posteriors (N, 2 c, h, w) of the images, or what else `diffusion.noised` takes.
