@@ -65,6 +65,8 @@ def row(label: str, objective: str, protection: str) -> Row:
         **PROTECTIONS[protection],
     }
     flags["objective.anchor"] = ANCHORS[label] if objective == "rl" else None
+    if objective != "rl":  # they throw the label's row far away: an attacker starts from its neighbour's
+        flags["evaluation.inversion.initial_label"] = ANCHORS[label]
     return Row({"label": label, "objective": objective, "protection": protection}, flags)
 
 

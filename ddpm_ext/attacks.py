@@ -6,8 +6,8 @@ Shapes: N images, C channels, S image side, H height, W width.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -27,25 +27,30 @@ from ddpm_ext.diffusion import LABELS, LabelDiffusion, draw
 from ddpm_ext.evaluation import Judge, Questions, as_rgb
 from ddpm_ext.loading import load_rows
 from ddpm_ext.pipeline import ClassConditionalDDPMPipeline
-from ddpm_ext.settings import EvaluationConfig, LabelledDataConfig
+from ddpm_ext.settings import EvaluationConfig, FineTuningConfig, LabelledDataConfig, RowInversionConfig
 
 PICTURE_NAME = "attacks.png"
 
 
 @contextmanager
-def learned_row(pipeline: ClassConditionalDDPMPipeline, label: int) -> Iterator[list[nn.Parameter]]:
+def learned_row(
+    pipeline: ClassConditionalDDPMPipeline, label: int, budget: RowInversionConfig
+) -> Iterator[list[nn.Parameter]]:
     """What concept inversion trains: a new row of the class embedding in the label's place; the table comes back."""
     unet: Any = pipeline.unet
     table = unet.class_embedding
+    start = label if budget.initial_label is None else pipeline.labels.index(budget.initial_label)
     try:
-        unet.class_embedding = learned = LearnedToken(table, label, table.weight[label])
+        unet.class_embedding = learned = LearnedToken(table, label, table.weight[start])
         yield [learned.vector]
     finally:
         unet.class_embedding = table
 
 
 @contextmanager
-def every_weight(pipeline: ClassConditionalDDPMPipeline, label: int) -> Iterator[list[nn.Parameter]]:
+def every_weight(
+    pipeline: ClassConditionalDDPMPipeline, label: int, budget: FineTuningConfig
+) -> Iterator[list[nn.Parameter]]:
     """What relearning trains: all weights of the UNet; they come back."""
     weights = list(pipeline.unet.parameters())
     before = [weight.detach().clone() for weight in weights]
@@ -57,7 +62,10 @@ def every_weight(pipeline: ClassConditionalDDPMPipeline, label: int) -> Iterator
                 weight.copy_(value)
 
 
-ATTACKS = {"inversion": learned_row, "relearning": every_weight}
+ATTACKS: dict[str, Callable[..., AbstractContextManager[list[nn.Parameter]]]] = {
+    "inversion": learned_row,
+    "relearning": every_weight,
+}
 Images = dict[tuple[str, str], Tensor]  # (attack, label) -> bytes (N, C, S, S) that it learns from
 
 
@@ -70,8 +78,13 @@ def attack_images(
     """What the chosen attacks learn from, of the evaluation split; call it before any long work.
 
     Raises:
-        ValueError: a label with fewer images than an attack wants.
+        ValueError: a label with fewer images than an attack wants, or a new row that is to start as no label's.
     """
+    start = config.inversion.initial_label
+    if start is not None and start not in pipeline.labels:
+        raise ValueError(
+            f"inversion.initial_label {start!r} is no label of the pipeline: {', '.join(pipeline.labels)}"
+        )
     found: Images = {}
     if config.attacks:
         rows = load_rows(data, pipeline, config.split)
@@ -103,7 +116,7 @@ def attack(
     def condition(rows: Tensor) -> Condition:
         return {LABELS: torch.full_like(rows, number)}
 
-    with frozen(pipeline), ATTACKS[name](pipeline, number) as trained:
+    with frozen(pipeline), ATTACKS[name](pipeline, number, budget) as trained:
         learn(LabelDiffusion(pipeline), images, condition, trained, budget, f"{name} of {label}")
         return generate(pipeline, labels, sampling, desc=f"images after {name}")
 

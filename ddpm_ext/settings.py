@@ -115,6 +115,7 @@ class RowInversionConfig(LearningBudget):
 
     num_steps: int = 200
     learning_rate: float = 2e-2
+    initial_label: str | None = None  # the new row starts as this label's; None: as that of the forgotten one
 
 
 @dataclass

@@ -13,6 +13,7 @@ from PIL import Image
 from barrier_diffusers.command_line import parse_config
 from barrier_diffusers.generation import SamplingConfig, generate
 from barrier_diffusers.training import module_hash
+from ddpm_ext import attacks
 from ddpm_ext import evaluate as evaluate_script
 from ddpm_ext.attacks import attack, attack_images
 from ddpm_ext.evaluation import Judge
@@ -60,6 +61,23 @@ def test_a_learned_row_changes_its_label_alone(place):
     row, network = RowInversionConfig(num_steps=3, learning_rate=0.1), FineTuningConfig(num_steps=3, learning_rate=0.1)
     assert np.array_equal(attack("inversion", pipeline, "boot", images, row, asked, sampling), others)
     assert not np.array_equal(attack("relearning", pipeline, "boot", images, network, asked, sampling), others)
+
+
+def test_a_row_starts_where_it_is_told_to(place, monkeypatch):
+    pipeline, rows = load_pipeline(str(place.base)), {}
+
+    def see(diffusion, images, condition, parameters, *_):
+        rows[len(rows)] = parameters[0].detach().clone()
+
+    monkeypatch.setattr(attacks, "learn", see)
+    table, images = pipeline.unet.class_embedding.weight, torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+    for budget in (RowInversionConfig(), RowInversionConfig(initial_label="coat")):
+        attack("inversion", pipeline, "boot", images, budget, ["boot"], SamplingConfig(1, 1.0))
+    assert torch.equal(rows[0], table[1]) and torch.equal(rows[1], table[2])
+    config = EvaluationConfig(str(place.judge), attacks=["inversion"])
+    config.inversion.initial_label = "shoe"
+    with pytest.raises(ValueError, match="initial_label 'shoe' is no label of the pipeline: bag, boot, coat"):
+        attack_images(config, LabelledDataConfig(str(place.data)), pipeline, ["boot"])
 
 
 @pytest.mark.parametrize(
