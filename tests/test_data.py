@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from PIL import Image
 
 from barrier_diffusers.architectures import Diffusion
@@ -24,7 +24,8 @@ from barrier_diffusers.data import (
 from barrier_diffusers.hub import load_pipeline
 from barrier_diffusers.noising import sample_latents
 
-FASHION = Path(__file__).resolve().parent.parent / "assets" / "fashion_sd"
+ROOT = Path(__file__).resolve().parent.parent
+FASHION = ROOT / "assets" / "fashion_sd"
 
 
 @pytest.fixture
@@ -184,3 +185,17 @@ def test_concept_config_contradictions(tmp_path):
 
 def test_cycle():
     assert cycle(["a", "b"], 5) == ["a", "b", "a", "b", "a"] and cycle([], 3) == []
+
+
+def test_the_recipe_writes_the_embedded_image_folder_as_it_is(tmp_path, monkeypatch):
+    """Else a user who makes the training data anew finds the assets changed."""
+    monkeypatch.syspath_prepend(ROOT / "train_scripts")
+    from prepare_fashion_mnist import export_images
+
+    source = ROOT / "assets" / "fashion_images" / "test"
+    rows = load_dataset("imagefolder", data_dir=str(source), split="train")
+    assert export_images(rows, tmp_path / "test", len(rows)) == 600
+    assert sorted(path.name for path in (tmp_path / "test").iterdir()) == sorted(
+        path.name for path in source.iterdir()
+    )
+    assert (tmp_path / "test" / "metadata.csv").read_bytes() == (source / "metadata.csv").read_bytes()

@@ -119,7 +119,8 @@ def build_split(config: PrepareConfig, split: str) -> Dataset:
 
 
 def export_images(dataset: Dataset, folder: Path, per_caption: int) -> int:
-    """The first `per_caption` pictures of every caption as an image folder; returns how many that is."""
+    """The first `per_caption` pictures of every caption as an image folder with metadata.csv; returns how many that
+    is."""
     seen: dict[str, int] = {}
     chosen = []
     for index, text in enumerate(dataset["text"]):
@@ -130,6 +131,9 @@ def export_images(dataset: Dataset, folder: Path, per_caption: int) -> int:
     images = np.stack([np.asarray(image) for image in rows["image"]])
     shutil.rmtree(folder, ignore_errors=True)
     write_image_folder(folder, images, {name: list(rows[name]) for name in ("text", "class", "colour", "style")})
+    lines = folder / "metadata.jsonl"
+    Dataset.from_json(str(lines)).to_csv(folder / "metadata.csv", lineterminator="\r\n")  # as RFC 4180 has it
+    lines.unlink()
     return len(rows)
 
 
