@@ -25,8 +25,12 @@ PROTECTIONS: dict[str, dict[str, Any]] = {
     "projection": {},
     ONE_RATE: {**BARE, "learning_rates": {}, "max_train_steps": 60},
     HIGHER: {**BARE, "learning_rates": {}, "learning_rate": 1e-4},
-    "penalty": {**NO_PROJECTION, "barrier.use_actual_bounds": True, "barrier.lambda_interval": 0.1}
-    | {"learning_rate": 1e-4},
+    "penalty": {
+        **NO_PROJECTION,
+        "barrier.use_actual_bounds": True,
+        "barrier.lambda_interval": 0.1,
+        "learning_rate": 1e-4,
+    },
     MASKED: {**BARE, "saliency_mask": 0.5},
 }
 EVERY_LABEL = ("none", "projection")  # the protections that are tried on all ten
@@ -34,8 +38,12 @@ EVERY_LABEL = ("none", "projection")  # the protections that are tried on all te
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "rl": {},
     "kl": {"max_train_steps": 60},
-    "esd": {"max_train_steps": 100, "max_forget_images": 160, "max_retain_images": 180}
-    | {"objective.num_inference_steps": 10},
+    "esd": {
+        "max_train_steps": 100,
+        "max_forget_images": 160,
+        "max_retain_images": 180,
+        "objective.num_inference_steps": 10,
+    },
     "ga": {"max_train_steps": 60},
 }
 

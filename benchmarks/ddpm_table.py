@@ -61,11 +61,10 @@ def numbers_of(metrics: dict[str, Any]) -> dict[str, Any]:
     after = metrics["retained_after"]
     kept |= {key: value for key, value in after.items() if key != "details"}
     kept |= {f"{key}_before": value for key, value in metrics["retained_before"].items() if key != "details"}
+    kept |= {f"after_{entry['attack']}": entry["post_attack"]["value"] for entry in metrics["attacks"]}
     intervals = {key: metrics["details"][key] for key in KEPT}
     per_label = {key: value for key, value in metrics.items() if key.startswith("per_class")}
-    facts = {key: metrics[key] for key in ("drift", "seeds", "sampling", "judge")}
-    kept |= {f"after_{entry['attack']}": entry["post_attack"]["value"] for entry in metrics["attacks"]}
-    facts["attacks"] = metrics["attacks"]
+    facts = {key: metrics[key] for key in ("drift", "seeds", "sampling", "judge", "attacks")}
     return {**kept, **per_label, **facts, "intervals": intervals, "fidelity": after["details"]}
 
 

@@ -21,6 +21,7 @@ from barrier_diffusers.evaluation.attacks.base import LearningBudget, frozen, le
 from barrier_diffusers.evaluation.attacks.inversion import LearnedToken
 from barrier_diffusers.evaluation.post_attack import outcome, rows_of
 from barrier_diffusers.evaluation.report import attacks_picture, print_attacks
+from barrier_diffusers.evaluation.subject import PICTURE_NAME
 from barrier_diffusers.generation import SamplingConfig, generate
 from barrier_diffusers.objectives.base import Condition
 from ddpm_ext.diffusion import LABELS, LabelDiffusion, draw
@@ -28,8 +29,6 @@ from ddpm_ext.evaluation import Judge, Questions, as_rgb
 from ddpm_ext.loading import load_rows
 from ddpm_ext.pipeline import ClassConditionalDDPMPipeline
 from ddpm_ext.settings import EvaluationConfig, FineTuningConfig, LabelledDataConfig, RowInversionConfig
-
-PICTURE_NAME = "attacks.png"
 
 
 @contextmanager

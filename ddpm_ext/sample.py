@@ -15,9 +15,10 @@ from PIL import Image
 from barrier_diffusers.command_line import run_script
 from barrier_diffusers.config import require_positive
 from barrier_diffusers.files import file_names, written_whole
-from barrier_diffusers.generation import SamplingConfig, generate
+from barrier_diffusers.generation import generate
 from barrier_diffusers.training import claim_output_dir
 from ddpm_ext.loading import load_pipeline
+from ddpm_ext.settings import LabelSamplingConfig
 
 SCHEDULERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
 
@@ -32,7 +33,7 @@ class SampleConfig:
     images_per_label: int = 8
     scheduler: Literal["own", "ddim", "ddpm"] = "own"  # own: the pipeline's; the noise schedule is its own in any case
     overwrite_output_dir: bool = False
-    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(25, 3.0))
+    sampling: LabelSamplingConfig = field(default_factory=LabelSamplingConfig)
 
     def __post_init__(self) -> None:
         require_positive(self, ("images_per_label",))

@@ -129,13 +129,12 @@ def run_attacks(
     for name, budget in budgets.items():
         start = time.perf_counter()
         for entry in forgotten:
-            attempt = get_attack(name).run(pipeline, entry, budget)
-            images[f"{name}: {entry.concept}"] = attempt.images_NHWC
-            concept, made = entry.concept, attempt.images_NHWC
+            attempt, concept = get_attack(name).run(pipeline, entry, budget), entry.concept
+            images[f"{name}: {concept}"] = made = attempt.images_NHWC
             shown = (judge.shows(plain[concept], concept), judge.shows(made, concept))
             results.append(
                 {
-                    **outcome(name, entry.concept, shown, budget, attempt.num_training_images),
+                    **outcome(name, concept, shown, budget, attempt.num_training_images),
                     "prompts": list(dict.fromkeys(attempt.prompts)),
                     **attempt.found,
                 }
