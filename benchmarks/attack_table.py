@@ -23,10 +23,10 @@ from rows import KEYS_AND_VALUES, Row, objective_row
 from running import logged, words_of
 from tqdm.auto import tqdm
 
-from barrier_diffusers.command_line import parse_config, run_script
 from barrier_diffusers.evaluation.settings import EvaluateConfig
-from barrier_diffusers.files import write_json
-from barrier_diffusers.training import METRICS_NAME
+from barrier_diffusers.utils.command_line import parse_config, run_script
+from barrier_diffusers.utils.files import write_json
+from barrier_diffusers.utils.run_records import METRICS_NAME
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "train_scripts"))
 

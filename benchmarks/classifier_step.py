@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from measure import BenchmarkConfig, interleaved, report, synchronise
 
 from barrier_diffusers import Barrier, BarrierConfig
-from barrier_diffusers.command_line import run_script
-from barrier_diffusers.training import freeze_normalisation
+from barrier_diffusers.training.steps import freeze_normalisation
+from barrier_diffusers.utils.command_line import run_script
 from classification_ext.methods.rl import other_labels
 from classification_ext.models import build_classifier
 from classification_ext.unlearn import run_batch

@@ -23,8 +23,8 @@ from classifier_rows import CLASSES, METHODS, ORIGINAL, RANDOM, REFERENCE, SEEDS
 from pages import into_page
 from running import logged, require_all, run_rows, words_of
 
-from barrier_diffusers.command_line import parse_config, run_script
-from barrier_diffusers.files import write_json
+from barrier_diffusers.utils.command_line import parse_config, run_script
+from barrier_diffusers.utils.files import write_json
 from classification_ext import evaluate, unlearn
 from classification_ext.metrics import HEADLINE, SHORT, gap
 from classification_ext.settings import EvaluateConfig, UnlearnConfig

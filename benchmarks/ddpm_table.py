@@ -23,7 +23,7 @@ from erasure_table import markdown, write
 from rows import Row
 from running import logged, require_all, run_rows, words_of
 
-from barrier_diffusers.command_line import parse_config, run_script
+from barrier_diffusers.utils.command_line import parse_config, run_script
 from ddpm_ext.settings import UnlearnConfig
 from ddpm_ext.unlearn import main
 

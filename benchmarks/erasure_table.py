@@ -23,9 +23,9 @@ from pages import into_page
 from rows import TABLES, Row, Table
 from running import logged, require_all, run_rows, words_of
 
-from barrier_diffusers.command_line import parse_config, run_script
-from barrier_diffusers.files import write_json
-from barrier_diffusers.settings import UnlearnConfig
+from barrier_diffusers.utils.command_line import parse_config, run_script
+from barrier_diffusers.utils.files import write_json
+from barrier_diffusers.workflow.settings import UnlearnConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "train_scripts"))
 

@@ -23,9 +23,9 @@ from naive import NaiveBarrier, fit, record
 from torch import nn
 
 from barrier_diffusers import Barrier, BarrierConfig
-from barrier_diffusers.command_line import run_script
-from barrier_diffusers.groups import MapGroup
-from barrier_diffusers.region import ForgetRegion
+from barrier_diffusers.protection.map_groups import MapGroup
+from barrier_diffusers.protection.region import ForgetRegion
+from barrier_diffusers.utils.command_line import run_script
 
 LARGEST_DIFFERENCE = 1e-3  # relative, between the two implementations' losses: float32 sums and streamed percentiles
 

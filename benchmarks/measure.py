@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from pages import into_page
 
-from barrier_diffusers.files import write_json
+from barrier_diffusers.utils.files import write_json
 
 
 @dataclass(kw_only=True)

@@ -22,7 +22,7 @@ from models import TARGETS, Batch, build_unet, forward, make_batches, reduced_di
 from torch import nn
 
 from barrier_diffusers import Barrier, BarrierConfig
-from barrier_diffusers.command_line import run_script
+from barrier_diffusers.utils.command_line import run_script
 
 
 @dataclass(kw_only=True)

@@ -20,8 +20,8 @@ from naive import NaiveBarrier, random_label_step
 from torch import nn
 
 from barrier_diffusers import Barrier, BarrierConfig
-from barrier_diffusers.command_line import run_script
 from barrier_diffusers.objectives import DiffusionStep, get_objective
+from barrier_diffusers.utils.command_line import run_script
 
 CASES = ("off", "on", "baseline", "baseline with retain side")
 

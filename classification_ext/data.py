@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from barrier_diffusers.labelled import LabelledImages, as_pixels, load_labelled
+from barrier_diffusers.data.labelled_images import LabelledImages, as_pixels, load_labelled
 from classification_ext.settings import DataConfig, ForgetConfig
 
 Batch = dict[str, Tensor]  # images (B, C, H, W) in bytes, labels (B,)

@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from barrier_diffusers.evaluation.accuracy import share
-from barrier_diffusers.training import METRICS_NAME
+from barrier_diffusers.utils.run_records import METRICS_NAME
 from classification_ext.data import Splits
 from classification_ext.metrics import (
     HEADLINE,
@@ -28,11 +28,11 @@ from classification_ext.metrics import (
     predict,
 )
 from classification_ext.models import load_classifier
-from classification_ext.settings import EvaluationConfig
+from classification_ext.settings import ClassifierEvaluationConfig
 
 
 def evaluate(
-    model: nn.Module, splits: Splits, config: EvaluationConfig, seed: int, device: torch.device | str = "cpu"
+    model: nn.Module, splits: Splits, config: ClassifierEvaluationConfig, seed: int, device: torch.device | str = "cpu"
 ) -> dict[str, Any]:
     """UA, RA, TA, MIA in percent, the likelihood-ratio attack with shadow models, the gap with a retrained one.
 
@@ -63,7 +63,7 @@ def evaluate(
 
 
 def against_shadows(
-    logits: Mapping[str, torch.Tensor], splits: Splits, config: EvaluationConfig, device: torch.device | str
+    logits: Mapping[str, torch.Tensor], splits: Splits, config: ClassifierEvaluationConfig, device: torch.device | str
 ) -> dict[str, float]:
     """The likelihood-ratio attack: forget images against test images of the same labels."""
     names = ("forget", "forget_test")

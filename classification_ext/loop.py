@@ -10,11 +10,10 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from barrier_diffusers.barrier import Barrier
-from barrier_diffusers.checkpoints import Checkpoints
-from barrier_diffusers.loop import train
-from barrier_diffusers.runs import open_run, schedule_of
-from barrier_diffusers.training import History
+from barrier_diffusers.protection.barrier import Barrier
+from barrier_diffusers.training.checkpoints import Checkpoints
+from barrier_diffusers.training.loop import History, train
+from barrier_diffusers.training.runs import open_run, schedule_of
 from classification_ext.settings import LoopConfig
 
 ONE_CYCLE = "one_cycle"  # torch's: up for a fifth of the steps, then down to nothing

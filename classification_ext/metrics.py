@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.svm import SVC
 from torch import Tensor, nn
 
-from barrier_diffusers.labelled import LabelledImages
+from barrier_diffusers.data.labelled_images import LabelledImages
 from classification_ext.data import in_order, pixels_of
 
 HEADLINE = ("unlearning_accuracy", "retain_accuracy", "test_accuracy", "mia")  # UA, RA, TA, MIA

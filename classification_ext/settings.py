@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from barrier_diffusers.config import BarrierConfig, Protecting, as_list, require_positive
+from barrier_diffusers.protection.config import BarrierConfig
+from barrier_diffusers.training.run_config import Protecting
+from barrier_diffusers.utils.checks import as_list, require_positive
 
 
 @dataclass(kw_only=True)
@@ -86,7 +88,7 @@ class Recipe:
 
 
 @dataclass(kw_only=True)
-class EvaluationConfig:
+class ClassifierEvaluationConfig:
     """What is measured."""
 
     eval_batch_size: int = 500
@@ -150,7 +152,7 @@ class UnlearnConfig(LoopConfig, ForgetConfig, DataConfig, Protecting):
     method: MethodConfig = field(default_factory=MethodConfig)
     barrier: BarrierConfig = field(default_factory=lambda: BarrierConfig(targets=["Conv2d1x1", "fc"]))
     recipe: Recipe = field(default_factory=Recipe)  # of method retrain
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    evaluation: ClassifierEvaluationConfig = field(default_factory=ClassifierEvaluationConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -173,7 +175,7 @@ class EvaluateConfig(ForgetConfig, DataConfig):
     output_dir: str
     overwrite_output_dir: bool = False
     seed: int = 0  # which samples the membership attack draws
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    evaluation: ClassifierEvaluationConfig = field(default_factory=ClassifierEvaluationConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from accelerate import Accelerator
 from torch.nn import functional as F
 
-from barrier_diffusers.labelled import LabelledImages
-from barrier_diffusers.training import endless
+from barrier_diffusers.data.labelled_images import LabelledImages
+from barrier_diffusers.training.loop import endless
 from classification_ext.data import augment, pixels_of, shuffled
 from classification_ext.loop import Loop
 from classification_ext.models import AnyClassifier

@@ -11,16 +11,11 @@ from typing import Any
 
 import torch
 
-from barrier_diffusers.command_line import run_script
 from barrier_diffusers.evaluation.accuracy import share
 from barrier_diffusers.evaluation.report import loss_curves
-from barrier_diffusers.files import write_json
-from barrier_diffusers.training import (
-    MANIFEST_NAME,
-    METRICS_NAME,
-    manifest,
-    module_hash,
-)
+from barrier_diffusers.utils.command_line import run_script
+from barrier_diffusers.utils.files import write_json
+from barrier_diffusers.utils.run_records import MANIFEST_NAME, METRICS_NAME, manifest, module_hash
 from classification_ext.data import load_split, make_splits
 from classification_ext.loop import open_seeded_run
 from classification_ext.metrics import correct, predict

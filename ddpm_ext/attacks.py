@@ -22,13 +22,13 @@ from barrier_diffusers.evaluation.attacks.inversion import LearnedToken
 from barrier_diffusers.evaluation.post_attack import outcome, rows_of
 from barrier_diffusers.evaluation.report import attacks_picture, print_attacks
 from barrier_diffusers.evaluation.subject import PICTURE_NAME
-from barrier_diffusers.generation import SamplingConfig, generate
+from barrier_diffusers.models.generation import SamplingConfig, generate
 from barrier_diffusers.objectives.base import Condition
-from ddpm_ext.diffusion import LABELS, LabelDiffusion, draw
+from ddpm_ext.diffusion import LABELS, LabelDenoiser, draw
 from ddpm_ext.evaluation import Judge, Questions, as_rgb
 from ddpm_ext.loading import load_rows
 from ddpm_ext.pipeline import ClassConditionalDDPMPipeline
-from ddpm_ext.settings import EvaluationConfig, FineTuningConfig, LabelledDataConfig, RowInversionConfig
+from ddpm_ext.settings import FineTuningConfig, LabelEvaluationConfig, LabelledDataConfig, RowInversionConfig
 
 
 @contextmanager
@@ -69,7 +69,7 @@ Images = dict[tuple[str, str], Tensor]  # (attack, label) -> bytes (N, C, S, S) 
 
 
 def attack_images(
-    config: EvaluationConfig,
+    config: LabelEvaluationConfig,
     data: LabelledDataConfig,
     pipeline: ClassConditionalDDPMPipeline,
     forgotten: Sequence[str],
@@ -116,13 +116,13 @@ def attack(
         return {LABELS: torch.full_like(rows, number)}
 
     with frozen(pipeline), ATTACKS[name](pipeline, number, budget) as trained:
-        learn(LabelDiffusion(pipeline), images, condition, trained, budget, f"{name} of {label}")
+        learn(LabelDenoiser(pipeline), images, condition, trained, budget, f"{name} of {label}")
         return generate(pipeline, labels, sampling, desc=f"images after {name}")
 
 
 def run_attacks(
     pipeline: ClassConditionalDDPMPipeline,
-    config: EvaluationConfig,
+    config: LabelEvaluationConfig,
     images: Images,
     judge: Judge,
     questions: Questions,

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from barrier_diffusers.architectures import Facts
-from barrier_diffusers.labelled import LabelledImages, as_pixels
-from barrier_diffusers.noising import DiffusionNoising, Noised, Noising
+from barrier_diffusers.data.labelled_images import LabelledImages, as_pixels
+from barrier_diffusers.models.architectures import CallContext
+from barrier_diffusers.models.noising import DiffusionNoising, Noised, Noising
 from barrier_diffusers.objectives.base import Condition
 from ddpm_ext.pipeline import ClassConditionalDDPMPipeline
 
 LABELS = "class_labels"  # the condition of a sample: the row of the class embedding
 
 
-class LabelDiffusion:
-    """`barrier_diffusers.denoising.Denoising` for a UNet2DModel: its condition is a label's number.
+class LabelDenoiser:
+    """`barrier_diffusers.models.denoiser.Denoiser` for a UNet2DModel: its condition is a label's number.
 
     Raises:
         ValueError: a prediction type other than epsilon and velocity.
@@ -31,14 +31,14 @@ class LabelDiffusion:
 
     def __init__(self, pipeline: ClassConditionalDDPMPipeline):
         self.pipeline = pipeline
-        self.denoiser: Any = pipeline.unet
-        self.facts = Facts(vae_scale_factor=pipeline.config.patch_size, guidance=None)
+        self.network: Any = pipeline.unet
+        self.facts = CallContext(vae_scale_factor=pipeline.config.patch_size, guidance=None)
         self.noising: Noising = DiffusionNoising(pipeline.scheduler, 1)
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(c, h, w) of what the UNet sees of square images."""
         side = resolution // self.pipeline.config.patch_size
-        return self.denoiser.config.in_channels, side, side
+        return self.network.config.in_channels, side, side
 
     def noised(self, moments: Tensor, generator: torch.Generator | None = None) -> Noised:
         """Noise and timesteps for images in bytes (B, C, S, S)."""

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import torch
 
-from barrier_diffusers.command_line import run_script
-from barrier_diffusers.data import fingerprint
 from barrier_diffusers.evaluation.erasure import generate_cached
 from barrier_diffusers.evaluation.report import image_rows, print_metrics
-from barrier_diffusers.files import write_json
-from barrier_diffusers.generation import generate
-from barrier_diffusers.training import claim_output_dir, module_hashes
+from barrier_diffusers.models.generation import generate
+from barrier_diffusers.models.loading import module_hashes
+from barrier_diffusers.utils.command_line import run_script
+from barrier_diffusers.utils.files import write_json
+from barrier_diffusers.utils.run_records import claim_output_dir, fingerprint
 from ddpm_ext.attacks import attack_images, run_attacks
 from ddpm_ext.evaluation import Judge, as_rgb, evaluate, make_questions, real_images
 from ddpm_ext.loading import load_pipeline

@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from barrier_diffusers.data.images import ByteImages
 from barrier_diffusers.evaluation.accuracy import erasure_metrics, isin, share
 from barrier_diffusers.evaluation.extractors import Extractor, get_extractor
 from barrier_diffusers.evaluation.fidelity import FidelityConfig, compare_features, reference_features
-from barrier_diffusers.evaluation.images import ByteImages
 from barrier_diffusers.evaluation.manifold import entropy, inception_score, precision_recall
 from ddpm_ext.loading import load_rows
 from ddpm_ext.pipeline import ClassConditionalDDPMPipeline
-from ddpm_ext.settings import EvaluationConfig, LabelledDataConfig
+from ddpm_ext.settings import LabelEvaluationConfig, LabelledDataConfig
 
 
 def as_rgb(images_NHWC: np.ndarray) -> np.ndarray:
@@ -37,7 +37,7 @@ class Judge:
         ValueError: no such classifier, or it does not know every label.
     """
 
-    def __init__(self, config: EvaluationConfig, labels: Sequence[str]):
+    def __init__(self, config: LabelEvaluationConfig, labels: Sequence[str]):
         assert config.judge is not None
         self.config = config
         self.extractor: Extractor = get_extractor(f"classifier={config.judge}")
@@ -86,7 +86,7 @@ class Questions:
     forgotten: list[str]
 
 
-def make_questions(config: EvaluationConfig, labels: Sequence[str], forgotten: Sequence[str]) -> Questions:
+def make_questions(config: LabelEvaluationConfig, labels: Sequence[str], forgotten: Sequence[str]) -> Questions:
     """So many images of each label, the forgotten ones first.
 
     Raises:
@@ -102,7 +102,7 @@ def make_questions(config: EvaluationConfig, labels: Sequence[str], forgotten: S
 
 
 def real_images(
-    config: EvaluationConfig,
+    config: LabelEvaluationConfig,
     data: LabelledDataConfig,
     pipeline: ClassConditionalDDPMPipeline,
     forgotten: Sequence[str],

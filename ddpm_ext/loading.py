@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from barrier_diffusers.labelled import LabelledImages, load_labelled
+from barrier_diffusers.data.labelled_images import LabelledImages, load_labelled
 from ddpm_ext.pipeline import ClassConditionalDDPMPipeline
 from ddpm_ext.settings import LabelledDataConfig
 

@@ -12,11 +12,11 @@ from typing import Literal
 from diffusers import DDIMScheduler, DDPMScheduler
 from PIL import Image
 
-from barrier_diffusers.command_line import run_script
-from barrier_diffusers.config import require_positive
-from barrier_diffusers.files import file_names, written_whole
-from barrier_diffusers.generation import generate
-from barrier_diffusers.training import claim_output_dir
+from barrier_diffusers.models.generation import generate
+from barrier_diffusers.utils.checks import require_positive
+from barrier_diffusers.utils.command_line import run_script
+from barrier_diffusers.utils.files import file_names, written_whole
+from barrier_diffusers.utils.run_records import claim_output_dir
 from ddpm_ext.loading import load_pipeline
 from ddpm_ext.settings import LabelSamplingConfig
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from barrier_diffusers.config import RUN_COUNTS, BarrierConfig, Retaining, as_list, require_positive
 from barrier_diffusers.evaluation.attacks.base import LearningBudget
-from barrier_diffusers.generation import SamplingConfig
+from barrier_diffusers.models.generation import SamplingConfig
 from barrier_diffusers.objectives import Objective, ObjectiveConfig, load_objective
+from barrier_diffusers.protection.config import BarrierConfig
+from barrier_diffusers.training.run_config import Retaining
+from barrier_diffusers.utils.checks import RUN_COUNTS, as_list, require_positive
 
 
 def require_share(config: object, name: str) -> None:
@@ -136,7 +138,7 @@ class LabelSamplingConfig(SamplingConfig):
 
 
 @dataclass
-class EvaluationConfig:
+class LabelEvaluationConfig:
     """Which images are judged, and by whom."""
 
     judge: str | None = "assets/fashion_classifier"  # folder of an AttributeClassifier; null: nothing is judged
@@ -179,7 +181,7 @@ class EvaluateConfig:
     concept: str | list[str] = field(default_factory=list)  # labels it was made to forget; none: accuracy of all
     base_model: str | None = None  # the pipeline before it was unlearned, for the "before" columns
     overwrite_output_dir: bool = False
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    evaluation: LabelEvaluationConfig = field(default_factory=LabelEvaluationConfig)
 
     def __post_init__(self) -> None:
         if self.evaluation.judge is None:
@@ -227,7 +229,7 @@ class UnlearnConfig(Retaining):
     resume_from_checkpoint: str | None = None  # a checkpoint's name, or latest
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     barrier: BarrierConfig = field(default_factory=lambda: BarrierConfig(targets=list(TARGETS)))
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    evaluation: LabelEvaluationConfig = field(default_factory=LabelEvaluationConfig)
 
     def __post_init__(self) -> None:
         require_positive(self, (*RUN_COUNTS, "max_forget_images", "max_retain_images"))

@@ -19,21 +19,16 @@ from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from barrier_diffusers.checkpoints import Checkpoints
-from barrier_diffusers.command_line import run_script
+from barrier_diffusers.data.labelled_images import LabelledImages, as_pixels, load_labelled
 from barrier_diffusers.evaluation.report import loss_curves
-from barrier_diffusers.files import write_json
-from barrier_diffusers.labelled import LabelledImages, as_pixels, load_labelled
-from barrier_diffusers.loop import train
-from barrier_diffusers.runs import open_run, schedule_of
-from barrier_diffusers.scratch import Averages
-from barrier_diffusers.training import (
-    MANIFEST_NAME,
-    History,
-    endless,
-    manifest,
-    module_hashes,
-)
+from barrier_diffusers.models.loading import module_hashes
+from barrier_diffusers.training.checkpoints import Checkpoints
+from barrier_diffusers.training.loop import History, endless, train
+from barrier_diffusers.training.runs import open_run, schedule_of
+from barrier_diffusers.training.scratch import Averages
+from barrier_diffusers.utils.command_line import run_script
+from barrier_diffusers.utils.files import write_json
+from barrier_diffusers.utils.run_records import MANIFEST_NAME, manifest
 from ddpm_ext.pipeline import ClassConditionalDDPMPipeline
 from ddpm_ext.settings import TrainConfig
 

@@ -18,27 +18,22 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from barrier_diffusers import Barrier
-from barrier_diffusers.checkpoints import Checkpoints
-from barrier_diffusers.command_line import run_script
-from barrier_diffusers.data import fingerprint
 from barrier_diffusers.evaluation.erasure import generate_cached
 from barrier_diffusers.evaluation.html import REPORT_NAME, write_report
 from barrier_diffusers.evaluation.report import before_after_grid, loss_curves, print_metrics, strip
-from barrier_diffusers.files import write_json
-from barrier_diffusers.generation import generate
+from barrier_diffusers.models.generation import generate
+from barrier_diffusers.models.loading import module_hashes
 from barrier_diffusers.objectives import Objective
-from barrier_diffusers.preparation import rates_of_maps
-from barrier_diffusers.runs import open_run
-from barrier_diffusers.targets import Snapshots, snapshot_of
-from barrier_diffusers.training import (
-    MANIFEST_NAME,
-    METRICS_NAME,
-    manifest,
-    module_hashes,
-)
-from barrier_diffusers.unlearning import unlearn
+from barrier_diffusers.protection.targets import Snapshots, snapshot_of
+from barrier_diffusers.training.checkpoints import Checkpoints
+from barrier_diffusers.training.preparation import rates_of_maps
+from barrier_diffusers.training.runs import open_run
+from barrier_diffusers.training.unlearn import unlearn
+from barrier_diffusers.utils.command_line import run_script
+from barrier_diffusers.utils.files import write_json
+from barrier_diffusers.utils.run_records import MANIFEST_NAME, METRICS_NAME, fingerprint, manifest
 from ddpm_ext.attacks import Images, attack_images, run_attacks
-from ddpm_ext.diffusion import LabelDiffusion, LabelRows, UnlearningRows, draw
+from ddpm_ext.diffusion import LabelDenoiser, LabelRows, UnlearningRows, draw
 from ddpm_ext.evaluation import Judge, Questions, as_rgb, evaluate, make_questions, real_images
 from ddpm_ext.loading import load_pipeline, load_rows
 from ddpm_ext.pipeline import ClassConditionalDDPMPipeline
@@ -162,7 +157,7 @@ def main(config: UnlearnConfig) -> None:
     checkpoint = checkpoints.find(config.resume_from_checkpoint)
     set_seed(config.seed)
     pipeline = load_pipeline(config.pretrained_model_name_or_path).to(device)
-    unet, diffusion = pipeline.unet, LabelDiffusion(pipeline)
+    unet, denoiser = pipeline.unet, LabelDenoiser(pipeline)
     hashes = module_hashes(pipeline)
     questions = make_questions(config.evaluation, pipeline.labels, config.concepts)
     judge = Judge(config.evaluation, pipeline.labels) if config.evaluation.judge else None
@@ -191,7 +186,7 @@ def main(config: UnlearnConfig) -> None:
         config,
         objective,
         barrier,
-        diffusion,
+        denoiser,
         rows,
         checkpoints,
         checkpoint,

@@ -14,11 +14,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {  # page of docs/settings -> script -> (module with its settings, class)
-    "unlearn": {"train_scripts/unlearn_sd.py": ("barrier_diffusers/settings.py", "UnlearnConfig")},
+    "unlearn": {"train_scripts/unlearn_sd.py": ("barrier_diffusers/workflow/settings.py", "UnlearnConfig")},
     "evaluate": {"train_scripts/evaluate_sd.py": ("barrier_diffusers/evaluation/settings.py", "EvaluateConfig")},
     "pipelines": {
-        "train_scripts/run_pipeline.py": ("barrier_diffusers/pipelines.py", "PipelineConfig"),
-        "train_scripts/sweep.py": ("barrier_diffusers/sweeps.py", "SweepConfig"),
+        "train_scripts/run_pipeline.py": ("barrier_diffusers/workflow/workflow.py", "PipelineConfig"),
+        "train_scripts/sweep.py": ("barrier_diffusers/workflow/sweeps.py", "SweepConfig"),
     },
     "classifiers": {
         "classification_ext/train.py": ("classification_ext/settings.py", "TrainConfig"),
@@ -35,30 +35,7 @@ SETTINGS = {  # page of docs/settings -> script -> (module with its settings, cl
         "train_scripts/train_classifier.py": ("train_scripts/train_classifier.py", "ClassifierConfig"),
     },
 }
-METHOD = (
-    "barrier",
-    "blocks",
-    "certificate",
-    "config",
-    "drift",
-    "fitting",
-    "loss",
-    "order_statistics",
-    "projection",
-    "recorder",
-    "region",
-)
-METHOD += ("reference", "retain_inputs", "saliency", "statistics", "targets")
-PIPELINES = ("kinds", "pipelines", "processes", "stages", "sweep_file", "sweep_report", "sweeps", "tracking")
-PAGES = {  # page of docs/api -> folders of modules
-    "method": ("barrier_diffusers",),
-    "training": ("barrier_diffusers",),
-    "pipelines": ("barrier_diffusers",),
-    "objectives": ("barrier_diffusers/objectives",),
-    "evaluation": ("barrier_diffusers/evaluation",),
-    "attacks": ("barrier_diffusers/evaluation/attacks",),
-    "extensions": ("classification_ext", "classification_ext/methods", "ddpm_ext"),
-}
+EXTENSIONS = ("classification_ext", "ddpm_ext")  # one page for both
 MAIN = ("Barrier", "BarrierConfig", "Certificate", "ForgetRegion", "RetainProjection")  # classes shown with methods
 NOTE = "*Written by `python docs/write_reference.py` from the source; change it there.*\n"
 
@@ -71,26 +48,21 @@ in one line before any work.
 """
 
 
-def modules(folder: str) -> list[Path]:
-    """The modules of a folder."""
-    return sorted((ROOT / folder).glob("*.py"))
-
-
-def modules_of(page: str) -> list[Path]:
-    """The modules of a page of docs/api; `training` has those of the package that no other page has."""
-    found = [path for folder in PAGES[page] for path in modules(folder)]
-    groups = {"method": METHOD, "pipelines": PIPELINES}
-    if page == "training":
-        return [path for path in found if path.stem not in METHOD + PIPELINES]
-    return [path for path in found if page not in groups or path.stem in groups[page]]
+def api_pages() -> dict[str, list[Path]]:
+    """Page of docs/api -> its modules: one for every sub-package, and one for the extensions."""
+    package = ROOT / "barrier_diffusers"
+    found = {
+        folder.name: sorted(folder.rglob("*.py")) for folder in package.iterdir() if (folder / "__init__.py").is_file()
+    }
+    return found | {"extensions": [path for name in EXTENSIONS for path in sorted((ROOT / name).rglob("*.py"))]}
 
 
 @functools.cache
 def classes() -> dict[tuple[str, str], tuple[ast.ClassDef, list[str]]]:
     """(module path, class name) -> (class, lines of its module) of all dataclasses that may hold settings."""
-    folders = {folder for group in PAGES.values() for folder in group} | {"train_scripts"}
+    sources = [path for paths in api_pages().values() for path in paths]
     found = {}
-    for path in (path for folder in sorted(folders) for path in modules(folder)):
+    for path in (*sources, *sorted((ROOT / "train_scripts").glob("*.py"))):
         text = path.read_text(encoding="utf-8")
         for node in ast.parse(text).body:
             if isinstance(node, ast.ClassDef):
@@ -225,7 +197,7 @@ def entries(path: Path) -> Iterator[tuple[str, str]]:
 def api_page(page: str) -> str:
     """docs/api/<page>.md."""
     parts = [f"# API: {page}\n", NOTE]
-    for path in modules_of(page):
+    for path in api_pages()[page]:
         rows = list(entries(path))
         if rows:
             place = path.relative_to(ROOT).as_posix()
@@ -241,7 +213,7 @@ def pages() -> dict[Path, str]:
     """Every page and what it should be."""
     found = {ROOT / "docs/settings.md": settings_index()}
     found |= {ROOT / f"docs/settings/{page}.md": settings_page(page) for page in SETTINGS}
-    return found | {ROOT / f"docs/api/{page}.md": api_page(page) for page in PAGES}
+    return found | {ROOT / f"docs/api/{page}.md": api_page(page) for page in api_pages()}
 
 
 if __name__ == "__main__":

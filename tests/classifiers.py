@@ -8,8 +8,8 @@ from accelerate.state import AcceleratorState
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as Pictures
 
-from barrier_diffusers.command_line import parse_config
-from barrier_diffusers.labelled import LabelledImages
+from barrier_diffusers.data.labelled_images import LabelledImages
+from barrier_diffusers.utils.command_line import parse_config
 from classification_ext import train, unlearn
 from classification_ext.settings import TrainConfig, UnlearnConfig
 

@@ -9,8 +9,8 @@ from datasets import ClassLabel, Dataset, Features, Image
 from diffusers import DDIMScheduler, UNet2DModel
 from PIL import Image as PILImage
 
-from barrier_diffusers.command_line import parse_config
 from barrier_diffusers.evaluation.classifier import AttributeClassifier
+from barrier_diffusers.utils.command_line import parse_config
 from ddpm_ext.pipeline import ClassConditionalDDPMPipeline
 from ddpm_ext.settings import TrainConfig, UnlearnConfig
 

@@ -6,8 +6,8 @@ What ran is noted in the file that LIGHT_TRACE names.
 from dataclasses import dataclass
 from pathlib import Path
 
-from barrier_diffusers.kinds import KINDS
-from barrier_diffusers.stages import Stage
+from barrier_diffusers.workflow.kinds import KINDS
+from barrier_diffusers.workflow.stages import Stage
 
 TRAIN = """import json, os, sys, time
 config = json.load(open(sys.argv[sys.argv.index("--config") + 1]))

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from accelerate.state import AcceleratorState
 
-from barrier_diffusers.command_line import parse_config
-from barrier_diffusers.settings import UnlearnConfig
+from barrier_diffusers.utils.command_line import parse_config
+from barrier_diffusers.workflow.settings import UnlearnConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "train_scripts"))
 

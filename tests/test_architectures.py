@@ -9,23 +9,24 @@ from diffusers import FluxPipeline, StableDiffusionImg2ImgPipeline
 from pipelines import BUILDERS, build
 
 from barrier_diffusers import Barrier, BarrierConfig
-from barrier_diffusers.architectures import Diffusion, get_architecture, image_ids, pack, unpack
-from barrier_diffusers.data import encode_prompts
-from barrier_diffusers.training import StepMaker
+from barrier_diffusers.data.encoding import encode_prompts
+from barrier_diffusers.models.architectures import get_architecture, image_ids, pack, unpack
+from barrier_diffusers.models.denoiser import PipelineDenoiser
+from barrier_diffusers.training.steps import StepMaker
 
 PROMPTS = ["a photo of a red boot", "a sneaker"]
 
 
-def captured_call(denoiser, run):
+def captured_call(network, run):
     """Arguments by name of the denoiser's first call in `run`, nothing that is None or empty, and its output."""
     calls = []
 
     def hook(module, args, kwargs, output):
-        bound = inspect.signature(type(denoiser).forward).bind(denoiser, *args, **kwargs).arguments
+        bound = inspect.signature(type(network).forward).bind(network, *args, **kwargs).arguments
         used = {k: v for k, v in bound.items() if v is not None and not (isinstance(v, dict) and not v)}
         calls.append(({k: v for k, v in used.items() if k not in ("self", "return_dict")}, output[0]))
 
-    handle = denoiser.register_forward_hook(hook, with_kwargs=True)
+    handle = network.register_forward_hook(hook, with_kwargs=True)
     try:
         run()
     finally:
@@ -45,7 +46,7 @@ def flat(arguments):
 def test_training_calls_the_denoiser_as_the_pipeline_does(name):
     pipeline = build(name)
     pipeline.set_progress_bar_config(disable=True)
-    diffusion = Diffusion(pipeline, guidance_scale=2.5)
+    denoiser = PipelineDenoiser(pipeline, guidance_scale=2.5)
     guidance = 2.5 if name == "flux" else 1.0  # 1: no classifier-free guidance, so no unconditional half
     settings = {
         "num_inference_steps": 2,
@@ -58,7 +59,7 @@ def test_training_calls_the_denoiser_as_the_pipeline_does(name):
     def run_pipeline():
         pipeline(PROMPTS, generator=torch.Generator().manual_seed(0), **settings)
 
-    wanted, output = captured_call(diffusion.denoiser, run_pipeline)
+    wanted, output = captured_call(denoiser.network, run_pipeline)
     first = next(iter(wanted))
     noisy, timestep = wanted[first], wanted["timestep"]
     if isinstance(pipeline, FluxPipeline):
@@ -69,9 +70,9 @@ def test_training_calls_the_denoiser_as_the_pipeline_does(name):
     @torch.no_grad()
     def run_training():
         condition = encode_prompts(pipeline, PROMPTS)
-        predictions.append(diffusion.predict(diffusion.denoiser, noisy, timesteps, condition))
+        predictions.append(denoiser.predict(denoiser.network, noisy, timesteps, condition))
 
-    got, _ = captured_call(diffusion.denoiser, run_training)
+    got, _ = captured_call(denoiser.network, run_training)
     got, wanted = flat(got), flat(wanted)
     assert set(got) == set(wanted)
     for key, value in wanted.items():
@@ -97,20 +98,20 @@ def test_classes_without_a_row_are_named():
     with pytest.raises(
         ValueError, match="a StableDiffusionImg2ImgPipeline cannot be unlearned; known pipelines are Flux"
     ):
-        Diffusion(StableDiffusionImg2ImgPipeline(**build("sd").components, requires_safety_checker=False))
+        PipelineDenoiser(StableDiffusionImg2ImgPipeline(**build("sd").components, requires_safety_checker=False))
     with pytest.raises(ValueError, match="must be a multiple of 8 for this FluxPipeline"):
-        Diffusion(build("flux")).check_resolution(36)
-    Diffusion(build("flux")).check_resolution(40)
+        PipelineDenoiser(build("flux")).check_resolution(36)
+    PipelineDenoiser(build("flux")).check_resolution(40)
 
 
 def test_steps_share_one_draw_between_conditions():
     """What an objective sees: any condition goes through `predict`, on one noised input."""
     pipeline = build("flux")
-    diffusion = Diffusion(pipeline)
+    denoiser = PipelineDenoiser(pipeline)
     conditions = encode_prompts(pipeline, PROMPTS)
     own, anchor = ({key: value[rows] for key, value in conditions.items()} for rows in ([0, 0, 0], [1, 1, 1]))
     batch = {"moments": torch.randn(3, 4, 8, 8), "condition": own, "anchor": anchor}
-    step = StepMaker(diffusion.denoiser, diffusion)(batch)
+    step = StepMaker(denoiser.network, denoiser)(batch)
     assert step.prediction().shape == step.target.shape == step.noisy.shape == (3, 2, 8, 8)
     assert not torch.equal(step.prediction(), step.predict(step.noisy, step.timesteps, step.anchor))
 
@@ -151,7 +152,7 @@ MAPS = {
 def test_maps_are_found_and_share_their_inputs(name):
     targets, num_inputs = MAPS[name]
     pipeline = build(name.partition(" ")[0])
-    diffusion = Diffusion(pipeline)
+    denoiser = PipelineDenoiser(pipeline)
     condition = encode_prompts(pipeline, PROMPTS)
     channels = pipeline.vae.config.latent_channels
     batch = {
@@ -159,11 +160,11 @@ def test_maps_are_found_and_share_their_inputs(name):
         "timesteps": torch.tensor([900.0, 100.0]),
         "condition": condition,
     }
-    barrier = Barrier(diffusion.denoiser, BarrierConfig(targets=targets, reduced_dim=2))
+    barrier = Barrier(denoiser.network, BarrierConfig(targets=targets, reduced_dim=2))
     rows = {}
     for entry in barrier.maps:
         entry.module.register_forward_pre_hook(lambda module, args, n=entry.name: rows.update({n: args[0].clone()}))
-    barrier.setup_protection([batch], diffusion.predict_batch)
+    barrier.setup_protection([batch], denoiser.predict_batch)
     regions = barrier.regions
     assert list(regions) == [entry.name for entry in barrier.maps]
     assert len({id(region) for region in regions.values()}) == num_inputs
@@ -182,17 +183,17 @@ def test_maps_are_found_and_share_their_inputs(name):
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux"])
 def test_the_default_maps_read_what_their_row_says(name):
     pipeline = build(name)
-    diffusion = Diffusion(pipeline)
+    denoiser = PipelineDenoiser(pipeline)
     condition = encode_prompts(pipeline, PROMPTS)
     text = condition["encoder_hidden_states"]
     noisy, read = torch.randn(2, pipeline.vae.config.latent_channels, 8, 8), {}
-    for target, reads in diffusion.architecture.targets.items():
-        for entry in Barrier(diffusion.denoiser, BarrierConfig(targets=[target], reduced_dim=2)).maps:
+    for target, reads in denoiser.architecture.targets.items():
+        for entry in Barrier(denoiser.network, BarrierConfig(targets=[target], reduced_dim=2)).maps:
             entry.module.register_forward_pre_hook(
                 lambda _, args, key=(entry.name, reads): read.update({key: args[0]})
             )
     with torch.no_grad():
-        diffusion.predict(diffusion.denoiser, noisy, torch.tensor([900.0, 100.0]), condition)
+        denoiser.predict(denoiser.network, noisy, torch.tensor([900.0, 100.0]), condition)
     assert read
     for (_, reads), rows in read.items():
         if reads == "image":

@@ -10,7 +10,6 @@ from peft import LoraConfig
 from PIL import Image
 from pipelines import build
 
-from barrier_diffusers.architectures import Diffusion, components
 from barrier_diffusers.evaluation.attacks import (
     ATTACKS,
     BenignConfig,
@@ -27,8 +26,10 @@ from barrier_diffusers.evaluation.attacks.base import LearningBudget, encode, fr
 from barrier_diffusers.evaluation.attacks.inversion import TOKEN, learned_token
 from barrier_diffusers.evaluation.attacks.prompts import misspell
 from barrier_diffusers.evaluation.settings import EvaluateConfig
-from barrier_diffusers.generation import SamplingConfig, generate
-from barrier_diffusers.training import module_hash
+from barrier_diffusers.models.architectures import components
+from barrier_diffusers.models.denoiser import PipelineDenoiser
+from barrier_diffusers.models.generation import SamplingConfig, generate
+from barrier_diffusers.utils.run_records import module_hash
 
 SAMPLING = SamplingConfig(num_inference_steps=2, resolution=32)
 BUDGETS = {
@@ -124,14 +125,14 @@ def test_an_attack_repeats_exactly_and_follows_its_seed(pipeline, name):
 
 
 def test_the_gradient_of_inversion_reaches_only_the_new_embedding(pipeline):
-    images, diffusion = forgotten().images, Diffusion(pipeline)
+    images, denoiser = forgotten().images, PipelineDenoiser(pipeline)
     caption = f"a photo of a red {TOKEN}"
     with frozen(pipeline), learned_token(pipeline, "sneaker") as token:
         start = token.vector.detach().clone()
         moments = encode(pipeline, images, 32)
-        drawn = diffusion.noised(moments, torch.Generator().manual_seed(0))
-        condition = diffusion.architecture.encode(pipeline, [caption] * len(images))
-        predicted = diffusion.predict(diffusion.denoiser, drawn.noisy, drawn.timesteps, condition)
+        drawn = denoiser.noised(moments, torch.Generator().manual_seed(0))
+        condition = denoiser.architecture.encode(pipeline, [caption] * len(images))
+        predicted = denoiser.predict(denoiser.network, drawn.noisy, drawn.timesteps, condition)
         torch.nn.functional.mse_loss(predicted, drawn.target).backward()
         assert token.vector.grad.abs().max() > 0
         others = [value for part in components(pipeline).values() for value in part.parameters()]
@@ -139,9 +140,9 @@ def test_the_gradient_of_inversion_reaches_only_the_new_embedding(pipeline):
         token.vector.grad = None
 
         def condition_of(rows):
-            return diffusion.architecture.encode(pipeline, [caption] * len(rows))
+            return denoiser.architecture.encode(pipeline, [caption] * len(rows))
 
-        learn(diffusion, moments, condition_of, [token.vector], LearningBudget(num_steps=1, batch_size=2), "test")
+        learn(denoiser, moments, condition_of, [token.vector], LearningBudget(num_steps=1, batch_size=2), "test")
         assert not torch.equal(token.vector, start)
 
 
@@ -160,21 +161,21 @@ def test_the_new_token_starts_as_the_concepts_words_and_is_read_where_it_stands(
 
 def test_inversion_lowers_the_denoising_loss(pipeline):
     """On one image at fixed noise the learned embedding explains the image better than the concept's name did."""
-    images, diffusion = forgotten().images.select([0]), Diffusion(pipeline)
+    images, denoiser = forgotten().images.select([0]), PipelineDenoiser(pipeline)
     with frozen(pipeline), learned_token(pipeline, "sneaker") as token:
         moments = encode(pipeline, images, 32).expand(8, -1, -1, -1)
 
         def condition_of(rows):
-            return diffusion.architecture.encode(pipeline, [f"a {TOKEN}"] * len(rows))
+            return denoiser.architecture.encode(pipeline, [f"a {TOKEN}"] * len(rows))
 
         def loss():
             with torch.no_grad():
-                drawn = diffusion.noised(moments, torch.Generator().manual_seed(3))
-                predicted = diffusion.predict(diffusion.denoiser, drawn.noisy, drawn.timesteps, condition_of(moments))
+                drawn = denoiser.noised(moments, torch.Generator().manual_seed(3))
+                predicted = denoiser.predict(denoiser.network, drawn.noisy, drawn.timesteps, condition_of(moments))
                 return torch.nn.functional.mse_loss(predicted, drawn.target).item()
 
         before = loss()
-        learn(diffusion, moments, condition_of, [token.vector], LearningBudget(num_steps=60, batch_size=8), "test")
+        learn(denoiser, moments, condition_of, [token.vector], LearningBudget(num_steps=60, batch_size=8), "test")
         assert loss() < before
 
 

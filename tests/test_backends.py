@@ -8,9 +8,9 @@ from pipelines import build
 from short_runs import BASE
 
 from barrier_diffusers import Barrier, BarrierConfig
-from barrier_diffusers.hub import choose_attention_backend
-from barrier_diffusers.runs import SHARDING, open_run
-from barrier_diffusers.settings import UnlearnConfig
+from barrier_diffusers.models.loading import choose_attention_backend
+from barrier_diffusers.training.runs import SHARDING, open_run
+from barrier_diffusers.workflow.settings import UnlearnConfig
 
 CPU = torch.device("cpu")
 

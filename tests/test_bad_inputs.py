@@ -12,7 +12,7 @@ from PIL import Image
 from short_runs import ROOT
 from test_sweep_file import write as write_sweep
 
-from barrier_diffusers.command_line import run_script
+from barrier_diffusers.utils.command_line import run_script
 
 FASHION = ["--config", "train_scripts/configs/fashion_class.yaml"]
 JUDGE = ["--config", "train_scripts/configs/evaluate_fashion.yaml", "--base_model=null"]

@@ -7,10 +7,9 @@ from peft import LoraConfig, get_peft_model
 from pipelines import build
 
 from barrier_diffusers import Barrier, BarrierConfig
-from barrier_diffusers.blocks import is_inside, numbered_blocks
-from barrier_diffusers.command_line import parse_config
-from barrier_diffusers.settings import UnlearnConfig
-from barrier_diffusers.targets import resolve_targets
+from barrier_diffusers.protection.targets import is_inside, numbered_blocks, resolve_targets
+from barrier_diffusers.utils.command_line import parse_config
+from barrier_diffusers.workflow.settings import UnlearnConfig
 
 
 def names(model, targets, blocks):
@@ -36,9 +35,9 @@ def test_stable_diffusion_has_sixteen_blocks_numbered_as_they_run():
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
 def test_numbers_follow_the_forward_pass(name):
     pipeline = build(name)
-    denoiser = pipeline.unet if name == "sdxl" else pipeline.transformer
-    numbered, ran = numbered_blocks(denoiser), []
-    for path, module in denoiser.named_modules():
+    network = pipeline.unet if name == "sdxl" else pipeline.transformer
+    numbered, ran = numbered_blocks(network), []
+    for path, module in network.named_modules():
         if path in numbered:
             module.register_forward_pre_hook(lambda *_, path=path: ran.append(path))
     pipeline.set_progress_bar_config(disable=True)

@@ -6,15 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from barrier_diffusers.certificate import (
-    Certificate,
-    MapObserver,
-    moment_bound,
-    sound_bound,
-)
-from barrier_diffusers.drift import FullDrift
-from barrier_diffusers.order_statistics import Split
-from barrier_diffusers.region import ForgetRegion
+from barrier_diffusers.protection.certificate import Certificate, MapObserver, moment_bound, sound_bound
+from barrier_diffusers.protection.drift import FullDrift
+from barrier_diffusers.protection.order_statistics import Split
+from barrier_diffusers.protection.region import ForgetRegion
 
 D, O, K = 6, 4, 2  # noqa: E741
 

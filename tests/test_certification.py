@@ -10,11 +10,9 @@ from peft import LoraConfig
 from short_runs import ROOT, run
 
 from barrier_diffusers import Barrier, BarrierConfig
-from barrier_diffusers.architectures import Diffusion
-from barrier_diffusers.certificate import sound_bound
-from barrier_diffusers.concepts import ConceptConfig
-from barrier_diffusers.data import EncodedImages, NoisedBatches, encode_moments, encode_prompts
-from barrier_diffusers.erased import ErasedConcepts
+from barrier_diffusers.data.concepts import ConceptConfig
+from barrier_diffusers.data.encoding import EncodedImages, NoisedBatches, encode_moments, encode_prompts
+from barrier_diffusers.data.erased_concepts import ErasedConcepts
 from barrier_diffusers.evaluation.certification import (
     CertificateConfig,
     certify_saved,
@@ -22,10 +20,17 @@ from barrier_diffusers.evaluation.certification import (
     held_out_images,
     quantile_for,
 )
-from barrier_diffusers.evaluation.erasure import EvaluationConfig, make_questions
-from barrier_diffusers.hub import load_pipeline
-from barrier_diffusers.order_statistics import Split, attainable_quantile, distribution_free, order_statistic
-from barrier_diffusers.training import module_hash
+from barrier_diffusers.evaluation.erasure import ImageEvaluationConfig, make_questions
+from barrier_diffusers.models.denoiser import PipelineDenoiser
+from barrier_diffusers.models.loading import load_pipeline
+from barrier_diffusers.protection.certificate import sound_bound
+from barrier_diffusers.protection.order_statistics import (
+    Split,
+    attainable_quantile,
+    distribution_free,
+    order_statistic,
+)
+from barrier_diffusers.utils.run_records import module_hash
 
 IMAGES = str(ROOT / "assets/fashion_images")
 SNEAKER = ConceptConfig(concept="sneaker", train_data_dir=IMAGES)
@@ -83,7 +88,7 @@ def test_the_certificate_changes_nothing_else(runs):
 def test_a_saved_run_is_certified_with_the_same_result(runs, tmp_path):
     folder, _, _ = runs
     settings = CertificateConfig(num_images=70, quantile=0.9)
-    held_out = held_out_images(settings, EvaluationConfig(), SNEAKER)
+    held_out = held_out_images(settings, ImageEvaluationConfig(), SNEAKER)
     torch.manual_seed(5)
     state = torch.get_rng_state()
     pipeline, place = load_pipeline(str(folder / "with")), str(folder / "with")
@@ -104,14 +109,14 @@ def test_coverage_on_held_out_images(runs):
     all of them at least as often as it says."""
     folder, _, _ = runs
     pipeline, settings = load_pipeline(str(folder / "with")), CertificateConfig(num_images=200, seed=3)
-    rows = held_out_images(settings, EvaluationConfig(), SNEAKER).images
+    rows = held_out_images(settings, ImageEvaluationConfig(), SNEAKER).images
     barrier = Barrier.from_pretrained(folder / "with", pipeline.unet)
     distinct = sorted(set(rows["text"]))
     ids = torch.tensor([distinct.index(text) for text in rows["text"]])
     images = EncodedImages(
         encode_moments(pipeline.vae, rows, "image", 32), ids, None, encode_prompts(pipeline, distinct)
     )
-    diffusion, entry = Diffusion(pipeline), barrier.maps[0]
+    denoiser, entry = PipelineDenoiser(pipeline), barrier.maps[0]
     delta, base, drifts = barrier.drift(entry).dense().detach(), barrier._snapshots[entry.name][0], []
 
     def watch(_, inputs, __):
@@ -120,8 +125,8 @@ def test_coverage_on_held_out_images(runs):
 
     handle = entry.layer.register_forward_hook(watch)
     with torch.no_grad():
-        for batch in NoisedBatches(images, diffusion, 50, 0):
-            diffusion.predict_batch(pipeline.unet, batch)
+        for batch in NoisedBatches(images, denoiser, 50, 0):
+            denoiser.predict_batch(pipeline.unet, batch)
     handle.remove()
     population = torch.cat(drifts).double()
     assert len(population) == 200 and len(population.unique()) > 150
@@ -177,7 +182,7 @@ def test_no_admissible_input_breaks_the_sound_bound(kind):
 
 def test_too_few_images_lower_the_quantile_and_say_so(capsys):
     settings = CertificateConfig(num_images=20)
-    held_out = held_out_images(settings, EvaluationConfig(), SNEAKER)
+    held_out = held_out_images(settings, ImageEvaluationConfig(), SNEAKER)
     assert len(held_out.images) == 20
     said = "12 of 20 held-out images choose its bound, and allow quantile 77.90% at confidence 95%; 99.00% takes 299"
     assert said in capsys.readouterr().out
@@ -188,16 +193,16 @@ def test_too_few_images_lower_the_quantile_and_say_so(capsys):
 
 
 def test_what_is_held_out(capsys):
-    settings, evaluation = CertificateConfig(), EvaluationConfig()
+    settings, evaluation = CertificateConfig(), ImageEvaluationConfig()
     texts = held_out_images(settings, evaluation, SNEAKER).images["text"]
     assert len(texts) == 540 and not any("sneaker" in text for text in texts)
     erased = [ErasedConcepts(["bag"], ["a photo of a red bag"])]
     assert len(held_out_images(settings, evaluation, SNEAKER, erased).images) == 480
     assert held_out_images(CertificateConfig(enabled=False), evaluation, SNEAKER) is None
-    assert held_out_images(settings, EvaluationConfig(split="train"), SNEAKER) is None
+    assert held_out_images(settings, ImageEvaluationConfig(split="train"), SNEAKER) is None
     assert "is what was trained on" in capsys.readouterr().out
     prompts = ConceptConfig(concept="sneaker", forget_prompts=["a sneaker"], retain_prompts=["a bag", "a boot"])
-    questions = make_questions(EvaluationConfig(images_per_label=4), prompts)
+    questions = make_questions(ImageEvaluationConfig(images_per_label=4), prompts)
     before = np.random.default_rng(0).integers(0, 255, (len(questions.prompts), 8, 8, 3), dtype=np.uint8)
     made = held_out_images(settings, evaluation, prompts, (), questions, before)
     assert (

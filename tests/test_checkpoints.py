@@ -14,15 +14,14 @@ from accelerate.state import AcceleratorState
 from short_runs import ROOT, flags
 from torch import nn
 
-from barrier_diffusers.checkpoints import Checkpoints
-from barrier_diffusers.command_line import parse_config
-from barrier_diffusers.concepts import write_image_folder
-from barrier_diffusers.data import cached_tensors
-from barrier_diffusers.files import WriteError, write_json
-from barrier_diffusers.hub import save_pipeline
-from barrier_diffusers.interruption import Interruption
-from barrier_diffusers.settings import UnlearnConfig
-from barrier_diffusers.training import History
+from barrier_diffusers.data.concepts import write_image_folder
+from barrier_diffusers.data.encoding import cached_tensors
+from barrier_diffusers.models.publishing import save_pipeline
+from barrier_diffusers.training.checkpoints import Checkpoints, Interruption
+from barrier_diffusers.training.loop import History
+from barrier_diffusers.utils.command_line import parse_config
+from barrier_diffusers.utils.files import WriteError, write_json
+from barrier_diffusers.workflow.settings import UnlearnConfig
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from classifiers import labelled
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
-from barrier_diffusers.config import BarrierConfig
+from barrier_diffusers.protection.config import BarrierConfig
 from classification_ext.data import in_order, pixels_of
 from classification_ext.methods import METHODS, Edit, Method, Step, enter, get_method
 from classification_ext.methods.boundary_expand import ShadowLabel

@@ -12,7 +12,7 @@ from torch import nn
 from classification_ext.data import make_splits
 from classification_ext.evaluation import evaluate, read_metrics
 from classification_ext.metrics import attack_features, correct, gap, likelihood_ratio, log_odds, membership
-from classification_ext.settings import EvaluationConfig, ForgetConfig
+from classification_ext.settings import ClassifierEvaluationConfig, ForgetConfig
 
 
 def test_attack_features_by_hand():
@@ -93,7 +93,7 @@ class Bright(nn.Module):
 def test_evaluate_counts_the_right_images(tmp_path):
     train, test = labelled(20), labelled(10, seed=1)
     splits = make_splits(train, test, ForgetConfig(forget_class="north"))
-    found = evaluate(Bright(), splits, EvaluationConfig(num_mia_samples=30), seed=0)
+    found = evaluate(Bright(), splits, ClassifierEvaluationConfig(num_mia_samples=30), seed=0)
     right = correct(Bright()(train.images.float() / 127.5 - 1), train.labels)
     of = train.labels.numpy()
     assert found["unlearning_accuracy"] == pytest.approx(100 - 100 * right[of == 0].mean(), abs=1e-3)

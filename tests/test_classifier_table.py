@@ -11,7 +11,7 @@ from classifier_rows import CLASSES, METHODS, ORIGINAL, RANDOM, REFERENCE, SEEDS
 from classifier_step import ClassifierStepConfig
 from running import words_of
 
-from barrier_diffusers.command_line import parse_config
+from barrier_diffusers.utils.command_line import parse_config
 from classification_ext.methods import get_method
 from classification_ext.settings import UnlearnConfig
 

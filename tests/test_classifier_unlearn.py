@@ -14,12 +14,12 @@ from classifiers import TRAIN, UNLEARN, run_train, run_unlearn, words, write_dat
 from safetensors.torch import load_file
 
 from barrier_diffusers import Barrier
-from barrier_diffusers.labelled import load_labelled
+from barrier_diffusers.data.labelled_images import load_labelled
 from classification_ext import evaluate
 from classification_ext.methods import METHODS
 from classification_ext.metrics import predict
 from classification_ext.models import load_classifier
-from classification_ext.settings import EvaluateConfig, EvaluationConfig
+from classification_ext.settings import ClassifierEvaluationConfig, EvaluateConfig
 
 ALL = {"trained_weights": "all", "barrier.lambda_interval": 0, "method.alpha": 0.0}
 CASES = {  # method -> what a run needs beyond the others' settings
@@ -157,7 +157,7 @@ def test_evaluate_says_what_unlearn_said_and_attacks_with_shadow_models(base, da
     changes = {"method.name": "retrain", **CASES["retrain"], **random}
     run_unlearn(base, data, tmp_path / "shadow", **changes, seed=5)
     metrics, _ = run_unlearn(base, data, tmp_path / "run", **random)
-    options = EvaluationConfig(
+    options = ClassifierEvaluationConfig(
         num_mia_samples=40, shadow_models=[str(tmp_path / "shadow")], retrained=str(tmp_path / "shadow")
     )
     places = {"pretrained_model_name_or_path": str(tmp_path / "run"), "output_dir": str(tmp_path / "judged")}

@@ -8,11 +8,18 @@ import torch
 from diffusers import StableDiffusionPipeline
 from pipelines import FASHION
 
-from barrier_diffusers.concepts import ConceptConfig, DataNeeds, concepts_of, load_concepts, write_image_folder
-from barrier_diffusers.erased import ERASED_NAME, ErasedConcepts, as_json, captions_of, read_erased, rows_about_others
+from barrier_diffusers.data.concepts import ConceptConfig, DataNeeds, concepts_of, load_concepts, write_image_folder
+from barrier_diffusers.data.erased_concepts import (
+    ERASED_NAME,
+    ErasedConcepts,
+    as_json,
+    captions_of,
+    read_erased,
+    rows_about_others,
+)
 from barrier_diffusers.evaluation.accuracy import erasure_metrics
-from barrier_diffusers.evaluation.erasure import EvaluationConfig, check_questions, make_questions
-from barrier_diffusers.generation import SamplingConfig
+from barrier_diffusers.evaluation.erasure import ImageEvaluationConfig, check_questions, make_questions
+from barrier_diffusers.models.generation import SamplingConfig
 
 SKETCHES = ErasedConcepts(["pencil sketch"], ["a pencil sketch of a red bag", "a pencil sketch of a red boot"])
 IMAGES = FASHION.parent / "fashion_images"
@@ -135,17 +142,17 @@ def test_record_of_erased_concepts(tmp_path):
 
 def test_questions_about_what_was_erased_before():
     own = ConceptConfig(concept="bag", forget_prompts=["a bag"], retain_prompts=["a boot"])
-    asked = make_questions(EvaluationConfig(images_per_label=2), own, [SKETCHES])
+    asked = make_questions(ImageEvaluationConfig(images_per_label=2), own, [SKETCHES])
     assert asked.labels == ["everything else"] * 2 + ["bag"] * 2 + ["pencil sketch"] * 2
     assert asked.erased_before == ["pencil sketch"] and asked.prompts[4:] == SKETCHES.captions
     with pytest.raises(ValueError, match="asks for anything that is retained: set retain_prompts"):
         make_questions(
-            EvaluationConfig(classifier=str(FASHION.parent / "fashion_classifier")), ConceptConfig(concept="bag")
+            ImageEvaluationConfig(classifier=str(FASHION.parent / "fashion_classifier")), ConceptConfig(concept="bag")
         )
 
 
 def test_looking_at_the_questions_draws_no_random_number():
-    evaluation = EvaluationConfig(classifier=str(FASHION.parent / "fashion_classifier"), images_per_label=1)
+    evaluation = ImageEvaluationConfig(classifier=str(FASHION.parent / "fashion_classifier"), images_per_label=1)
     config = ConceptConfig(concept="bag", forget_prompts=["a bag"], retain_prompts=["a boot"])
     torch.manual_seed(0)
     expected = torch.rand(())

@@ -62,7 +62,7 @@ def test_loading_names_what_is_wrong(tmp_path):
 def test_config_module_needs_no_torch():
     code = (
         "import importlib.util, sys\n"
-        "spec = importlib.util.spec_from_file_location('config', 'barrier_diffusers/config.py')\n"
+        "spec = importlib.util.spec_from_file_location('config', 'barrier_diffusers/protection/config.py')\n"
         "module = importlib.util.module_from_spec(spec); sys.modules['config'] = module\n"
         "spec.loader.exec_module(module); module.BarrierConfig(); assert 'torch' not in sys.modules"
     )

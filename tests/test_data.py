@@ -8,21 +8,13 @@ import torch
 from datasets import Dataset, load_dataset
 from PIL import Image
 
-from barrier_diffusers.architectures import Diffusion
-from barrier_diffusers.concepts import ConceptConfig, cycle, write_image_folder
-from barrier_diffusers.data import (
-    EncodedImages,
-    NoisedBatches,
-    anchor_captions,
-    cached_tensors,
-    load_image_text,
-    split_concepts,
-    swap_concept,
-    take_evenly,
-    to_pixels,
-)
-from barrier_diffusers.hub import load_pipeline
-from barrier_diffusers.noising import sample_latents
+from barrier_diffusers.data.captions import anchor_captions, swap_concept
+from barrier_diffusers.data.concepts import ConceptConfig, cycle, write_image_folder
+from barrier_diffusers.data.encoding import EncodedImages, NoisedBatches, cached_tensors, to_pixels
+from barrier_diffusers.data.readers import load_image_text, split_concepts, take_evenly
+from barrier_diffusers.models.denoiser import PipelineDenoiser
+from barrier_diffusers.models.loading import load_pipeline
+from barrier_diffusers.models.noising import sample_latents
 
 ROOT = Path(__file__).resolve().parent.parent
 FASHION = ROOT / "assets" / "fashion_sd"
@@ -141,14 +133,14 @@ def encoded(n=7):
 
 
 def test_noised_batches_repeat_and_processes_share_them():
-    images, diffusion = encoded(), Diffusion(load_pipeline(str(FASHION)))
-    whole = NoisedBatches(images, diffusion, batch_size=3, seed=4)
+    images, denoiser = encoded(), PipelineDenoiser(load_pipeline(str(FASHION)))
+    whole = NoisedBatches(images, denoiser, batch_size=3, seed=4)
     first, second = list(whole), list(whole)
     assert len(first) == len(whole) == 3
     assert all(
         torch.equal(a[key], b[key]) for a, b in zip(first, second, strict=True) for key in ("noisy", "timesteps")
     )
-    parts = [list(NoisedBatches(images, diffusion, 3, 4, "cpu", rank, 2)) for rank in range(2)]
+    parts = [list(NoisedBatches(images, denoiser, 3, 4, "cpu", rank, 2)) for rank in range(2)]
 
     def values(batches, read):
         return sorted(torch.cat([read(batch) for batch in batches]).flatten().tolist())

@@ -10,16 +10,16 @@ import torch
 from ddpm_models import LABELS, Place
 from PIL import Image
 
-from barrier_diffusers.command_line import parse_config
 from barrier_diffusers.evaluation.manifold import entropy, inception_score, precision_recall
-from barrier_diffusers.files import file_names
-from barrier_diffusers.generation import SamplingConfig, generate
+from barrier_diffusers.models.generation import SamplingConfig, generate
+from barrier_diffusers.utils.command_line import parse_config
+from barrier_diffusers.utils.files import file_names
 from ddpm_ext import evaluate as evaluate_script
 from ddpm_ext import sample as sample_script
 from ddpm_ext.evaluation import Judge, evaluate, make_questions, real_images
 from ddpm_ext.loading import load_pipeline
 from ddpm_ext.pipeline import ClassConditionalDDPMPipeline
-from ddpm_ext.settings import EvaluateConfig, EvaluationConfig, LabelledDataConfig
+from ddpm_ext.settings import EvaluateConfig, LabelEvaluationConfig, LabelledDataConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 FASHION = ROOT / "assets" / "fashion_ddpm"
@@ -59,28 +59,30 @@ def test_inception_score_and_entropy_by_hand():
 
 
 def test_ink_is_black_on_white_padded_to_the_judges_side(place):
-    judge = Judge(EvaluationConfig(str(place.judge), rendering="ink"), LABELS)
+    judge = Judge(LabelEvaluationConfig(str(place.judge), rendering="ink"), LABELS)
     judge.side = 11
     photo = np.full((2, 8, 8, 1), 255, np.uint8)
     shown = judge.render(photo)
     assert shown.shape == (2, 11, 11, 3) and shown.dtype == np.uint8
     assert (shown[:, 1:9, 1:9] == 0).all() and shown.sum() == 2 * 3 * 255 * (121 - 64)
-    plain = Judge(EvaluationConfig(str(place.judge)), LABELS).render(photo)
+    plain = Judge(LabelEvaluationConfig(str(place.judge)), LABELS).render(photo)
     assert plain.shape == (2, 8, 8, 3) and (plain == 255).all()
 
 
 def test_every_retained_label_is_compared(place):
     pipeline, data = load_pipeline(str(place.base)), LabelledDataConfig(str(place.data))
-    config = EvaluationConfig(str(place.judge), images_per_label=3)
+    config = LabelEvaluationConfig(str(place.judge), images_per_label=3)
     assert len(real_images(config, data, pipeline, ["boot"])) == 16
     assert len(real_images(config, data, pipeline, [])) == 24
-    assert real_images(EvaluationConfig(str(place.judge), split=None), data, pipeline, []) is None
-    questions = make_questions(EvaluationConfig(images_per_label=3, images_per_retained_label=2), LABELS, ["boot"])
+    assert real_images(LabelEvaluationConfig(str(place.judge), split=None), data, pipeline, []) is None
+    questions = make_questions(
+        LabelEvaluationConfig(images_per_label=3, images_per_retained_label=2), LABELS, ["boot"]
+    )
     assert questions.labels == ["boot"] * 3 + ["bag"] * 2 + ["coat"] * 2
 
 
 def test_the_scores_of_known_answers(place, monkeypatch):
-    config = EvaluationConfig(str(place.judge), images_per_label=2, neighbours=1)
+    config = LabelEvaluationConfig(str(place.judge), images_per_label=2, neighbours=1)
     judge, questions = Judge(config, LABELS), make_questions(config, LABELS, ["boot"])
     images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 1), dtype=np.uint8)
     # asked: boot boot bag bag coat coat; before all right, after boot is seen as bag once and coat as boot once
@@ -128,7 +130,7 @@ def test_evaluate_and_sample_scripts(place, tmp_path, capsys):
             pretrained_model_name_or_path="x",
             output_dir="y",
             data=LabelledDataConfig("z"),
-            evaluation=EvaluationConfig(None),
+            evaluation=LabelEvaluationConfig(None),
         )
 
 
@@ -160,6 +162,6 @@ def test_the_embedded_ddpm_draws_what_is_asked(monkeypatch):
     assert size < 6e6 and len(pipeline.labels) == 10
     labels = ["trouser", "bag", "boot", "t-shirt"] * 2
     images = generate(pipeline, labels, SamplingConfig(15, 3.0))
-    judge = Judge(EvaluationConfig(rendering="ink"), pipeline.labels)
+    judge = Judge(LabelEvaluationConfig(rendering="ink"), pipeline.labels)
     answers = judge.recognise(judge.probabilities(judge.render(images)))
     assert sum(answer == label for answer, label in zip(answers, labels, strict=True)) >= 7

@@ -8,7 +8,7 @@ import torch
 from ddpm_models import LABELS, make_pipeline
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 
-from barrier_diffusers.generation import SamplingConfig, generate
+from barrier_diffusers.models.generation import SamplingConfig, generate
 from ddpm_ext.loading import load_pipeline
 from ddpm_ext.pipeline import ClassConditionalDDPMPipeline
 

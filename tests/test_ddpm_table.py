@@ -11,7 +11,7 @@ from erasure_table import markdown
 from rows import SHORT_LIST, Row, Table
 from running import words_of
 
-from barrier_diffusers.command_line import parse_config
+from barrier_diffusers.utils.command_line import parse_config
 from ddpm_ext.settings import EvaluateConfig, UnlearnConfig, chosen_objective
 
 ROOT = Path(__file__).resolve().parent.parent

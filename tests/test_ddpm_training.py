@@ -7,7 +7,7 @@ import pytest
 import torch
 from ddpm_models import LABELS, Place
 
-from barrier_diffusers.command_line import parse_config
+from barrier_diffusers.utils.command_line import parse_config
 from ddpm_ext.settings import TrainConfig
 from ddpm_ext.train import build_unet, drop_labels, training_rows
 

@@ -9,7 +9,7 @@ import torch
 from ddpm_models import LABELS, Place
 
 from barrier_diffusers import Barrier
-from barrier_diffusers.command_line import parse_config
+from barrier_diffusers.utils.command_line import parse_config
 from ddpm_ext.loading import load_pipeline
 from ddpm_ext.settings import UnlearnConfig, chosen_objective
 from ddpm_ext.unlearn import unlearning_rows

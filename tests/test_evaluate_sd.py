@@ -11,17 +11,18 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from short_runs import BASE, ROOT, as_words
 
-from barrier_diffusers.command_line import parse_config, run_script
-from barrier_diffusers.config import BarrierConfig
-from barrier_diffusers.erased import ERASED_NAME, ErasedConcepts, as_json
+from barrier_diffusers.data.erased_concepts import ERASED_NAME, ErasedConcepts, as_json
 from barrier_diffusers.evaluation.accuracy import erasure_metrics
 from barrier_diffusers.evaluation.post_attack import Judge
 from barrier_diffusers.evaluation.report import print_metrics
 from barrier_diffusers.evaluation.settings import EvaluateConfig
 from barrier_diffusers.evaluation.subject import load_judged
-from barrier_diffusers.files import write_json
-from barrier_diffusers.hub import add_adapter, save_adapter
-from barrier_diffusers.training import module_hash
+from barrier_diffusers.models.loading import add_adapter
+from barrier_diffusers.models.publishing import save_adapter
+from barrier_diffusers.protection.config import BarrierConfig
+from barrier_diffusers.utils.command_line import parse_config, run_script
+from barrier_diffusers.utils.files import write_json
+from barrier_diffusers.utils.run_records import module_hash
 
 sys.path.insert(0, str(ROOT / "train_scripts"))
 

@@ -5,13 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from barrier_diffusers.data import labels_in_texts
+from barrier_diffusers.data.captions import labels_in_texts
 from barrier_diffusers.evaluation.accuracy import erasure_metrics, recognise, share
 from barrier_diffusers.evaluation.classifier import AttributeClassifier
-from barrier_diffusers.evaluation.erasure import (
-    EvaluationConfig,
-    forgotten_attribute,
-)
+from barrier_diffusers.evaluation.erasure import ImageEvaluationConfig, forgotten_attribute
 from barrier_diffusers.evaluation.report import before_after_grid, image_rows, loss_curves, print_metrics, strip
 
 ATTRIBUTES = {"class": ["shirt", "t-shirt", "boot"], "colour": ["red", "blue"], "style": ["photo", "pencil sketch"]}
@@ -76,7 +73,7 @@ def test_classifier_round_trip_and_resampling(tmp_path):
 
 def test_evaluation_config_checks_the_classifier_folder(tmp_path):
     with pytest.raises(ValueError, match="is not a folder with a saved AttributeClassifier"):
-        EvaluationConfig(classifier=str(tmp_path))
+        ImageEvaluationConfig(classifier=str(tmp_path))
 
 
 def test_pictures_are_written(tmp_path):

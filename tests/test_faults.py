@@ -17,12 +17,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from short_runs import ROOT, flags, main, run
 
-from barrier_diffusers.architectures import Diffusion
-from barrier_diffusers.checkpoints import Checkpoints, read_checkpoint
-from barrier_diffusers.command_line import parse_config, run_script
-from barrier_diffusers.concepts import write_image_folder
-from barrier_diffusers.data import encode_moments
-from barrier_diffusers.settings import UnlearnConfig
+from barrier_diffusers.data.concepts import write_image_folder
+from barrier_diffusers.data.encoding import encode_moments
+from barrier_diffusers.models.denoiser import PipelineDenoiser
+from barrier_diffusers.training.checkpoints import Checkpoints, read_checkpoint
+from barrier_diffusers.utils.command_line import parse_config, run_script
+from barrier_diffusers.workflow.settings import UnlearnConfig
 
 STEPS = {"max_train_steps": 4, "evaluation.classifier": "null", "evaluation.images_per_label": 1}
 
@@ -188,7 +188,7 @@ def test_a_text_encoder_that_does_not_fit_is_refused_before_any_work(tmp_path, m
 @pytest.mark.parametrize("name", pipelines.BUILDERS)
 def test_text_encoders_that_fit_pass(name):
     pipeline = pipelines.build(name)
-    Diffusion(pipeline).check_text_encoder(pipeline)
+    PipelineDenoiser(pipeline).check_text_encoder(pipeline)
 
 
 def child(words):
@@ -216,7 +216,7 @@ def test_killed_at_random_moments_and_resumed_a_run_gives_the_same_bits(count, t
         lambda output: (flags(output, **settings),),
         tmp_path,
         kills(count),
-        ["barrier_diffusers.hub", "barrier_diffusers.settings"],
+        ["barrier_diffusers.models.publishing", "barrier_diffusers.workflow.settings"],
     )
     wanted = load_file(whole / "unet" / "diffusion_pytorch_model.safetensors")
     for output in done:

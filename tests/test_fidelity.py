@@ -10,11 +10,11 @@ from PIL import Image
 from scipy.linalg import sqrtm
 from short_runs import ROOT
 
+from barrier_diffusers.data.images import ByteImages, ImageColumn, ImageFiles
 from barrier_diffusers.evaluation.accuracy import recognise
 from barrier_diffusers.evaluation.classifier import AttributeClassifier
 from barrier_diffusers.evaluation.extractors import EXTRACTORS, Extractor, get_extractor
 from barrier_diffusers.evaluation.fidelity import FidelityConfig, fidelity, frechet_distance, kernel_distance
-from barrier_diffusers.evaluation.images import ByteImages, ImageColumn, ImageFiles
 
 CLASSIFIER = f"classifier={ROOT / 'assets/fashion_classifier'}"
 TEST_IMAGES = ROOT / "assets/fashion_images/test"

@@ -9,10 +9,10 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from short_runs import BASE
 
+from barrier_diffusers.data.prompt_files import PromptRow
 from barrier_diffusers.evaluation import image_folder
 from barrier_diffusers.evaluation.image_folder import batches_of, generate_folder, read_folder
-from barrier_diffusers.evaluation.prompts_file import PromptRow
-from barrier_diffusers.generation import SamplingConfig, generate
+from barrier_diffusers.models.generation import SamplingConfig, generate
 
 SAMPLING = SamplingConfig(num_inference_steps=2, batch_size=4, seed=7)
 WORDS = ("red sneaker", "blue dress", "black bag", "green coat", "red boot")

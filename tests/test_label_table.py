@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from barrier_diffusers import Barrier, BarrierConfig
-from barrier_diffusers.targets import input_rows, resolve_targets
+from barrier_diffusers.protection.targets import input_rows, resolve_targets
 
 TARGETS = ["class_embedding", "to_q", "to_k", "to_v"]
 

@@ -1,4 +1,4 @@
-"""barrier_diffusers/labelled.py: labelled images as bytes."""
+"""barrier_diffusers/data/labelled_images.py: labelled images as bytes."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
-from barrier_diffusers.labelled import as_pixels, load_labelled
+from barrier_diffusers.data.labelled_images import as_pixels, load_labelled
 
 
 def write(folder, images, labels, feature):

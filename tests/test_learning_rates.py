@@ -5,9 +5,9 @@ import torch
 from ddpm_models import Place, make_pipeline
 
 from barrier_diffusers import Barrier, BarrierConfig
-from barrier_diffusers.command_line import parse_config
-from barrier_diffusers.preparation import parameter_groups
-from barrier_diffusers.settings import UnlearnConfig, chosen_objective
+from barrier_diffusers.training.preparation import parameter_groups
+from barrier_diffusers.utils.command_line import parse_config
+from barrier_diffusers.workflow.settings import UnlearnConfig, chosen_objective
 from ddpm_ext.loading import load_pipeline
 from ddpm_ext.settings import UnlearnConfig as LabelConfig
 

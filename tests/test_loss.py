@@ -4,12 +4,20 @@ import pytest
 import torch
 from oracle import Oracle, corners
 
-from barrier_diffusers.config import BarrierConfig
-from barrier_diffusers.drift import FullDrift, LoraDrift, chunks, full_drift, stack_lora, stacked_drift
-from barrier_diffusers.loss import box_term, interval_ends, protection_terms, residual_term
-from barrier_diffusers.products import Frame, thin_factor
-from barrier_diffusers.region import ForgetRegion, fit_directions, fit_region
-from barrier_diffusers.statistics import Moments, ProjectionSketch
+from barrier_diffusers.protection.config import BarrierConfig
+from barrier_diffusers.protection.drift import (
+    Frame,
+    FullDrift,
+    LoraDrift,
+    chunks,
+    full_drift,
+    stack_lora,
+    stacked_drift,
+    thin_factor,
+)
+from barrier_diffusers.protection.loss import box_term, interval_ends, protection_terms, residual_term
+from barrier_diffusers.protection.region import ForgetRegion, fit_directions, fit_region
+from barrier_diffusers.protection.statistics import Moments, ProjectionSketch
 
 D, O, K = 7, 5, 3  # noqa: E741
 GENERATOR = torch.Generator().manual_seed(0)

@@ -9,9 +9,8 @@ from sklearn.metrics import roc_auc_score
 from test_attacks import pictures
 from test_evaluate_sd import evaluate
 
-from barrier_diffusers.architectures import Diffusion
-from barrier_diffusers.concepts import ConceptConfig
-from barrier_diffusers.evaluation.erasure import EvaluationConfig
+from barrier_diffusers.data.concepts import ConceptConfig
+from barrier_diffusers.evaluation.erasure import ImageEvaluationConfig
 from barrier_diffusers.evaluation.membership import (
     MembershipConfig,
     attack,
@@ -22,6 +21,7 @@ from barrier_diffusers.evaluation.membership import (
     resample,
     with_interval,
 )
+from barrier_diffusers.models.denoiser import PipelineDenoiser
 
 QUICK = MembershipConfig(num_timesteps=4, num_noises=1, num_resamples=200)
 IMAGES = str(ROOT / "assets/fashion_images")
@@ -113,13 +113,13 @@ def test_what_a_generator_learned_by_heart_is_found():
     members, others = pictures(captions, 0), pictures(captions, 1)
     options = MembershipConfig(num_timesteps=5, num_noises=1, num_resamples=200)
     fresh = tuple(denoising_losses(pipeline, images, 32, options) for images in (members, others))
-    diffusion = Diffusion(pipeline)
+    denoiser = PipelineDenoiser(pipeline)
     with torch.no_grad():
         latents = pipeline.vae.encode(pixels_of(members)).latent_dist.mean * 20.0
         prompt = pipeline.encode_prompt(captions, "cpu", 1, False)[0]
     optimizer, generator = torch.optim.Adam(pipeline.unet.parameters(), 1e-2), torch.Generator().manual_seed(0)
     for _ in range(300):
-        drawn = diffusion.noising(latents, generator)
+        drawn = denoiser.noising(latents, generator)
         predicted = pipeline.unet(drawn.noisy, drawn.timesteps, prompt).sample
         torch.nn.functional.mse_loss(predicted, drawn.target).backward()
         optimizer.step()
@@ -135,14 +135,14 @@ def test_what_a_generator_learned_by_heart_is_found():
 
 def test_the_four_groups():
     concepts = ConceptConfig(concept="sneaker", train_data_dir=IMAGES)
-    images = membership_images(MembershipConfig(num_images=50), EvaluationConfig(), concepts, [])
+    images = membership_images(MembershipConfig(num_images=50), ImageEvaluationConfig(), concepts, [])
     for role, sides in images.items():
         for rows in sides.values():
             assert len(rows) == 50 and all(("sneaker" in text) == (role == "forget") for text in rows["text"])
     both = [np.asarray(images["forget"][side][0]["image"]) for side in ("members", "held_out")]
     assert not np.array_equal(*both)
     with pytest.raises(ValueError, match="are both 'test': nothing is held out"):
-        membership_images(MembershipConfig(split="test"), EvaluationConfig(), concepts, [])
+        membership_images(MembershipConfig(split="test"), ImageEvaluationConfig(), concepts, [])
 
 
 def test_evaluate_sd_attacks_the_base_and_the_unlearned_pipeline(tmp_path, monkeypatch, capsys):
@@ -170,7 +170,7 @@ def test_settings_out_of_range(name, value):
 def test_places_of_the_schedule():
     """What a drawn batch is, the chosen place gives as well."""
     for name in ("sd", "sd_velocity", "sd3", "flux"):
-        noising = Diffusion(build(name)).noising
+        noising = PipelineDenoiser(build(name)).noising
         latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
         drawn = noising(latents, torch.Generator().manual_seed(1))
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))

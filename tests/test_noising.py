@@ -6,8 +6,8 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from pipelines import build
 
-from barrier_diffusers.architectures import Diffusion
-from barrier_diffusers.noising import DiffusionNoising, FlowNoising, latent_normalisation, sample_latents
+from barrier_diffusers.models.denoiser import PipelineDenoiser
+from barrier_diffusers.models.noising import DiffusionNoising, FlowNoising, latent_normalisation, sample_latents
 
 
 def seeded():
@@ -117,8 +117,8 @@ def test_latents_normalised_per_channel():
 
 @pytest.mark.parametrize("name", ["sd_velocity", "flux"])
 def test_one_generator_gives_one_draw(name):
-    diffusion = Diffusion(build(name))
+    denoiser = PipelineDenoiser(build(name))
     moments = torch.zeros(4, 4 if name == "flux" else 8, 8, 8)
-    first, second = (diffusion.noised(moments, seeded()) for _ in range(2))
+    first, second = (denoiser.noised(moments, seeded()) for _ in range(2))
     for key in ("noisy", "timesteps", "target"):
         assert torch.equal(getattr(first, key), getattr(second, key))

@@ -5,8 +5,8 @@ import pytest
 import torch
 from scipy import stats
 
-from barrier_diffusers.certificate import Certificate
-from barrier_diffusers.order_statistics import (
+from barrier_diffusers.protection.certificate import Certificate
+from barrier_diffusers.protection.order_statistics import (
     Split,
     attainable_quantile,
     chance_of_exceedances,

@@ -14,14 +14,14 @@ import light_stages
 import pytest
 from short_runs import ROOT
 
-from barrier_diffusers.command_line import config_from, run_script
 from barrier_diffusers.evaluation.attacks import ATTACKS
 from barrier_diffusers.evaluation.settings import EvaluateConfig
-from barrier_diffusers.kinds import KINDS
-from barrier_diffusers.pipelines import command_of, parse_pipeline, run_pipeline, stop_message
-from barrier_diffusers.processes import FolderLock, Stopped
-from barrier_diffusers.settings import chosen_objective
-from barrier_diffusers.stages import stage_inputs
+from barrier_diffusers.utils.command_line import config_from, run_script
+from barrier_diffusers.workflow.kinds import KINDS
+from barrier_diffusers.workflow.processes import FolderLock, Stopped
+from barrier_diffusers.workflow.settings import chosen_objective
+from barrier_diffusers.workflow.stages import stage_inputs
+from barrier_diffusers.workflow.workflow import command_of, parse_pipeline, run_pipeline, stop_message
 
 CONFIGS = sorted((ROOT / "train_scripts" / "configs").glob("pipeline_*.yaml"))
 SCORE = {"evaluate.classes.unlearning_accuracy": 1, "evaluate.classes.retain_accuracy_drop": -1}

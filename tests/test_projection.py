@@ -10,7 +10,7 @@ from oracle import net_rows
 from projected import CONVS, TEXT, add_lora, config_of, protected, text_batches, train
 
 from barrier_diffusers import Barrier, BarrierConfig
-from barrier_diffusers.projection import SecondMoment, fit_projection, project_out, spanning_directions
+from barrier_diffusers.protection.projection import SecondMoment, fit_projection, project_out, spanning_directions
 
 FILES = {"config": "barrier_config.json", "projections": "barrier_projections.safetensors"}
 

@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from barrier_diffusers.evaluation.prompts_file import PromptRow, PromptsConfig, read_prompts, write_prompts
+from barrier_diffusers.data.prompt_files import PromptRow, PromptsConfig, read_prompts, write_prompts
 
 
 def write(path, text):

@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from short_runs import BASE, ROOT
 from test_clip_score import folder as clip_folder  # noqa: F401  a fixture
 
-from barrier_diffusers.command_line import parse_config, run_script
+from barrier_diffusers.data.prompt_files import PromptRow, write_prompts
 from barrier_diffusers.evaluation.lpips import alexnet
 from barrier_diffusers.evaluation.nudity import PARTS
-from barrier_diffusers.evaluation.prompts_file import PromptRow, write_prompts
 from barrier_diffusers.evaluation.settings import EvaluateConfig
+from barrier_diffusers.utils.command_line import parse_config, run_script
 
 sys.path.insert(0, str(ROOT / "train_scripts"))
 

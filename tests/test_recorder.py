@@ -7,8 +7,13 @@ import torch
 from conftest import image_batches, make_unet, run_net, run_unet, unet_batches
 from peft import LoraConfig
 
-from barrier_diffusers.recorder import BarrierAttnProcessor, InputRecorder, record_inputs, wrapped_processors
-from barrier_diffusers.targets import input_rows, resolve_targets
+from barrier_diffusers.protection.recorder import (
+    BarrierAttnProcessor,
+    InputRecorder,
+    record_inputs,
+    wrapped_processors,
+)
+from barrier_diffusers.protection.targets import input_rows, resolve_targets
 
 QKV = ["to_q", "to_k", "to_v"]
 

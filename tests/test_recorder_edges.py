@@ -8,8 +8,13 @@ from conftest import image_batches, run_net, run_unet, unet_batches
 from torch import nn
 from torch.utils.data import DataLoader
 
-from barrier_diffusers.recorder import BarrierAttnProcessor, InputRecorder, record_inputs, wrapped_processors
-from barrier_diffusers.targets import resolve_targets
+from barrier_diffusers.protection.recorder import (
+    BarrierAttnProcessor,
+    InputRecorder,
+    record_inputs,
+    wrapped_processors,
+)
+from barrier_diffusers.protection.targets import resolve_targets
 
 QKV = ["to_q", "to_k", "to_v"]
 

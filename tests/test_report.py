@@ -7,8 +7,8 @@ import re
 import pytest
 from report import ReportConfig, main
 
-from barrier_diffusers.command_line import run_script
 from barrier_diffusers.evaluation.html import drop_interval, read_run, render
+from barrier_diffusers.utils.command_line import run_script
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="

@@ -7,7 +7,7 @@ from peft import LoraConfig
 
 from barrier_diffusers import Barrier, BarrierConfig
 from barrier_diffusers.objectives import DiffusionStep
-from barrier_diffusers.saliency import LOSS_SCALE, SaliencyMask, keep_top, saliency_scores, summed_gradients
+from barrier_diffusers.training.saliency import LOSS_SCALE, SaliencyMask, keep_top, saliency_scores, summed_gradients
 
 TARGETS = ["attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"]
 

@@ -4,22 +4,22 @@ import pytest
 import torch
 from pipelines import build
 
-from barrier_diffusers.architectures import Diffusion
-from barrier_diffusers.data import encode_prompts
-from barrier_diffusers.sampling import PartialSampler, SampledBatches
+from barrier_diffusers.data.encoding import encode_prompts
+from barrier_diffusers.models.denoiser import PipelineDenoiser
+from barrier_diffusers.models.partial_sampler import PartialSampler, SampledBatches
 
 PROMPTS = ["a photo of a red boot", "a photo of a blue bag"]
 
 
 def prepared(name, steps=4, scale=3.0):
     pipeline = build(name)
-    diffusion = Diffusion(pipeline)
+    denoiser = PipelineDenoiser(pipeline)
     conditions = [encode_prompts(pipeline, prompts) for prompts in (PROMPTS, ["", ""])]
-    return pipeline, diffusion, PartialSampler(diffusion, diffusion.latent_shape(32), scale, steps), conditions
+    return pipeline, denoiser, PartialSampler(denoiser, denoiser.latent_shape(32), scale, steps), conditions
 
 
 def stage(monkeypatch, value):
-    monkeypatch.setattr("barrier_diffusers.sampling.torch.randint", lambda *_: torch.tensor(value))
+    monkeypatch.setattr("barrier_diffusers.models.partial_sampler.torch.randint", lambda *_: torch.tensor(value))
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux"])
@@ -37,13 +37,13 @@ def test_shapes_and_no_graph(name):
 
 @pytest.mark.parametrize("name", ["sd", "sd3", "flux"])
 def test_last_stage_is_one_step_before_the_pipelines_result(name, monkeypatch):
-    pipeline, diffusion, sampler, conditions = prepared(name)
+    pipeline, denoiser, sampler, conditions = prepared(name)
     stage(monkeypatch, 3)
     torch.manual_seed(0)
     noisy, timesteps = sampler(*conditions, torch.arange(2))
     torch.manual_seed(0)
     noise = torch.randn(2, *sampler.latent_shape)
-    stepper = diffusion.noising.sampler(4, sampler.latent_shape)
+    stepper = denoiser.noising.sampler(4, sampler.latent_shape)
     seen = []
 
     def watch(_pipeline, index, _timestep, tensors):
@@ -78,9 +78,9 @@ def test_first_stage_is_noise(monkeypatch):
 
 
 def test_batches_for_recording():
-    _, diffusion, sampler, (condition, empty) = prepared("sd3")
+    _, denoiser, sampler, (condition, empty) = prepared("sd3")
     batches = [{"condition": condition, "unconditional": empty, "index": torch.arange(2)}]
     stored = SampledBatches(batches, sampler, torch.device("cpu"))
     (recorded,), (again,) = stored, stored
     assert len(stored) == 1 and torch.equal(recorded["noisy"], again["noisy"])
-    assert diffusion.predict_batch(diffusion.denoiser, recorded).shape == recorded["noisy"].shape
+    assert denoiser.predict_batch(denoiser.network, recorded).shape == recorded["noisy"].shape

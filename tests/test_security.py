@@ -14,11 +14,11 @@ from accelerate.state import AcceleratorState
 from short_runs import ROOT, run
 from test_checkpoints import Small
 
-from barrier_diffusers.checkpoints import CHECKPOINT_NAME
-from barrier_diffusers.concepts import write_image_folder
+from barrier_diffusers.data.concepts import write_image_folder
 from barrier_diffusers.evaluation.classifier import AttributeClassifier
-from barrier_diffusers.files import file_hash
-from barrier_diffusers.hub import load_pipeline
+from barrier_diffusers.models.loading import load_pipeline
+from barrier_diffusers.training.checkpoints import CHECKPOINT_NAME
+from barrier_diffusers.utils.files import file_hash
 
 SHORT = {"max_train_steps": 1, "evaluation.classifier": "null", "evaluation.images_per_label": 1}
 

@@ -15,9 +15,9 @@ from diffusers import StableDiffusionPipeline
 from pipelines import FASHION
 from safetensors.torch import save_file
 
-from barrier_diffusers.command_line import parse_config
-from barrier_diffusers.hub import load_pipeline
-from barrier_diffusers.settings import UnlearnConfig
+from barrier_diffusers.models.loading import load_pipeline
+from barrier_diffusers.utils.command_line import parse_config
+from barrier_diffusers.workflow.settings import UnlearnConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "train_scripts"))
 

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from barrier_diffusers.statistics import Moments, ProjectionSketch
+from barrier_diffusers.protection.statistics import Moments, ProjectionSketch
 
 
 def rows(n=1000, d=6, seed=0):

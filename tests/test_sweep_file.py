@@ -11,9 +11,9 @@ import yaml
 from short_runs import ROOT
 from test_pipelines import CONFIGS, enter_repository, own_kinds  # noqa: F401
 
-from barrier_diffusers.pipelines import parse_pipeline
-from barrier_diffusers.sweep_file import LOG_RANGES, OPTIONS, ROUNDED, TAIL, decode, encode, read_sweep
-from barrier_diffusers.sweeps import EveryPoint, check_sweep
+from barrier_diffusers.workflow.sweep_file import LOG_RANGES, OPTIONS, ROUNDED, TAIL, decode, encode, read_sweep
+from barrier_diffusers.workflow.sweeps import EveryPoint, check_sweep
+from barrier_diffusers.workflow.workflow import parse_pipeline
 
 with warnings.catch_warnings():  # of pydantic, about how the package is written
     warnings.simplefilter("ignore")

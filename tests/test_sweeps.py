@@ -15,11 +15,11 @@ from optuna.trial import TrialState
 from PIL import Image
 from test_pipelines import own_kinds, wait_for  # noqa: F401
 
-from barrier_diffusers.pipelines import stop_message
-from barrier_diffusers.processes import Stopped
-from barrier_diffusers.sweep_file import read_sweep
-from barrier_diffusers.sweep_report import fanova, report
-from barrier_diffusers.sweeps import SweepConfig, Worker, check_sweep, retried
+from barrier_diffusers.workflow.processes import Stopped
+from barrier_diffusers.workflow.sweep_file import read_sweep
+from barrier_diffusers.workflow.sweep_report import fanova, report
+from barrier_diffusers.workflow.sweeps import SweepConfig, Worker, check_sweep, retried
+from barrier_diffusers.workflow.workflow import stop_message
 
 AXES = ["evaluate.classes.unlearning_accuracy", "evaluate.classes.retain_accuracy_drop"]
 RATE, BONUS = "unlearn.learning_rate", "evaluate.bonus"

@@ -10,8 +10,8 @@ from rows import TABLES, Row, Table
 from running import run_rows, words_of
 from short_runs import ROOT, SHORT
 
-from barrier_diffusers.command_line import parse_config
-from barrier_diffusers.settings import UnlearnConfig, chosen_objective
+from barrier_diffusers.utils.command_line import parse_config
+from barrier_diffusers.workflow.settings import UnlearnConfig, chosen_objective
 
 
 @pytest.fixture(autouse=True)

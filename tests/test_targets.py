@@ -7,7 +7,7 @@ from oracle import conv_rows
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from barrier_diffusers.targets import linear_maps, patches, resolve_targets
+from barrier_diffusers.protection.targets import linear_maps, patches, resolve_targets
 
 
 def names(model, *targets):

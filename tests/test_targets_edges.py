@@ -5,7 +5,7 @@ import torch
 from peft import LoHaConfig, LoraConfig, get_peft_model
 from torch import nn
 
-from barrier_diffusers.targets import input_geometry, linear_maps, resolve_targets
+from barrier_diffusers.protection.targets import input_geometry, linear_maps, resolve_targets
 
 CROSS = ["attn2.to_q", "attn2.to_k", "attn2.to_v"]
 

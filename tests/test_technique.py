@@ -7,13 +7,14 @@ from PIL import Image
 from pipelines import build
 from short_runs import BASE, ROOT
 
-from barrier_diffusers.config import BarrierConfig
-from barrier_diffusers.erased import ERASED_NAME, ErasedConcepts, as_json
+from barrier_diffusers.data.erased_concepts import ERASED_NAME, ErasedConcepts, as_json
 from barrier_diffusers.evaluation.technique import BarrierTechnique
-from barrier_diffusers.files import write_json
-from barrier_diffusers.generation import SamplingConfig, generate
-from barrier_diffusers.hub import add_adapter, load_merged, save_adapter, save_pipeline
-from barrier_diffusers.training import module_hash
+from barrier_diffusers.models.generation import SamplingConfig, generate
+from barrier_diffusers.models.loading import add_adapter, load_merged
+from barrier_diffusers.models.publishing import save_adapter, save_pipeline
+from barrier_diffusers.protection.config import BarrierConfig
+from barrier_diffusers.utils.files import write_json
+from barrier_diffusers.utils.run_records import module_hash
 
 GROUP = "eval_unlearn.techniques"
 ERASED = as_json([ErasedConcepts(["sneaker"], ["a photo of a red sneaker"])])

@@ -13,16 +13,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from barrier_diffusers import BarrierConfig
-from barrier_diffusers.command_line import parse_config, run_script
-from barrier_diffusers.files import write_json
-from barrier_diffusers.training import (
-    claim_output_dir,
-    endless,
-    freeze_normalisation,
-    manifest,
-    module_hash,
-    move_into,
-)
+from barrier_diffusers.training.loop import endless
+from barrier_diffusers.training.steps import freeze_normalisation
+from barrier_diffusers.utils.command_line import parse_config, run_script
+from barrier_diffusers.utils.files import move_into, write_json
+from barrier_diffusers.utils.run_records import claim_output_dir, manifest, module_hash
 
 
 @dataclass

@@ -6,7 +6,7 @@ from diffusers import StableDiffusionPipeline
 from pipelines import FASHION
 
 from barrier_diffusers import Barrier, BarrierConfig
-from barrier_diffusers.data import encode_prompts
+from barrier_diffusers.data.encoding import encode_prompts
 from barrier_diffusers.objectives import ObjectiveConfig, PromptEdit, get_objective
 from barrier_diffusers.objectives.uce import aligned_tokens, edit_keys_and_values, ridge_edit
 

@@ -13,10 +13,10 @@ from pipelines import build
 from safetensors.torch import load_file
 
 from barrier_diffusers import Barrier, BarrierConfig
-from barrier_diffusers.architectures import get_architecture
-from barrier_diffusers.command_line import parse_config
-from barrier_diffusers.hub import load_pipeline
-from barrier_diffusers.settings import UnlearnConfig
+from barrier_diffusers.models.architectures import get_architecture
+from barrier_diffusers.models.loading import load_pipeline
+from barrier_diffusers.utils.command_line import parse_config
+from barrier_diffusers.workflow.settings import UnlearnConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "train_scripts"))
 
@@ -117,8 +117,8 @@ def test_adapter_loads_and_merges(name, folders, tmp_path):
     before = sample(pipeline)
     pipeline.load_lora_weights(output)
     row = get_architecture(type(pipeline).__name__)
-    denoiser = getattr(pipeline, row.denoiser)
-    with_adapter = {n for n, m in denoiser.named_modules() if hasattr(m, "lora_A")}
+    network = getattr(pipeline, row.denoiser)
+    with_adapter = {n for n, m in network.named_modules() if hasattr(m, "lora_A")}
     wanted = Barrier(getattr(build(name), row.denoiser), BarrierConfig(targets=list(row.targets), reduced_dim=2)).maps
     assert with_adapter == {entry.name for entry in wanted}
     adapted = sample(pipeline)

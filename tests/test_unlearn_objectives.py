@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from short_runs import BASE, ROOT, run
 
 from barrier_diffusers import Barrier
-from barrier_diffusers.data import encode_prompts
+from barrier_diffusers.data.encoding import encode_prompts
 
 BARE = {"objective.anchor": "null", "objective.alpha": 0, "barrier.lambda_interval": 0}
 KEYS = {"barrier.targets": "[attn2.to_k,attn2.to_v]"}

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from short_runs import BASE, ROOT, flags, main, run
 
 from barrier_diffusers import Barrier, BarrierConfig
-from barrier_diffusers.command_line import run_script
-from barrier_diffusers.settings import UnlearnConfig
+from barrier_diffusers.utils.command_line import run_script
+from barrier_diffusers.workflow.settings import UnlearnConfig
 
 GA = {"objective.name": "ga", "objective.anchor": "null"}
 

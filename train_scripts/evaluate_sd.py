@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from barrier_diffusers.command_line import run_script
 from barrier_diffusers.evaluation.certification import certify_saved, has_barrier, held_out_images
 from barrier_diffusers.evaluation.html import REPORT_NAME, write_report
 from barrier_diffusers.evaluation.post_attack import images_hash, run_attacks
@@ -20,8 +19,9 @@ from barrier_diffusers.evaluation.protocols import ConceptProtocol, make_protoco
 from barrier_diffusers.evaluation.report import attacks_picture, print_attacks
 from barrier_diffusers.evaluation.settings import EvaluateConfig
 from barrier_diffusers.evaluation.subject import PICTURE_NAME, SECONDS_NAME, Subject, claim_evaluation_dir
-from barrier_diffusers.files import write_json
-from barrier_diffusers.training import METRICS_NAME, manifest, module_hash
+from barrier_diffusers.utils.command_line import run_script
+from barrier_diffusers.utils.files import write_json
+from barrier_diffusers.utils.run_records import METRICS_NAME, manifest, module_hash
 
 PLACES = ("output_dir", "overwrite_output_dir")  # settings that change no number
 

@@ -8,10 +8,10 @@ was stopped goes on with the images that it has.
 
 from __future__ import annotations
 
-from barrier_diffusers.command_line import run_script
 from barrier_diffusers.evaluation.protocols import make_protocols
 from barrier_diffusers.evaluation.settings import EvaluateConfig
 from barrier_diffusers.evaluation.subject import IMAGES_NAME, Subject, claim_evaluation_dir
+from barrier_diffusers.utils.command_line import run_script
 
 
 def main(config: EvaluateConfig) -> None:

@@ -20,8 +20,8 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from scipy import ndimage
 
-from barrier_diffusers.command_line import run_script
-from barrier_diffusers.concepts import write_image_folder
+from barrier_diffusers.data.concepts import write_image_folder
+from barrier_diffusers.utils.command_line import run_script
 
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 COLOURS = {

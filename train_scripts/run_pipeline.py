@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from barrier_diffusers.command_line import run_script
-from barrier_diffusers.pipelines import Pipeline, parse_pipeline, run_pipeline, stop_message
-from barrier_diffusers.processes import Stopped
-from barrier_diffusers.tracking import RESULTS_NAME
+from barrier_diffusers.utils.command_line import run_script
+from barrier_diffusers.workflow.processes import Stopped
+from barrier_diffusers.workflow.tracking import RESULTS_NAME
+from barrier_diffusers.workflow.workflow import Pipeline, parse_pipeline, run_pipeline, stop_message
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 
-from barrier_diffusers.command_line import run_script
-from barrier_diffusers.concepts import cycle
-from barrier_diffusers.data import labels_in_texts, load_image_text
+from barrier_diffusers.data.captions import labels_in_texts
+from barrier_diffusers.data.concepts import cycle
+from barrier_diffusers.data.readers import load_image_text
 from barrier_diffusers.evaluation.accuracy import recognise, share
 from barrier_diffusers.evaluation.classifier import AttributeClassifier
 from barrier_diffusers.evaluation.report import image_rows
-from barrier_diffusers.generation import SamplingConfig, generate
+from barrier_diffusers.models.generation import SamplingConfig, generate
+from barrier_diffusers.utils.command_line import run_script
 
 
 @dataclass

@@ -11,13 +11,13 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from barrier_diffusers.command_line import run_script
-from barrier_diffusers.pipelines import stop_message
-from barrier_diffusers.processes import Stopped
-from barrier_diffusers.sweep_file import read_sweep
-from barrier_diffusers.sweep_report import MARKDOWN_NAME, report
-from barrier_diffusers.sweeps import SweepConfig, Worker, check_sweep
-from barrier_diffusers.training import require_writable
+from barrier_diffusers.utils.command_line import run_script
+from barrier_diffusers.utils.files import require_writable
+from barrier_diffusers.workflow.processes import Stopped
+from barrier_diffusers.workflow.sweep_file import read_sweep
+from barrier_diffusers.workflow.sweep_report import MARKDOWN_NAME, report
+from barrier_diffusers.workflow.sweeps import SweepConfig, Worker, check_sweep
+from barrier_diffusers.workflow.workflow import stop_message
 
 ROOT = Path(__file__).resolve().parent.parent
 

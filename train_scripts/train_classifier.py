@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
-from barrier_diffusers.command_line import run_script
-from barrier_diffusers.data import load_image_text, to_pixels
+from barrier_diffusers.data.encoding import to_pixels
+from barrier_diffusers.data.readers import load_image_text
 from barrier_diffusers.evaluation.classifier import AttributeClassifier
+from barrier_diffusers.utils.command_line import run_script
 
 
 @dataclass

@@ -22,21 +22,15 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from barrier_diffusers.command_line import run_script
-from barrier_diffusers.config import require_positive
-from barrier_diffusers.data import (
-    cached_tensors,
-    encode_moments,
-    fingerprint,
-    image_batches,
-    load_image_text,
-    tokenize,
-)
-from barrier_diffusers.files import write_json, written_whole
-from barrier_diffusers.noising import sample_latents
-from barrier_diffusers.scratch import Averages, Training
-from barrier_diffusers.training import require_writable
-from barrier_diffusers.vocabulary import cut_clip_vocabulary, find_clip_vocabulary
+from barrier_diffusers.data.encoding import cached_tensors, encode_moments, image_batches, tokenize
+from barrier_diffusers.data.readers import load_image_text
+from barrier_diffusers.models.noising import sample_latents
+from barrier_diffusers.models.vocabulary import cut_clip_vocabulary, find_clip_vocabulary
+from barrier_diffusers.training.scratch import Averages, Training
+from barrier_diffusers.utils.checks import require_positive
+from barrier_diffusers.utils.command_line import run_script
+from barrier_diffusers.utils.files import require_writable, write_json, written_whole
+from barrier_diffusers.utils.run_records import fingerprint
 
 
 @dataclass

@@ -20,12 +20,8 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from barrier_diffusers import Barrier
-from barrier_diffusers.architectures import Diffusion, components, get_architecture
-from barrier_diffusers.checkpoints import Checkpoints
-from barrier_diffusers.command_line import run_script
-from barrier_diffusers.concepts import encode_concepts, load_concepts
-from barrier_diffusers.data import fingerprint
-from barrier_diffusers.erased import ERASED_NAME, ErasedConcepts, as_json, read_erased
+from barrier_diffusers.data.concepts import encode_concepts, load_concepts
+from barrier_diffusers.data.erased_concepts import ERASED_NAME, ErasedConcepts, as_json, read_erased
 from barrier_diffusers.evaluation.certification import HeldOut, held_out_images, write_certificate
 from barrier_diffusers.evaluation.erasure import (
     Questions,
@@ -36,29 +32,25 @@ from barrier_diffusers.evaluation.erasure import (
 )
 from barrier_diffusers.evaluation.html import REPORT_NAME, write_report
 from barrier_diffusers.evaluation.report import before_after_grid, loss_curves, print_metrics, strip
-from barrier_diffusers.files import write_json
-from barrier_diffusers.generation import generate
-from barrier_diffusers.hub import (
+from barrier_diffusers.models.architectures import components, get_architecture
+from barrier_diffusers.models.denoiser import PipelineDenoiser
+from barrier_diffusers.models.generation import generate
+from barrier_diffusers.models.loading import (
     add_adapter,
     choose_attention_backend,
-    claim_repo,
     enable_xformers,
     load_pipeline,
-    push_folder,
-    save_adapter,
-    save_model_card,
-    save_pipeline,
-)
-from barrier_diffusers.preparation import apply_edit, maps_of_prompts, prompt_inputs, rates_of_maps
-from barrier_diffusers.runs import open_run
-from barrier_diffusers.settings import UnlearnConfig, chosen_objective, data_needs
-from barrier_diffusers.training import (
-    MANIFEST_NAME,
-    METRICS_NAME,
-    manifest,
     module_hashes,
 )
-from barrier_diffusers.unlearning import unlearn
+from barrier_diffusers.models.publishing import claim_repo, push_folder, save_adapter, save_model_card, save_pipeline
+from barrier_diffusers.training.checkpoints import Checkpoints
+from barrier_diffusers.training.preparation import apply_edit, maps_of_prompts, prompt_inputs, rates_of_maps
+from barrier_diffusers.training.runs import open_run
+from barrier_diffusers.training.unlearn import unlearn
+from barrier_diffusers.utils.command_line import run_script
+from barrier_diffusers.utils.files import write_json
+from barrier_diffusers.utils.run_records import MANIFEST_NAME, METRICS_NAME, fingerprint, manifest
+from barrier_diffusers.workflow.settings import UnlearnConfig, chosen_objective, data_needs
 
 
 def validate(accelerator: Accelerator, pipeline: Any, config: UnlearnConfig, output: Path, step: int) -> None:
@@ -78,7 +70,7 @@ class Job:
     config: UnlearnConfig
     output: Path
     pipeline: Any
-    denoiser: Any
+    network: Any
     barrier: Barrier
     questions: Questions
     before: np.ndarray  # images (N, H, W, 3) of the questions' prompts
@@ -91,7 +83,7 @@ class Job:
 def finish(job: Job, results: dict[str, Any]) -> None:
     """Save the weights first, then look at what they do: images after, metrics, pictures, model card, manifest."""
     config, output, pipeline, questions = job.config, job.output, job.pipeline, job.questions
-    job.denoiser.eval()
+    job.network.eval()
     (job.barrier if config.protected else config.barrier).save_pretrained(output)
     if config.rank:
         save_adapter(pipeline, output)
@@ -102,8 +94,8 @@ def finish(job: Job, results: dict[str, Any]) -> None:
     job.barrier.remove()
     after = generate(pipeline, questions.prompts, config.evaluation.sampling, desc="images after")
     if config.merge_adapter:
-        job.denoiser.fuse_lora()
-        job.denoiser.unload_lora()
+        job.network.fuse_lora()
+        job.network.unload_lora()
         save_pipeline(pipeline, output / "merged")
         write_json(output / "merged" / ERASED_NAME, as_json(job.erased))
     red = questions.forgotten + questions.erased_before
@@ -151,31 +143,31 @@ def main(config: UnlearnConfig) -> None:
         config.pipeline_config,
         config.original_config,
     )
-    diffusion = Diffusion(pipeline, config.guidance_scale)
-    diffusion.check_resolution(config.resolution)
-    diffusion.check_text_encoder(pipeline)
-    config.barrier.targets = config.barrier.targets or list(diffusion.architecture.targets)
-    denoiser = diffusion.denoiser
+    denoiser = PipelineDenoiser(pipeline, config.guidance_scale)
+    denoiser.check_resolution(config.resolution)
+    denoiser.check_text_encoder(pipeline)
+    config.barrier.targets = config.barrier.targets or list(denoiser.architecture.targets)
+    network = denoiser.network
     if config.enable_xformers_memory_efficient_attention:
-        enable_xformers(denoiser, accelerator.device)
+        enable_xformers(network, accelerator.device)
     if config.attention_backend is not None:
-        choose_attention_backend(denoiser, config.attention_backend, accelerator.device)
+        choose_attention_backend(network, config.attention_backend, accelerator.device)
     if config.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
+        network.enable_gradient_checkpointing()
     for module in components(pipeline).values():
         module.to(accelerator.device)
-        module.requires_grad_(module is denoiser).eval()
+        module.requires_grad_(module is network).eval()
     hashes = module_hashes(pipeline)
-    base_hash, made_by = hashes[diffusion.architecture.denoiser], fingerprint(hashes, str(frozen_dtype))
+    base_hash, made_by = hashes[denoiser.architecture.denoiser], fingerprint(hashes, str(frozen_dtype))
     cache = Path(config.cache_dir or output / "cache")
     if config.rank:
-        add_adapter(denoiser, config.barrier, config.rank)
-    barrier = Barrier(denoiser, config.barrier)
+        add_adapter(network, config.barrier, config.rank)
+    barrier = Barrier(network, config.barrier)
     rates_of_maps(barrier.maps, config.learning_rates)  # an error now, not after the data is read
     if objective.check_maps is not None:
         objective.check_maps(barrier.maps)
 
-    by_prompts = maps_of_prompts(config, diffusion)
+    by_prompts = maps_of_prompts(config, denoiser)
     steer, needs = config.objective, data_needs(config, objective, set(by_prompts) == set(config.barrier.targets))
     with accelerator.main_process_first():  # the others find the cache filled
         erased = read_erased(config.pretrained_model_name_or_path, config.revision)
@@ -198,7 +190,7 @@ def main(config: UnlearnConfig) -> None:
     if accelerator.process_index:  # the first process draws as a single one would, the others their own noise
         set_seed(config.seed + accelerator.process_index)
     now_erased = [*erased, ErasedConcepts(config.concepts, sorted(set(concepts.forget[config.caption_column])))]
-    job = Job(config, output, pipeline, denoiser, barrier, questions, before, base_hash, now_erased, repo_id, held_out)
+    job = Job(config, output, pipeline, network, barrier, questions, before, base_hash, now_erased, repo_id, held_out)
     if objective.edit is not None:
         if accelerator.is_main_process:
             start = time.perf_counter()
@@ -213,7 +205,7 @@ def main(config: UnlearnConfig) -> None:
         config,
         objective,
         barrier,
-        diffusion,
+        denoiser,
         data,
         checkpoints,
         checkpoint,

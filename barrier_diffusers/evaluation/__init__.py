@@ -1,0 +1,1 @@
+"""Judges, protocols, attacks, certificate runs and reports."""

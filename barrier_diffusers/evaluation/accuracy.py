@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import binomtest
 
+from barrier_diffusers.data.images import Images, as_image_set
 from barrier_diffusers.evaluation.classifier import AttributeClassifier
-from barrier_diffusers.evaluation.images import Images, as_image_set
 
 
 def recognise(classifier: AttributeClassifier, images: Images, batch_size: int = 256) -> dict[str, list[str]]:

@@ -16,20 +16,20 @@ import torch
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
-from barrier_diffusers.architectures import Diffusion
-from barrier_diffusers.barrier import Barrier
-from barrier_diffusers.concepts import ConceptConfig
-from barrier_diffusers.config import require_positive
-from barrier_diffusers.data import EncodedImages, NoisedBatches, encode_moments, encode_prompts, take_evenly
-from barrier_diffusers.erased import ErasedConcepts
-from barrier_diffusers.evaluation.erasure import EvaluationConfig, Questions, image_text, load_rows, retained_rows
+from barrier_diffusers.data.concepts import ConceptConfig
+from barrier_diffusers.data.encoding import EncodedImages, NoisedBatches, encode_moments, encode_prompts
+from barrier_diffusers.data.erased_concepts import ErasedConcepts
+from barrier_diffusers.data.readers import take_evenly
+from barrier_diffusers.evaluation.erasure import ImageEvaluationConfig, Questions, image_text, load_rows, retained_rows
 from barrier_diffusers.evaluation.post_attack import images_hash
-from barrier_diffusers.files import write_json
-from barrier_diffusers.generation import autocast_denoiser
-from barrier_diffusers.hub import load_pipeline
-from barrier_diffusers.order_statistics import Split, attainable_quantile, samples_needed
-from barrier_diffusers.saving import PROJECTIONS_NAME, REGIONS_NAME
-from barrier_diffusers.training import module_hashes
+from barrier_diffusers.models.denoiser import PipelineDenoiser
+from barrier_diffusers.models.generation import autocast_denoiser
+from barrier_diffusers.models.loading import load_pipeline, module_hashes
+from barrier_diffusers.protection.barrier import Barrier
+from barrier_diffusers.protection.order_statistics import Split, attainable_quantile, samples_needed
+from barrier_diffusers.protection.storage import PROJECTIONS_NAME, REGIONS_NAME
+from barrier_diffusers.utils.checks import require_positive
+from barrier_diffusers.utils.files import write_json
 
 CERTIFICATE_NAME = "certificate.json"
 
@@ -68,7 +68,7 @@ class HeldOut:
 
 def held_out_images(
     certificate: CertificateConfig,
-    evaluation: EvaluationConfig,
+    evaluation: ImageEvaluationConfig,
     concepts: ConceptConfig,
     erased: Sequence[ErasedConcepts] = (),
     questions: Questions | None = None,
@@ -127,17 +127,17 @@ def certify_pipeline(
 
     Draws from no random state but its own.
     """
-    diffusion, rows = Diffusion(pipeline), held_out.images
+    denoiser, rows = PipelineDenoiser(pipeline), held_out.images
     moments = encode_moments(pipeline.vae, rows, "image", resolution)
     captions = list(rows["text"])
     distinct = sorted(set(captions))
     ids = torch.tensor([distinct.index(caption) for caption in captions])
     images = EncodedImages(moments, ids, None, encode_prompts(pipeline, distinct))
-    device = next(diffusion.denoiser.parameters()).device
-    batches = NoisedBatches(images, diffusion, certificate.batch_size, certificate.seed, device)
+    device = next(denoiser.network.parameters()).device
+    batches = NoisedBatches(images, denoiser, certificate.batch_size, certificate.seed, device)
     quantile = quantile_for(certificate, len(rows))
     with autocast_denoiser(pipeline):
-        result = barrier.certify(batches, diffusion.predict_batch, quantile, certificate.confidence, certificate.split)
+        result = barrier.certify(batches, denoiser.predict_batch, quantile, certificate.confidence, certificate.split)
     print(result)
     return {
         **result.to_dict(),
@@ -210,7 +210,7 @@ def certify_saved(
         pipeline = load_pipeline(folder)
         pipeline.load_lora_weights(lora_weights)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-    barrier = Barrier.from_pretrained(lora_weights or folder, Diffusion(pipeline).denoiser)
+    barrier = Barrier.from_pretrained(lora_weights or folder, PipelineDenoiser(pipeline).network)
     write_certificate(output, barrier, pipeline, held_out, certificate, resolution)
     barrier.remove()
     pipeline.to("cpu")

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torchmetrics.multimodal.clip_score import CLIPScore
 from transformers import CLIPModel, CLIPProcessor
 
-from barrier_diffusers.evaluation.images import Images, as_image_set
-from barrier_diffusers.training import module_hash
+from barrier_diffusers.data.images import Images, as_image_set
+from barrier_diffusers.utils.run_records import module_hash
 
 CLIP_MODEL = "openai/clip-vit-base-patch32"
 

@@ -11,18 +11,21 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from barrier_diffusers.concepts import ConceptConfig, concepts_of, cycle
-from barrier_diffusers.config import require_positive
-from barrier_diffusers.data import cached_tensors, fingerprint, labels_in_texts, load_image_text, split_concepts
-from barrier_diffusers.erased import ErasedConcepts, rows_about_others
+from barrier_diffusers.data.captions import labels_in_texts
+from barrier_diffusers.data.concepts import ConceptConfig, concepts_of, cycle
+from barrier_diffusers.data.encoding import cached_tensors
+from barrier_diffusers.data.erased_concepts import ErasedConcepts, rows_about_others
+from barrier_diffusers.data.images import Images
+from barrier_diffusers.data.readers import load_image_text, split_concepts
 from barrier_diffusers.evaluation.accuracy import erasure_metrics, recognise
 from barrier_diffusers.evaluation.classifier import AttributeClassifier
-from barrier_diffusers.evaluation.images import Images
-from barrier_diffusers.generation import SamplingConfig, generate
+from barrier_diffusers.models.generation import SamplingConfig, generate
+from barrier_diffusers.utils.checks import require_positive
+from barrier_diffusers.utils.run_records import fingerprint
 
 
 @dataclass
-class EvaluationConfig:
+class ImageEvaluationConfig:
     """How a run is judged."""
 
     classifier: str | None = None  # folder of an AttributeClassifier; None: pictures only, no accuracy
@@ -49,7 +52,7 @@ class Questions:
 
 
 def make_questions(
-    evaluation: EvaluationConfig, config: ConceptConfig, erased: Sequence[ErasedConcepts] = ()
+    evaluation: ImageEvaluationConfig, config: ConceptConfig, erased: Sequence[ErasedConcepts] = ()
 ) -> Questions:
     """`images_per_label` prompts for every label, cycling through that label's distinct captions.
 
@@ -84,7 +87,7 @@ def make_questions(
     return Questions(prompts, labels, config.concepts, [concept for entry in erased for concept in entry.concepts])
 
 
-def load_rows(evaluation: EvaluationConfig, config: ConceptConfig) -> Dataset:
+def load_rows(evaluation: ImageEvaluationConfig, config: ConceptConfig) -> Dataset:
     """The evaluation split.
 
     Raises:
@@ -107,7 +110,7 @@ def image_text(rows: Dataset, config: ConceptConfig) -> Dataset:
     return rows.rename_columns({old: new for old, new in columns.items() if old != new})
 
 
-def check_questions(evaluation: EvaluationConfig, questions: Questions) -> None:
+def check_questions(evaluation: ImageEvaluationConfig, questions: Questions) -> None:
     """Make sure, before any long work, that the classifier can judge the answers; draws no random number.
 
     Raises:
@@ -150,7 +153,7 @@ def generate_cached(
 
 
 def evaluate_erasure(
-    evaluation: EvaluationConfig, questions: Questions, before: Images | None, after: Images
+    evaluation: ImageEvaluationConfig, questions: Questions, before: Images | None, after: Images
 ) -> tuple[str, dict[str, Any]]:
     """(attribute, metrics of `erasure_metrics` with the sampler's settings and counts); before may be unknown."""
     assert evaluation.classifier is not None

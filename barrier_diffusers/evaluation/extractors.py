@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from barrier_diffusers.data.images import ImageSet
 from barrier_diffusers.evaluation.classifier import AttributeClassifier
-from barrier_diffusers.evaluation.images import ImageSet
-from barrier_diffusers.training import module_hash
+from barrier_diffusers.utils.run_records import module_hash
 
 EXTRACTORS: dict[str, Callable[[str, str | None], Extractor]] = {}
 

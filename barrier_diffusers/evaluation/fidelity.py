@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from barrier_diffusers.config import require_positive
-from barrier_diffusers.data import cached_tensors, fingerprint
+from barrier_diffusers.data.encoding import cached_tensors
+from barrier_diffusers.data.images import Images, ImageSet, as_image_set
 from barrier_diffusers.evaluation.extractors import Extractor, split_spec
-from barrier_diffusers.evaluation.images import Images, ImageSet, as_image_set
+from barrier_diffusers.utils.checks import require_positive
+from barrier_diffusers.utils.run_records import fingerprint
 
 
 @dataclass

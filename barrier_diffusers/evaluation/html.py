@@ -11,12 +11,11 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from barrier_diffusers.config import as_list
 from barrier_diffusers.evaluation.certification import CERTIFICATE_NAME
 from barrier_diffusers.evaluation.figures import drift_bars, label_bars, trade_off
-from barrier_diffusers.files import written_whole
-from barrier_diffusers.tracking import numbers
-from barrier_diffusers.training import MANIFEST_NAME, METRICS_NAME
+from barrier_diffusers.utils.checks import as_list
+from barrier_diffusers.utils.files import written_whole
+from barrier_diffusers.utils.run_records import MANIFEST_NAME, METRICS_NAME, numbers
 
 REPORT_NAME = "report.html"
 PICTURES = {  # file of a run -> what it shows

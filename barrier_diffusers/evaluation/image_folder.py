@@ -18,11 +18,11 @@ from typing import Any
 from PIL import Image
 from tqdm.auto import tqdm
 
-from barrier_diffusers.evaluation.images import SUFFIXES, ImageFiles
-from barrier_diffusers.evaluation.prompts_file import PromptRow, read_prompts, write_prompts
-from barrier_diffusers.files import remove, write_json, written_whole
-from barrier_diffusers.generation import SamplingConfig, sample
-from barrier_diffusers.training import MANIFEST_NAME
+from barrier_diffusers.data.images import SUFFIXES, ImageFiles
+from barrier_diffusers.data.prompt_files import PromptRow, read_prompts, write_prompts
+from barrier_diffusers.models.generation import SamplingConfig, sample
+from barrier_diffusers.utils.files import remove, write_json, written_whole
+from barrier_diffusers.utils.run_records import MANIFEST_NAME
 
 PROMPTS_NAME = "prompts.csv"
 PACKAGES = ("torch", "diffusers", "transformers")  # whose versions pixels depend on

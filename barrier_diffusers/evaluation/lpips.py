@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from barrier_diffusers.config import require_positive
-from barrier_diffusers.evaluation.images import Images, as_image_set
-from barrier_diffusers.training import module_hash
+from barrier_diffusers.data.images import Images, as_image_set
+from barrier_diffusers.utils.checks import require_positive
+from barrier_diffusers.utils.run_records import module_hash
 
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # ImageNet's mean and deviation, for [-1, 1]
 VGG_WIDTHS = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)  # 0: a pooling

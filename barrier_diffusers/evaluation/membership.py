@@ -19,15 +19,16 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from barrier_diffusers.architectures import Diffusion
-from barrier_diffusers.concepts import ConceptConfig
-from barrier_diffusers.config import require_positive
-from barrier_diffusers.data import encode_moments, encode_prompts, split_concepts, take_evenly
-from barrier_diffusers.erased import ErasedConcepts
+from barrier_diffusers.data.concepts import ConceptConfig
+from barrier_diffusers.data.encoding import encode_moments, encode_prompts
+from barrier_diffusers.data.erased_concepts import ErasedConcepts
+from barrier_diffusers.data.readers import split_concepts, take_evenly
 from barrier_diffusers.evaluation.accuracy import share
-from barrier_diffusers.evaluation.erasure import EvaluationConfig, image_text, load_rows, retained_rows
+from barrier_diffusers.evaluation.erasure import ImageEvaluationConfig, image_text, load_rows, retained_rows
 from barrier_diffusers.evaluation.post_attack import images_hash
-from barrier_diffusers.generation import autocast_denoiser
+from barrier_diffusers.models.denoiser import PipelineDenoiser
+from barrier_diffusers.models.generation import autocast_denoiser
+from barrier_diffusers.utils.checks import require_positive
 
 SIDES = ("members", "held_out")
 Sides: TypeAlias = tuple[Tensor, Tensor]  # losses of members (M,) and of held-out images (H,)
@@ -56,7 +57,7 @@ class MembershipConfig:
 
 
 def membership_images(
-    options: MembershipConfig, evaluation: EvaluationConfig, concepts: ConceptConfig, erased: list[ErasedConcepts]
+    options: MembershipConfig, evaluation: ImageEvaluationConfig, concepts: ConceptConfig, erased: list[ErasedConcepts]
 ) -> dict[str, dict[str, Dataset]]:
     """Of "forget" and "retain": the "members" and the "held_out" images, as (image, text) rows.
 
@@ -87,16 +88,16 @@ def denoising_losses(pipeline: Any, images: Dataset, resolution: int, options: M
     Raises:
         FloatingPointError: a loss that is not finite.
     """
-    diffusion = Diffusion(pipeline)
-    device = next(diffusion.denoiser.parameters()).device
+    denoiser = PipelineDenoiser(pipeline)
+    device = next(denoiser.network.parameters()).device
     mean, _ = encode_moments(pipeline.vae, images, "image", resolution).chunk(2, dim=1)
-    latents = (mean - diffusion.shift.cpu()) * diffusion.scale.cpu()
+    latents = (mean - denoiser.shift.cpu()) * denoiser.scale.cpu()
     captions = list(images["text"])
     distinct = sorted(set(captions))
     ids_N = torch.tensor([distinct.index(caption) for caption in captions])
     conditions = encode_prompts(pipeline, distinct)
     steps = (torch.arange(options.num_timesteps) + 0.5) / options.num_timesteps
-    places_R = (steps * diffusion.noising.num_places).long().repeat(options.num_noises)
+    places_R = (steps * denoiser.noising.num_places).long().repeat(options.num_noises)
     generator = torch.Generator().manual_seed(options.seed)
     noises_R = torch.randn(len(places_R), *latents.shape[1:], generator=generator)
     losses_N = torch.zeros(len(images), dtype=torch.float64)
@@ -104,9 +105,9 @@ def denoising_losses(pipeline: Any, images: Dataset, resolution: int, options: M
         for rows in tqdm(torch.arange(len(images)).split(options.batch_size), desc="denoising losses", leave=False):
             condition = {key: value[ids_N[rows]].to(device) for key, value in conditions.items()}
             for noise, place in zip(noises_R, places_R, strict=True):
-                drawn = diffusion.noising.at(latents[rows], noise.expand_as(latents[rows]), place.expand(len(rows)))
+                drawn = denoiser.noising.at(latents[rows], noise.expand_as(latents[rows]), place.expand(len(rows)))
                 inputs = (drawn.noisy.to(device), drawn.timesteps.to(device), condition)
-                error = diffusion.predict(diffusion.denoiser, *inputs).float().cpu() - drawn.target
+                error = denoiser.predict(denoiser.network, *inputs).float().cpu() - drawn.target
                 losses_N[rows] += error.square().flatten(1).mean(1).double() / len(places_R)
     if not torch.isfinite(losses_N).all():
         raise FloatingPointError("membership: a denoising loss is not finite: the pipeline's weights are damaged")

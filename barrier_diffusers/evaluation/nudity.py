@@ -13,9 +13,9 @@ import numpy as np
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from barrier_diffusers.evaluation.images import Images, as_image_set
-from barrier_diffusers.evaluation.prompts_file import PromptsConfig
-from barrier_diffusers.files import file_hash
+from barrier_diffusers.data.images import Images, as_image_set
+from barrier_diffusers.data.prompt_files import PromptsConfig
+from barrier_diffusers.utils.files import file_hash
 
 # Part as tables name it -> NudeNet 3's labels; version 2 called them EXPOSED_ARMPITS, EXPOSED_BREAST_F and so on.
 PARTS = {

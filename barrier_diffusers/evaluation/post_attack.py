@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from barrier_diffusers.concepts import ConceptConfig
-from barrier_diffusers.data import split_concepts
-from barrier_diffusers.erased import ErasedConcepts
+from barrier_diffusers.data.concepts import ConceptConfig
+from barrier_diffusers.data.erased_concepts import ErasedConcepts
+from barrier_diffusers.data.readers import split_concepts
 from barrier_diffusers.evaluation.accuracy import recognise, share
 from barrier_diffusers.evaluation.attacks import Budget, Forgotten, get_attack
 from barrier_diffusers.evaluation.classifier import AttributeClassifier
 from barrier_diffusers.evaluation.erasure import (
-    EvaluationConfig,
+    ImageEvaluationConfig,
     Questions,
     forgotten_attribute,
     image_text,
@@ -71,7 +71,7 @@ def outcome(
 
 
 def forgotten_concepts(
-    evaluation: EvaluationConfig,
+    evaluation: ImageEvaluationConfig,
     config: ConceptConfig,
     questions: Questions,
     erased: Sequence[ErasedConcepts],

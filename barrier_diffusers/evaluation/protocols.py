@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from barrier_diffusers.data import labels_in_texts
-from barrier_diffusers.erased import ErasedConcepts, read_erased, rows_about_others
+from barrier_diffusers.data.captions import labels_in_texts
+from barrier_diffusers.data.erased_concepts import ErasedConcepts, read_erased, rows_about_others
+from barrier_diffusers.data.images import ImageColumn, ImageFiles, ImageSet
+from barrier_diffusers.data.prompt_files import PromptRow, PromptsConfig
 from barrier_diffusers.evaluation.attacks import Forgotten
 from barrier_diffusers.evaluation.clip_score import clip_score, load_clip
 from barrier_diffusers.evaluation.erasure import (
@@ -28,12 +30,10 @@ from barrier_diffusers.evaluation.erasure import (
 )
 from barrier_diffusers.evaluation.extractors import get_extractor
 from barrier_diffusers.evaluation.fidelity import fidelity_by
-from barrier_diffusers.evaluation.images import ImageColumn, ImageFiles, ImageSet
 from barrier_diffusers.evaluation.lpips import Lpips, lpips_distances, lpips_facts
 from barrier_diffusers.evaluation.membership import membership, membership_images
 from barrier_diffusers.evaluation.nudity import NudityDetector, nudity_counts
 from barrier_diffusers.evaluation.post_attack import Judge, forgotten_concepts, rows_of
-from barrier_diffusers.evaluation.prompts_file import PromptRow, PromptsConfig
 from barrier_diffusers.evaluation.report import print_membership, print_metrics, print_values
 from barrier_diffusers.evaluation.settings import EvaluateConfig
 from barrier_diffusers.evaluation.subject import ImagePair, Subject

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from barrier_diffusers.concepts import ConceptConfig
-from barrier_diffusers.config import as_list, require_positive
+from barrier_diffusers.data.concepts import ConceptConfig
+from barrier_diffusers.data.prompt_files import PromptsConfig
 from barrier_diffusers.evaluation.attacks import (
     BenignConfig,
     Budget,
@@ -18,12 +18,12 @@ from barrier_diffusers.evaluation.attacks import (
     get_attack,
 )
 from barrier_diffusers.evaluation.certification import CertificateConfig
-from barrier_diffusers.evaluation.erasure import EvaluationConfig
+from barrier_diffusers.evaluation.erasure import ImageEvaluationConfig
 from barrier_diffusers.evaluation.fidelity import FidelityConfig
 from barrier_diffusers.evaluation.lpips import LpipsConfig
 from barrier_diffusers.evaluation.membership import MembershipConfig
 from barrier_diffusers.evaluation.nudity import NudityConfig
-from barrier_diffusers.evaluation.prompts_file import PromptsConfig
+from barrier_diffusers.utils.checks import as_list, require_positive
 
 PROTOCOLS = ("class", "style", "nudity", "coco")
 DEFAULT_ATTACKS = ("inversion", "prompt_search", "relearning", "benign", "misspelled")
@@ -52,7 +52,7 @@ class EvaluateConfig:
     base_model: str | None = None  # the pipeline before it was unlearned, for the "before" columns
     overwrite_output_dir: bool = False
     resolution: int = 512  # side in pixels at which attacks read images
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    evaluation: ImageEvaluationConfig = field(default_factory=ImageEvaluationConfig)
     certificate: CertificateConfig = field(default_factory=CertificateConfig)  # of a pipeline saved with its barrier
     clip: str | None = None  # folder or hub id of a CLIP; class, style and coco then give its score
     fidelity: FidelityConfig = field(default_factory=FidelityConfig)  # FID and KID of class, style, coco

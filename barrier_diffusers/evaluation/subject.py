@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from barrier_diffusers.architectures import Diffusion
+from barrier_diffusers.data.images import ImageFiles
+from barrier_diffusers.data.prompt_files import PromptRow, PromptsConfig, read_prompts
 from barrier_diffusers.evaluation.certification import CERTIFICATE_NAME
 from barrier_diffusers.evaluation.html import REPORT_NAME
 from barrier_diffusers.evaluation.image_folder import generate_folder, read_folder, scheduler_facts
-from barrier_diffusers.evaluation.images import ImageFiles
-from barrier_diffusers.evaluation.prompts_file import PromptRow, PromptsConfig, read_prompts
 from barrier_diffusers.evaluation.settings import ADAPTER_NAME, EvaluateConfig
-from barrier_diffusers.files import file_hash
-from barrier_diffusers.hub import load_merged, load_pipeline
-from barrier_diffusers.training import MANIFEST_NAME, METRICS_NAME, claim_output_dir, module_hashes
+from barrier_diffusers.models.denoiser import PipelineDenoiser
+from barrier_diffusers.models.loading import load_merged, load_pipeline, module_hashes
+from barrier_diffusers.utils.files import file_hash
+from barrier_diffusers.utils.run_records import MANIFEST_NAME, METRICS_NAME, claim_output_dir
 
 IMAGES_NAME, SECONDS_NAME, PICTURE_NAME = "images", "seconds.json", "attacks.png"
 
@@ -88,7 +88,7 @@ class Subject:
             self.facts["images_made_from"] = json.loads(made_from)
         if self.pipeline is not None:
             self.facts["scheduler"] = scheduler_facts(self.pipeline)
-            Diffusion(self.pipeline).check_resolution(config.resolution)
+            PipelineDenoiser(self.pipeline).check_resolution(config.resolution)
             self.hashes |= module_hashes(self.pipeline)
         self.base = load_pipeline(config.base_model) if config.base_model else None
         if self.base is not None:

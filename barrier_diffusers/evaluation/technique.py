@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from barrier_diffusers.erased import read_erased
-from barrier_diffusers.generation import SamplingConfig, generate
-from barrier_diffusers.hub import load_merged
+from barrier_diffusers.data.erased_concepts import read_erased
+from barrier_diffusers.models.generation import SamplingConfig, generate
+from barrier_diffusers.models.loading import load_merged
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from barrier_diffusers.objectives.config import ObjectiveConfig
-from barrier_diffusers.registry import Registry
-from barrier_diffusers.targets import ProtectedMap
+from barrier_diffusers.protection.targets import ProtectedMap
+from barrier_diffusers.utils.registry import Registry
 
 # What one prompt per sample tells the network: tensors with the batch first. Which ones, only the pipeline's row in
 # architectures.py knows, which encodes and reads them: everybody else passes a condition to `predict` as it is.

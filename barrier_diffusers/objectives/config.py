@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from barrier_diffusers.config import require_positive
+from barrier_diffusers.utils.checks import require_positive
 
 
 @dataclass

@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from barrier_diffusers.objectives.base import Objective, PromptEdit, enter
-from barrier_diffusers.targets import ProtectedMap
+from barrier_diffusers.protection.targets import ProtectedMap
 
 
 def ridge_edit(

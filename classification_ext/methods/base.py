@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from barrier_diffusers.labelled import LabelledImages
-from barrier_diffusers.registry import Registry
+from barrier_diffusers.data.labelled_images import LabelledImages
+from barrier_diffusers.utils.registry import Registry
 from classification_ext.settings import MethodConfig, UnlearnConfig
 
 Logits = Callable[[Tensor], Tensor]  # images (B, C, H, W) in [-1, 1] -> logits (B, J)

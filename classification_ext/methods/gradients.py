@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from barrier_diffusers.labelled import LabelledImages
+from barrier_diffusers.data.labelled_images import LabelledImages
 from classification_ext.data import Batch, in_order
 
 

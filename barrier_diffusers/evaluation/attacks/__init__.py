@@ -13,12 +13,7 @@ from barrier_diffusers.evaluation.attacks.base import (
 )
 from barrier_diffusers.evaluation.attacks.inversion import InversionConfig, inversion
 from barrier_diffusers.evaluation.attacks.prompt_search import PromptSearchConfig, prompt_search
-from barrier_diffusers.evaluation.attacks.prompts import (
-    MisspelledConfig,
-    ParaphrasedConfig,
-    misspelled,
-    paraphrased,
-)
+from barrier_diffusers.evaluation.attacks.prompts import MisspelledConfig, ParaphrasedConfig, misspelled, paraphrased
 from barrier_diffusers.evaluation.attacks.relearning import BenignConfig, RelearningConfig, relearning
 
 __all__ = [

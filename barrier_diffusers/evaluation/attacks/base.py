@@ -17,13 +17,15 @@ from datasets import Dataset
 from torch import Tensor, nn
 from tqdm.auto import trange
 
-from barrier_diffusers.architectures import components, get_architecture
-from barrier_diffusers.config import require_positive
-from barrier_diffusers.data import encode_moments, swap_concept, take_evenly
-from barrier_diffusers.denoising import Denoising
-from barrier_diffusers.generation import SamplingConfig
+from barrier_diffusers.data.captions import swap_concept
+from barrier_diffusers.data.encoding import encode_moments
+from barrier_diffusers.data.readers import take_evenly
+from barrier_diffusers.models.architectures import components, get_architecture
+from barrier_diffusers.models.denoiser import Denoiser
+from barrier_diffusers.models.generation import SamplingConfig
 from barrier_diffusers.objectives.base import Condition, DiffusionStep
-from barrier_diffusers.registry import Registry
+from barrier_diffusers.utils.checks import require_positive
+from barrier_diffusers.utils.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,7 @@ def encode(pipeline: Any, images: Dataset, resolution: int) -> Tensor:
 
 
 def learn(
-    diffusion: Denoising,
+    denoiser: Denoiser,
     moments: Tensor,
     condition: Callable[[Tensor], Condition],
     parameters: Sequence[nn.Parameter],
@@ -203,10 +205,10 @@ def learn(
     """
     generator = torch.Generator().manual_seed(budget.seed)
     optimizer = torch.optim.AdamW(parameters, lr=budget.learning_rate, weight_decay=0.0)
-    predict, device = partial(diffusion.predict, diffusion.denoiser), next(diffusion.denoiser.parameters()).device
+    predict, device = partial(denoiser.predict, denoiser.network), next(denoiser.network.parameters()).device
     for step in trange(budget.num_steps, desc=desc, leave=False):
         rows = torch.randint(len(moments), (budget.batch_size,), generator=generator)
-        drawn = diffusion.noised(moments[rows], generator)
+        drawn = denoiser.noised(moments[rows], generator)
         noisy, timesteps, target = (value.to(device) for value in (drawn.noisy, drawn.timesteps, drawn.target))
         prompts = {key: value.to(device) for key, value in condition(rows).items()}
         loss = DiffusionStep(predict, noisy, timesteps, target, prompts).ordinary_loss()

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from barrier_diffusers.architectures import Diffusion
 from barrier_diffusers.evaluation.attacks.base import (
     Attempt,
     Forgotten,
@@ -27,7 +26,8 @@ from barrier_diffusers.evaluation.attacks.base import (
     register,
     rename_concept,
 )
-from barrier_diffusers.generation import generate
+from barrier_diffusers.models.denoiser import PipelineDenoiser
+from barrier_diffusers.models.generation import generate
 from barrier_diffusers.objectives.base import Condition
 
 TOKEN = "<forgotten>"
@@ -97,7 +97,7 @@ def learned_token(pipeline: Any, initial_words: str) -> Iterator[LearnedToken]:
 def inversion(pipeline: Any, forgotten: Forgotten, budget: InversionConfig) -> Attempt:
     """Learn the embedding for which "a photo of a <forgotten>" denoises held-out images of the concept, then ask with
     it: the plain prompts with the new token in the place of the concept's words."""
-    diffusion, images = Diffusion(pipeline), budget.choose(forgotten.images)
+    denoiser, images = PipelineDenoiser(pipeline), budget.choose(forgotten.images)
     captions = rename_concept(images["text"], forgotten.concept, TOKEN)
     prompts = rename_concept(forgotten.prompts, forgotten.concept, TOKEN)
     distinct = sorted(set(captions))
@@ -105,11 +105,11 @@ def inversion(pipeline: Any, forgotten: Forgotten, budget: InversionConfig) -> A
 
     def condition(rows: Tensor) -> Condition:
         asked, places = caption_ids[rows].unique(return_inverse=True)  # each caption goes through the encoder once
-        encoded = diffusion.architecture.encode(pipeline, [distinct[index] for index in asked])
+        encoded = denoiser.architecture.encode(pipeline, [distinct[index] for index in asked])
         return {key: value[places] for key, value in encoded.items()}
 
     with frozen(pipeline), learned_token(pipeline, budget.initial_words or forgotten.concept) as token:
         moments = encode(pipeline, images, forgotten.resolution)
-        learn(diffusion, moments, condition, [token.vector], budget, "inversion")
+        learn(denoiser, moments, condition, [token.vector], budget, "inversion")
         made = generate(pipeline, prompts, forgotten.sampling, desc="images after inversion")
     return Attempt(made, prompts, len(images))

@@ -18,8 +18,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import trange
 
-from barrier_diffusers.architectures import Diffusion
-from barrier_diffusers.config import require_positive
 from barrier_diffusers.evaluation.attacks.base import (
     Attempt,
     Forgotten,
@@ -29,8 +27,10 @@ from barrier_diffusers.evaluation.attacks.base import (
     register,
     rename_concept,
 )
-from barrier_diffusers.generation import generate
-from barrier_diffusers.noising import Noised
+from barrier_diffusers.models.denoiser import PipelineDenoiser
+from barrier_diffusers.models.generation import generate
+from barrier_diffusers.models.noising import Noised
+from barrier_diffusers.utils.checks import require_positive
 
 GAP = "\x00"  # stands for the searched words in a template
 Tokens = tuple[int, ...]
@@ -153,7 +153,7 @@ class Search:
         moments: Tensor,
         forward_batch: int,
     ):
-        self.pipeline, self.diffusion, self.speller = pipeline, Diffusion(pipeline), speller
+        self.pipeline, self.denoiser, self.speller = pipeline, PipelineDenoiser(pipeline), speller
         self.plain = dict(zip(frames, captions, strict=True))
         self.distinct = list(dict.fromkeys(frames))
         self.frame_ids_N = torch.tensor([self.distinct.index(frame) for frame in frames])
@@ -164,7 +164,7 @@ class Search:
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Noised]:
         """(rows, their noised latents): what losses are compared on."""
         rows_B = torch.randint(len(self.moments), (count,), generator=generator)
-        return rows_B, self.diffusion.noised(self.moments[rows_B], generator)
+        return rows_B, self.denoiser.noised(self.moments[rows_B], generator)
 
     def _losses(self, words: Sequence[str | None], rows_B: Tensor, drawn: Noised) -> Tensor:
         """Loss of each words, (C,); None stands for the captions as they are."""
@@ -172,13 +172,13 @@ class Search:
         asked = [self.distinct[frame] for frame in frames.tolist()]
         texts = [self.plain[frame] if text is None else fill(frame, text) for text in words for frame in asked]
         places = (torch.arange(len(words))[:, None] * len(asked) + index_B).flatten().to(self.device)
-        encoded = self.diffusion.architecture.encode(self.pipeline, texts)
+        encoded = self.denoiser.architecture.encode(self.pipeline, texts)
         condition = {key: value[places] for key, value in encoded.items()}
         noisy, timesteps, target = (
             value.to(self.device).repeat(len(words), *(1,) * (value.ndim - 1))
             for value in (drawn.noisy, drawn.timesteps, drawn.target)
         )
-        predicted = self.diffusion.predict(self.diffusion.denoiser, noisy, timesteps, condition)
+        predicted = self.denoiser.predict(self.denoiser.network, noisy, timesteps, condition)
         return (predicted.float() - target.float()).square().view(len(words), -1).mean(1)
 
     @torch.no_grad()

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from barrier_diffusers.concepts import cycle
-from barrier_diffusers.config import require_positive
+from barrier_diffusers.data.concepts import cycle
 from barrier_diffusers.evaluation.attacks.base import Attempt, Budget, Forgotten, register, rename_concept
-from barrier_diffusers.generation import generate
+from barrier_diffusers.models.generation import generate
+from barrier_diffusers.utils.checks import require_positive
 
 EDITS = ("swap", "drop", "double", "replace")
 

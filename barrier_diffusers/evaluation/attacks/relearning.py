@@ -10,9 +10,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from barrier_diffusers.architectures import Diffusion
-from barrier_diffusers.config import BarrierConfig, require_positive
-from barrier_diffusers.data import EncodedImages, encode_prompts
+from barrier_diffusers.data.encoding import EncodedImages, encode_prompts
 from barrier_diffusers.evaluation.attacks.base import (
     Attempt,
     Forgotten,
@@ -22,9 +20,12 @@ from barrier_diffusers.evaluation.attacks.base import (
     learn,
     register,
 )
-from barrier_diffusers.generation import generate
-from barrier_diffusers.hub import add_adapter
-from barrier_diffusers.targets import resolve_targets
+from barrier_diffusers.models.denoiser import PipelineDenoiser
+from barrier_diffusers.models.generation import generate
+from barrier_diffusers.models.loading import add_adapter
+from barrier_diffusers.protection.config import BarrierConfig
+from barrier_diffusers.protection.targets import resolve_targets
+from barrier_diffusers.utils.checks import require_positive
 
 
 @dataclass
@@ -48,10 +49,10 @@ class RelearningConfig(LearningBudget):
 
     def check(self, pipeline: Any, forgotten: Forgotten) -> None:
         """A denoiser without adapter that has the targets, and enough images."""
-        denoiser = Diffusion(pipeline).denoiser
-        if getattr(denoiser, "peft_config", None):
+        network = PipelineDenoiser(pipeline).network
+        if getattr(network, "peft_config", None):
             raise ValueError("the pipeline carries an adapter: fuse and unload it before a relearning attack")
-        resolve_targets(denoiser, self.targets)
+        resolve_targets(network, self.targets)
         what, images = self.images_of(forgotten)
         self.require(images, what)
 
@@ -72,8 +73,8 @@ class BenignConfig(RelearningConfig):
 def relearning(pipeline: Any, forgotten: Forgotten, budget: RelearningConfig) -> Attempt:
     """Train the adapter on the budget's images with their own captions, ask the plain prompts, take it off again."""
     what, available = budget.images_of(forgotten)
-    diffusion, images = Diffusion(pipeline), budget.choose(available)
-    denoiser, captions = diffusion.denoiser, list(images["text"])
+    denoiser, images = PipelineDenoiser(pipeline), budget.choose(available)
+    network, captions = denoiser.network, list(images["text"])
     distinct = sorted(set(captions))
     ids = torch.tensor([distinct.index(caption) for caption in captions])
     moments = encode(pipeline, images, forgotten.resolution)
@@ -85,10 +86,10 @@ def relearning(pipeline: Any, forgotten: Forgotten, budget: RelearningConfig) ->
     with frozen(pipeline), torch.random.fork_rng():
         try:
             torch.manual_seed(budget.seed)  # of the adapter's first values
-            add_adapter(denoiser, BarrierConfig(targets=budget.targets), budget.rank)
-            adapter = [value for value in denoiser.parameters() if value.requires_grad]
-            learn(diffusion, moments, condition, adapter, budget, f"relearning on {what}")
+            add_adapter(network, BarrierConfig(targets=budget.targets), budget.rank)
+            adapter = [value for value in network.parameters() if value.requires_grad]
+            learn(denoiser, moments, condition, adapter, budget, f"relearning on {what}")
             made = generate(pipeline, forgotten.prompts, forgotten.sampling, desc="images after relearning")
         finally:
-            denoiser.unload_lora()
+            network.unload_lora()
     return Attempt(made, forgotten.prompts, len(images))

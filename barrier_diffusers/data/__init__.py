@@ -1,0 +1,1 @@
+"""Readers, captions, concepts, and everything frozen computed once: latents and text embeddings."""

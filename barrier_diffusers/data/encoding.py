@@ -1,0 +1,207 @@
+"""Captioned images as VAE latents and text embeddings, each computed once and cached."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import default_collate
+from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
+
+from barrier_diffusers.data.readers import unreadable_image
+from barrier_diffusers.models.architectures import count_cut, get_architecture
+from barrier_diffusers.models.denoiser import Denoiser
+from barrier_diffusers.objectives.base import Condition
+from barrier_diffusers.utils.files import written_whole
+
+
+def to_pixels(images: Sequence[Any], resolution: int) -> Tensor:
+    """PIL images -> (N, 3, resolution, resolution) in [-1, 1]; other sizes are scaled and centre-cropped."""
+    rgb = [image.convert("RGB") for image in images]
+    if all(image.size == (resolution, resolution) for image in rgb):
+        return torch.from_numpy(np.stack([np.asarray(image) for image in rgb])).permute(0, 3, 1, 2) / 127.5 - 1
+    processor = VaeImageProcessor(vae_scale_factor=1, resample="bilinear")
+    return processor.preprocess(rgb, height=resolution, width=resolution, resize_mode="crop")
+
+
+def image_batches(dataset: Dataset, image_column: str, resolution: int) -> Dataset:
+    """The data set as rows {"pixels": (3, H, W)}; decoding happens when a row is read, so memory stays flat."""
+
+    def transform(rows: dict[str, list]) -> dict[str, list]:
+        return {"pixels": list(to_pixels(rows[image_column], resolution))}
+
+    return dataset.select_columns([image_column]).with_transform(transform)
+
+
+def cached_tensors(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Read tensors from `path`, or compute them once and write them there, whole or not at all.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {key: value.contiguous() for key, value in compute().items()}
+        with written_whole(path) as temporary:
+            save_file(tensors, temporary)
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"cache file {str(path)!r} is damaged ({error}): delete it") from error
+
+
+@torch.no_grad()
+def encode_moments(vae: Any, dataset: Dataset, image_column: str, resolution: int, batch_size: int = 64) -> Tensor:
+    """VAE posterior of every image: (N, 2 c, h, w), mean and log-variance, so that each epoch can draw anew."""
+    rows = image_batches(dataset, image_column, resolution)
+    upcast = vae.dtype == torch.float16 and vae.config.force_upcast  # its activations overflow, as SDXL's do
+    if upcast:
+        vae.to(torch.float32)
+    chunks = []
+    for start in tqdm(range(0, len(rows), batch_size), desc="VAE latents", leave=False):
+        stop = min(start + batch_size, len(rows))
+        try:
+            pixels = default_collate(rows.__getitems__(list(range(start, stop))))["pixels"]
+        except Exception as error:
+            raise unreadable_image(dataset, image_column, range(start, stop)) or error from error
+        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        chunks.append(posterior.parameters.float().cpu())
+    if upcast:
+        vae.to(torch.float16)
+    return torch.cat(chunks)
+
+
+def tokenize(tokenizer: Any, captions: Sequence[str]) -> Tensor:
+    """Captions -> (N, L) token ids, padded and cut to the tokenizer's length as the pipeline does."""
+    return tokenizer(
+        list(captions),
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Without the warnings of diffusers and transformers, which would come once per batch of prompts."""
+    levels = [(library, library.get_verbosity()) for library in (diffusers_logging, transformers_logging)]
+    try:
+        for library, _ in levels:
+            library.set_verbosity_error()
+        yield
+    finally:
+        for library, level in levels:
+            library.set_verbosity(level)
+
+
+@torch.no_grad()
+def encode_prompts(pipeline: Any, prompts: Sequence[str], batch_size: int = 64) -> Condition:
+    """The condition of every prompt, float32 tensors (N, ...), as the pipeline itself computes them.
+
+    Prompts longer than a tokenizer's length are cut, as the pipeline cuts them, and one warning counts them.
+    """
+    architecture = get_architecture(type(pipeline).__name__)
+    chunks: list[Condition] = []
+    with quiet_libraries():
+        cut = [f"{name} keeps {kept} tokens and cuts {n}" for name, (n, kept) in count_cut(pipeline, prompts).items()]
+        for start in range(0, len(prompts), batch_size):
+            encoded = architecture.encode(pipeline, list(prompts[start : start + batch_size]))
+            chunks.append({key: value.float().cpu() for key, value in encoded.items()})
+    if cut:
+        warnings.warn(f"of {len(prompts)} prompts, some are too long: {', '.join(cut)}", stacklevel=2)
+    return {key: torch.cat([chunk[key] for chunk in chunks]) for key in chunks[0]}
+
+
+@dataclass
+class EncodedImages(TorchDataset):
+    """Captioned images with everything frozen already computed: a training batch is looked up, not encoded."""
+
+    moments: Tensor | None  # VAE posteriors (N, 2 c, h, w); None for rows that are prompts only
+    caption_ids: Tensor  # row of `embeddings` for each image's caption (N,)
+    anchor_ids: Tensor | None  # row of `embeddings` for each image's anchor prompt (N,); None: no anchors
+    embeddings: Condition  # one row per distinct prompt in every tensor (P, ...)
+    empty_id: int | None = None  # row of `embeddings` for the empty prompt, where one is needed
+
+    def __len__(self) -> int:
+        return len(self.caption_ids)
+
+    def condition(self, row: Tensor | int) -> Condition:
+        """The condition of one distinct prompt."""
+        return {key: value[row] for key, value in self.embeddings.items()}
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row: dict[str, Any] = {
+            "index": torch.tensor(index),
+            "condition": self.condition(self.caption_ids[index]),
+        }
+        if self.anchor_ids is not None:
+            row["anchor"] = self.condition(self.anchor_ids[index])
+        if self.moments is not None:
+            row["moments"] = self.moments[index]
+        if self.empty_id is not None:
+            row["unconditional"] = self.condition(self.empty_id)
+        return row
+
+
+def encode_images(
+    pipeline: Any, images: Sequence[Any], captions: Sequence[str], anchors: Sequence[str] | None = None
+) -> EncodedImages:
+    """PIL images with a caption each (and an anchor prompt each, for objectives that take one), all in memory.
+
+    Images are scaled and cropped to the side of the first one. The script's own way, `encode_concepts`, keeps a cache.
+    """
+    rows = Dataset.from_dict({"image": list(images)})
+    moments = encode_moments(pipeline.vae, rows, "image", images[0].width)
+    prompts = sorted({*captions, *(anchors or [])})
+    position = {text: index for index, text in enumerate(prompts)}
+    ids = [torch.tensor([position[text] for text in texts]) for texts in (captions, anchors or [])]
+    return EncodedImages(moments, ids[0], ids[1] if anchors else None, encode_prompts(pipeline, prompts))
+
+
+@dataclass
+class NoisedBatches:
+    """Re-iterable batches of noised latents for recording: the same noise and timesteps at every pass.
+
+    Each process of a distributed run records its own share of the rows.
+    """
+
+    images: Any  # EncodedImages, or another data set with rows of the same keys
+    denoiser: Denoiser
+    batch_size: int
+    seed: int
+    device: torch.device | str = "cpu"
+    process_index: int = 0
+    num_processes: int = 1
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // self.batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        generator = torch.Generator().manual_seed(self.seed)
+        share = slice(self.process_index, None, self.num_processes)
+        for start in range(0, len(self.images), self.batch_size):
+            rows = range(start, min(start + self.batch_size, len(self.images)))
+            batch = default_collate([self.images[index] for index in rows])
+            drawn = self.denoiser.noised(batch["moments"], generator)
+            if self.process_index < len(rows):
+                yield {
+                    "noisy": drawn.noisy[share].to(self.device),
+                    "timesteps": drawn.timesteps[share].to(self.device),
+                    "condition": {key: value[share].to(self.device) for key, value in batch["condition"].items()},
+                }

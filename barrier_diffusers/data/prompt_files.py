@@ -1,0 +1,117 @@
+"""Prompt files: CSV with case_number, prompt, evaluation_seed; I2P's guidance columns count. One row, some images.
+
+Image i of a row starts from noise of seed `evaluation_seed + i` and is called `{case_number}_{i}.png`.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from barrier_diffusers.utils.checks import require_positive
+from barrier_diffusers.utils.files import written_whole
+
+SEED_COLUMNS = ("evaluation_seed", "sd_seed")
+
+
+GUIDANCE_COLUMNS = ("evaluation_guidance", "sd_guidance_scale")
+
+
+COLUMNS = ("case_number", "prompt", "evaluation_seed", "evaluation_guidance", "label")
+
+
+CASE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass
+class PromptsConfig:
+    """A protocol's prompts."""
+
+    file: str | None = None  # CSV with case_number, prompt, evaluation_seed
+    images_per_prompt: int = 1
+
+    def __post_init__(self) -> None:
+        if self.file is not None and not Path(self.file).expanduser().is_file():
+            raise ValueError(f"prompt file {self.file!r} does not exist")
+        require_positive(self, ("images_per_prompt",))
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """One row of a prompt file."""
+
+    case: str
+    prompt: str
+    seed: int
+    guidance: float | None = None  # None: the sampler's own
+    label: str | None = None  # what the prompt asks for, where the file says so
+
+    def image_names(self, images_per_prompt: int) -> list[str]:
+        """File names of the row's images."""
+        return [f"{self.case}_{index}.png" for index in range(images_per_prompt)]
+
+
+def read_prompts(path: str | Path, first_seed: int = 0, label_column: str = "label") -> list[PromptRow]:
+    """The rows of a prompt file.
+
+    Without a case_number column rows are numbered from 0; without a seed column row n gets `first_seed + n`. Other
+    columns (I2P's categories, toxicity, image size) are not read.
+
+    Raises:
+        ValueError: no such file, no prompt column, no rows, or a row (named by its line) with an empty prompt, a case
+            number that is taken or no file name, or a seed or guidance that is no number.
+    """
+    place = Path(path).expanduser()
+    if not place.is_file():
+        raise ValueError(f"prompt file {str(path)!r} does not exist")
+    rows: list[PromptRow] = []
+    taken: set[str] = set()
+    with place.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        columns = reader.fieldnames or []
+        if "prompt" not in columns:
+            raise ValueError(f"prompt file {str(path)!r} has no column 'prompt'; it has {', '.join(columns)}")
+        seed_column = next((name for name in SEED_COLUMNS if name in columns), None)
+        guidance_column = next((name for name in GUIDANCE_COLUMNS if name in columns), None)
+        for index, row in enumerate(reader):
+            where = f"prompt file {str(path)!r}, line {reader.line_num}"
+            case, prompt = (row.get("case_number") or str(index)).strip(), (row["prompt"] or "").strip()
+            if not prompt:
+                raise ValueError(f"{where}: the prompt is empty")
+            if case in taken or not CASE.fullmatch(case):
+                raise ValueError(f"{where}: case_number {case!r} is {'taken' if case in taken else 'no file name'}")
+            taken.add(case)
+            seed = first_seed + index
+            if seed_column is not None:
+                seed = int(_number(row[seed_column], f"{where}: {seed_column}", whole=True))
+            guidance = None
+            if guidance_column is not None and (row[guidance_column] or "").strip():
+                guidance = _number(row[guidance_column], f"{where}: {guidance_column}")
+            rows.append(PromptRow(case, prompt, seed, guidance, row.get(label_column) or None))
+    if not rows:
+        raise ValueError(f"prompt file {str(path)!r} has no rows")
+    return rows
+
+
+def _number(text: str | None, where: str, whole: bool = False) -> float:
+    try:
+        value = float((text or "").strip())  # pandas writes whole numbers beside gaps as 7.0
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value < 0 or (whole and value != int(value)):
+        raise ValueError(f"{where} is {text!r}, but must be a {'whole ' if whole else ''}number that is not negative")
+    return value
+
+
+def write_prompts(path: Path, rows: Sequence[PromptRow]) -> None:
+    """A prompt file that `read_prompts` reads back as it was."""
+    with written_whole(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for row in rows:
+            guidance = "" if row.guidance is None else repr(row.guidance)
+            writer.writerow((row.case, row.prompt, row.seed, guidance, row.label or ""))

@@ -1,0 +1,1 @@
+"""Pipelines as training sees them: architectures, denoiser, noising, generation, loading and publishing."""

@@ -1,0 +1,98 @@
+"""Generate images from prompts, each from its own seed, so that before and after differ in nothing but the weights."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from barrier_diffusers.models.architectures import get_architecture
+
+
+@dataclass
+class SamplingConfig:
+    """How images are sampled; part of every number computed from them."""
+
+    num_inference_steps: int = 20  # of the pipeline's own scheduler
+    guidance_scale: float = 3.0  # classifier-free guidance
+    batch_size: int = 100  # images sampled at once
+    seed: int = 1000  # image i of a prompt list starts from seed + i
+    resolution: int | None = None  # side in pixels; None: the pipeline's own
+
+
+@contextmanager
+def autocast_denoiser(pipeline: Any) -> Iterator[None]:
+    """The denoiser, and nothing else, under autocast to the VAE's precision if that is half: a pipeline may decode in
+    float32 on its own account (SDXL does), which an autocast around it would undo. A pipeline without VAE runs as it
+    is."""
+    vae = getattr(pipeline, "vae", None)
+    precision = None if vae is None else vae.dtype
+    if precision not in (torch.float16, torch.bfloat16):
+        yield
+        return
+    network = getattr(pipeline, get_architecture(type(pipeline).__name__).denoiser)
+    original = network.forward
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(pipeline.device.type, precision):
+            return original(*args, **kwargs)
+
+    own = "forward" in vars(network)  # accelerate puts its wrapper there
+    network.forward = forward
+    try:
+        yield
+    finally:
+        if own:
+            network.forward = original
+        else:
+            del network.forward
+
+
+@torch.no_grad()
+def sample(
+    pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], sampling: SamplingConfig, guidance_scale: float
+) -> np.ndarray:
+    """One batch of images as bytes (N, H, W, 3), each from noise of its own seed; `sampling` says how many steps.
+
+    An image depends, in its last bits, on the batch it is sampled in: a batch is repeated whole or not at all.
+
+    Raises:
+        FloatingPointError: non-finite pixels.
+    """
+    pipeline.set_progress_bar_config(disable=True)
+    size = {} if sampling.resolution is None else {"height": sampling.resolution, "width": sampling.resolution}
+    with autocast_denoiser(pipeline):
+        result = pipeline(
+            list(prompts),
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            num_inference_steps=sampling.num_inference_steps,
+            guidance_scale=guidance_scale,
+            output_type="np",
+            **size,
+        ).images
+    if not np.isfinite(result).all():
+        raise FloatingPointError(f"the pipeline generated non-finite pixels for prompts from {prompts[0]!r} on")
+    return (result * 255).round().clip(0, 255).astype(np.uint8)
+
+
+def generate(pipeline: Any, prompts: Sequence[str], sampling: SamplingConfig, desc: str = "generating") -> np.ndarray:
+    """Images of the prompts as bytes (N, H, W, 3); image i starts from noise of seed `sampling.seed + i`.
+
+    In a pipeline of half precision the denoiser runs under autocast, as it may be in float32 for training.
+
+    Raises:
+        FloatingPointError: non-finite pixels.
+    """
+    images = []
+    for start in tqdm(range(0, len(prompts), sampling.batch_size), desc=desc, leave=False):
+        chunk = prompts[start : start + sampling.batch_size]
+        seeds = [sampling.seed + start + index for index in range(len(chunk))]
+        images.append(sample(pipeline, chunk, seeds, sampling, sampling.guidance_scale))
+    return np.concatenate(images)

@@ -1,0 +1,1 @@
+"""The method: statistics, regions, drift, loss, projection and certificate; needs torch and `utils` alone."""

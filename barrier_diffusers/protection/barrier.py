@@ -1,0 +1,336 @@
+"""Barrier: a config, the fitted regions and projections, and the snapshot of one model.
+
+Shapes: B batch, L positions, D input features, K kept directions, O output features.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from barrier_diffusers.protection.certificate import Certificate, certify
+from barrier_diffusers.protection.config import BarrierConfig
+from barrier_diffusers.protection.drift import Drift, LoraDrift, full_drift
+from barrier_diffusers.protection.fitting import ForwardFn, fit_protection, own_config
+from barrier_diffusers.protection.map_groups import MapGroup, ProjectedGroup
+from barrier_diffusers.protection.order_statistics import Split
+from barrier_diffusers.protection.projection import RetainProjection, project_out
+from barrier_diffusers.protection.region import ForgetRegion, check_reduced_dim
+from barrier_diffusers.protection.retain_inputs import RetainInputs
+from barrier_diffusers.protection.storage import BarrierState, load_state, save_state
+from barrier_diffusers.protection.targets import (
+    ProtectedMap,
+    Snapshots,
+    at_snapshot,
+    require_zero_adapters,
+    resolve_targets,
+    snapshot_of,
+)
+
+
+class Barrier:
+    """Protects some linear maps of a model while a base objective trains them.
+
+    Everything else is frozen at once. If the maps carry a peft LoRA adapter, only the adapter trains and the base
+    weights are the snapshot. With a projection the maps' biases are frozen too: a bias acts on every input alike, so
+    any drift of it would reach the retain inputs whatever directions they span.
+
+    Args:
+        model: a network whose targets are Linear, Conv2d or Embedding modules.
+        config: what is protected, and how.
+
+    Raises:
+        ValueError: no targets, or targets and blocks that match nothing, or that mix maps with and without adapter.
+    """
+
+    def __init__(self, model: nn.Module, config: BarrierConfig):
+        self.model, self.config = model, config
+        if config.targets is None:
+            raise ValueError("the config names no targets: set targets=[...], e.g. ['attn2.to_q', 'attn2.to_k']")
+        self.maps = resolve_targets(model, config.targets, config.blocks)
+        if config.has_penalty:
+            for entry in self.maps:
+                check_reduced_dim(own_config(config, entry), entry.num_features, entry.name)
+        self.groups: list[MapGroup] = []
+        self.projected: list[ProjectedGroup] = []
+        self._snapshots: Snapshots = {}
+        self._requires_grad: dict[nn.Parameter, bool] = {}
+        self._freeze_the_rest()
+
+    def _freeze_the_rest(self) -> None:
+        """Only the maps train, or their adapters if they carry any; also called when one may have been added since."""
+        adapted = [entry.has_adapter for entry in self.maps]
+        if any(adapted) and not all(adapted):
+            without = next(entry.name for entry in self.maps if not entry.has_adapter)
+            raise ValueError(f"some targets carry an adapter, but {without} does not: adapt all targets, or none")
+        trainable = set(self.trainable_parameters())
+        self.uses_adapter = all(adapted)
+        for parameter in self.model.parameters():
+            self._requires_grad.setdefault(parameter, parameter.requires_grad)
+            parameter.requires_grad_(parameter in trainable)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The parameters the optimizer may change."""
+        return [parameter for entry in self.maps for parameter in self.trainable_of(entry)]
+
+    def trainable_of(self, entry: ProtectedMap) -> list[nn.Parameter]:
+        """Those of one of the maps; a projection holds its bias."""
+        return entry.trainable(bias=not self.config.has_projection)
+
+    @property
+    def num_trainable(self) -> int:
+        """How many numbers train."""
+        return sum(parameter.numel() for parameter in self.trainable_parameters())
+
+    @property
+    def regions(self) -> dict[str, ForgetRegion]:
+        """Map name -> region; maps that read the same input share one object. Empty with constraint "projection"."""
+        found = {entry.name: group.region for group in self.groups for entry in group.maps}
+        return {entry.name: found[entry.name] for entry in self.maps if entry.name in found}
+
+    @property
+    def projections(self) -> dict[str, RetainProjection]:
+        """Map name -> projection; maps that read the same retain input share one object. Empty without projection."""
+        found = {entry.name: group.projection for group in self.projected for entry in group.maps}
+        return {entry.name: found[entry.name] for entry in self.maps if entry.name in found}
+
+    def setup_protection(
+        self,
+        forget_loader: Any,
+        forward_fn: ForwardFn,
+        retain_loader: Any = None,
+        retain_inputs: Mapping[str, Iterable[Tensor]] | None = None,
+    ) -> None:
+        """Fit what the constraint needs and take the snapshot: two passes over the forget data for the protection
+        loss, one over the retain data if needed.
+
+        All passes start from the random state of the caller, who gets it back unchanged, so that a forward function
+        that draws noise draws the same in each. In a distributed run each process passes its own share of the data.
+        With a projection, a LoRA adapter's factor A is moved out of the span; the adapter stays zero, as B is.
+
+        Args:
+            forget_loader, retain_loader: re-iterable batches, e.g. DataLoaders. The forget data is not read with
+                constraint "projection" (pass None), the retain data not where `retain_inputs` covers all maps.
+            forward_fn: `forward_fn(model, batch)` runs the model once.
+            retain_inputs: target -> the tensors that reach its maps on retain data, taken instead of recording; see
+                `RetainInputs`. E.g. `{"attn2.to_k": embeddings, "attn2.to_v": embeddings}` with the text embeddings of
+                retain prompts (padding tokens included, as the maps read them) needs no retain image.
+
+        Raises:
+            ValueError: no forget or retain data although an option needs it; empty or one-shot loaders; non-finite
+                activations; a LoRA adapter that is not zero at the start; retain inputs that leave no map a direction
+                to move in.
+        """
+        config = self.config
+        given = RetainInputs(retain_inputs or {}, self.maps)
+        if retain_inputs and not config.needs_retain_data:
+            raise ValueError("retain_inputs is given, but no option needs retain data")
+        if config.has_penalty and forget_loader is None:
+            raise ValueError("the protection loss needs a forget_loader; only constraint='projection' goes without")
+        if config.needs_retain_data and retain_loader is None and not given.covers(self.maps):
+            raise ValueError(
+                "use_actual_bounds, residual_source='retain' / 'both' and a projection need a retain_loader, or "
+                "retain_inputs for all maps"
+            )
+        self._freeze_the_rest()
+        require_zero_adapters(self.maps)
+        fitted = fit_protection(self.model, self.maps, config, forget_loader, forward_fn, retain_loader, given)
+        snapshots = {} if self.uses_adapter else {entry.name: snapshot_of(entry.layer) for entry in self.maps}
+        self._install(BarrierState(self._weights, fitted.regions, fitted.projections, snapshots))
+        if self.uses_adapter:
+            self.project()
+
+    def _install(self, state: BarrierState) -> None:
+        share = 1 / len(self.maps) if self.config.normalize_protection else 1.0
+        self.groups = [MapGroup(maps, region, share) for maps, region in state.regions]
+        self.projected = [ProjectedGroup(maps, projection) for maps, projection in state.projections]
+        self._snapshots = state.snapshots
+        self._move(self._device)
+
+    def _require_setup(self) -> None:
+        if not self.groups and not self.projected:
+            raise RuntimeError("nothing is fitted yet: call setup_protection, or load a saved barrier")
+
+    @property
+    def _device(self) -> torch.device:
+        return self.maps[0].layer.weight.device
+
+    def drift(self, entry: ProtectedMap) -> Drift:
+        """How far a map has drifted from its snapshot, with gradient.
+
+        Raises:
+            RuntimeError: setup_protection was not called.
+            ValueError: an adapter was added or removed since then.
+        """
+        self._require_setup()
+        self._require_same_adapter(entry)
+        if self.uses_adapter:
+            factors = entry.lora()
+            return LoraDrift(factors.lora_A_RD, factors.lora_B_OR, factors.scaling)
+        weight0, bias0 = self._snapshots[entry.name]
+        now, then = (entry.outputs_first(weight) for weight in (entry.layer.weight, weight0))
+        return full_drift(now, then, entry.bias, bias0)
+
+    def _require_same_adapter(self, entry: ProtectedMap) -> None:
+        if entry.has_adapter != self.uses_adapter:
+            change = "removed from" if self.uses_adapter else "added to"
+            raise ValueError(f"an adapter was {change} {entry.name} after setup_protection: call it again")
+
+    def compute_protection_loss(self) -> Tensor:
+        """lambda_interval * protection loss (METHOD section 2): a float32 scalar, 0 before any step.
+
+        With constraint "projection" it is an exact 0 without graph, whatever lambda_interval is.
+
+        Raises:
+            RuntimeError: setup_protection was not called.
+        """
+        self._require_setup()
+        device = self._follow_model()
+        for entry in self.maps:
+            self._require_same_adapter(entry)
+        losses = [torch.zeros((), device=device)]
+        with torch.autocast(device.type, enabled=False):
+            for group in self.groups:
+                if self.uses_adapter:
+                    losses += group.lora_losses(self.config)
+                else:
+                    losses += group.full_losses(self.config, self._snapshots)
+            return self.config.lambda_interval * torch.stack(losses).sum()
+
+    def project(self) -> None:
+        """Take the drift out of the retain inputs' span (METHOD section 7); call it after each optimizer step.
+
+        dW <- dW (I - P P^T), or A <- A (I - P P^T) with LoRA, in place and in float32; see `project_out` for what
+        half-precision weights leave. Does nothing with constraint "penalty".
+
+        Raises:
+            RuntimeError: setup_protection was not called.
+            ValueError: an adapter was added or removed since then.
+        """
+        if not self.config.has_projection:
+            return
+        self._require_setup()
+        device = self._follow_model()
+        with torch.autocast(device.type, enabled=False):
+            for group in self.projected:
+                for entry in group.maps:
+                    self._require_same_adapter(entry)
+                if self.uses_adapter:
+                    factors = [entry.lora().parameters[0] for entry in group.maps]
+                    project_out(factors, [None] * len(factors), group.projection.basis)
+                else:
+                    weights = [entry.outputs_first(entry.layer.weight) for entry in group.maps]
+                    origins = [entry.outputs_first(self._snapshots[entry.name][0]) for entry in group.maps]
+                    project_out(weights, origins, group.projection.basis)
+
+    def _follow_model(self) -> torch.device:
+        """Move what was fitted to the model's device if that has changed."""
+        device = self._device
+        held = self.projected[0].projection.basis if self.projected else self.groups[0].region.mean
+        if held.device != device:
+            self._move(device)
+        return device
+
+    def _move(self, device: torch.device) -> None:
+        for group in self.groups:
+            group.to(device)
+        for projected in self.projected:
+            projected.projection = projected.projection.to(device)
+        self._snapshots = {
+            name: (weight.to(device), None if bias is None else bias.to(device))
+            for name, (weight, bias) in self._snapshots.items()
+        }
+
+    @torch.no_grad()
+    def drift_norms(self) -> dict[str, float]:
+        """Frobenius norm of each map's drift relative to its snapshot's, for logs."""
+        self._require_setup()
+        relative = []
+        for entry in self.maps:
+            base = self._snapshots[entry.name][0] if not self.uses_adapter else entry.layer.weight
+            relative.append(self.drift(entry).dense().norm() / base.float().norm().clamp_min(1e-30))
+        return dict(zip((entry.name for entry in self.maps), torch.stack(relative).tolist(), strict=True))
+
+    def certify(
+        self,
+        held_out_loader: Any,
+        forward_fn: ForwardFn,
+        quantile: float = 0.99,
+        confidence: float = 0.95,
+        split: Split | None = None,
+    ) -> Certificate:
+        """What is guaranteed on retain inputs like the held-out ones (METHOD section 6); these must not have been used
+        for fitting or training. With a projection its span takes the place of the forget region: the drift inside is
+        0, and the bounds speak of the part outside.
+
+        Args:
+            split: which of the images choose the distribution-free bounds, and which check them.
+
+        Raises:
+            RuntimeError: setup_protection was not called.
+            ValueError: quantile or confidence outside (0, 1), or unusable data.
+        """
+        self._require_setup()
+        self._follow_model()
+        regions = [(group.maps, group.projection.as_region()) for group in self.projected]
+        regions = regions or [(group.maps, group.region) for group in self.groups]
+        return certify(
+            self.model,
+            regions=[(entry, region) for maps, region in regions for entry in maps],
+            drift=self.drift,
+            base_is_current=self.uses_adapter,
+            snapshot_weights=self.snapshot_weights,
+            loader=held_out_loader,
+            forward_fn=forward_fn,
+            quantile=quantile,
+            confidence=confidence,
+            split=split or Split(),
+        )
+
+    def snapshot_weights(self) -> AbstractContextManager[None]:
+        """The model as it was at the snapshot, for the duration of a block."""
+        return at_snapshot(self.maps, self._snapshots)
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write barrier_config.json, regions and projections (each once) and, for full weights, the snapshot.
+
+        Raises:
+            RuntimeError: there is nothing fitted to save.
+        """
+        self._require_setup()
+        regions = [(group.maps, group.region) for group in self.groups]
+        projections = [(group.maps, group.projection) for group in self.projected]
+        state = BarrierState(self._weights, regions, projections, self._snapshots)
+        save_state(Path(folder), self.config, state)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike, model: nn.Module) -> Barrier:
+        """Load what `save_pretrained` wrote, for a model with the same targets, whose weights are left as they are.
+
+        Raises:
+            ValueError: missing files, or files that do not fit the model.
+        """
+        barrier = cls(model, BarrierConfig.from_pretrained(folder))
+        try:
+            barrier._install(load_state(Path(folder), barrier.config, barrier.maps, barrier._weights))
+        except BaseException:
+            barrier.remove()
+            raise
+        return barrier
+
+    @property
+    def _weights(self) -> str:
+        return "adapter" if self.uses_adapter else "full"
+
+    def remove(self) -> None:
+        """Undo what was done to the model: every parameter's requires_grad is as it was. Trained weights stay, and so
+        does a LoRA factor A that a projection moved."""
+        for parameter, requires_grad in self._requires_grad.items():
+            parameter.requires_grad_(requires_grad)
+        self.groups, self.projected, self._snapshots, self._requires_grad = [], [], {}, {}

@@ -1,0 +1,296 @@
+"""What can be guaranteed about a map's drift on inputs it was not fitted on (METHOD section 6).
+
+Shapes: B images, L rows of an image, D input features, K kept directions, O outputs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from barrier_diffusers.protection.drift import Drift
+from barrier_diffusers.protection.fitting import ForwardFn, first_tensor, kept_random_state
+from barrier_diffusers.protection.loss import interval_ends
+from barrier_diffusers.protection.order_statistics import (
+    RelativeDrift,
+    Split,
+    distribution_free,
+    order_statistic,
+    samples_needed,
+)
+from barrier_diffusers.protection.recorder import evaluation_mode, record_inputs
+from barrier_diffusers.protection.region import ForgetRegion
+from barrier_diffusers.protection.targets import ProtectedMap
+from barrier_diffusers.utils.files import write_json
+
+ROUNDING = 1e-4  # relative slack for float32 sums in a bound that an observation is held against
+
+
+def sound_bound(drift: Drift, region: ForgetRegion, radius: float | Tensor) -> Tensor:
+    """Largest |dW x + db| of each output, (O,), over all x whose z lies in the outer envelope and whose part outside
+    the basis has norm at most `radius`: interval ends + |dW mean + db| + radius * ||dW (I - B B^T)||."""
+    fixed_O, slope_O = sound_bound_parts(drift, region)
+    return fixed_O + radius * slope_O
+
+
+def sound_bound_parts(drift: Drift, region: ForgetRegion) -> tuple[Tensor, Tensor]:
+    """The bound at radius 0, and what it grows by per unit of radius; both (O,)."""
+    drift_OK = drift.project(region.basis)
+    low_O, high_O = interval_ends(drift_OK, region.outer_lower, region.outer_upper)
+    shift_O = drift.apply(region.mean)
+    if drift.delta_bias_O is not None:
+        shift_O = shift_O + drift.delta_bias_O
+    outside_OD = drift.dense() - drift_OK @ region.basis.T
+    return torch.maximum(low_O.abs(), high_O.abs()) + shift_O.abs(), outside_OD.norm(dim=1)
+
+
+def moment_bound(drift: Drift, region: ForgetRegion, probability: float) -> Tensor:
+    """A bound on |dW x + db| of each output, (O,), that holds with at least `probability` for a random x whose z lies
+    in the envelope and whose part outside the basis has mean 0 and covariance C_res (Chebyshev, each output apart).
+    It needs no more than the second moment of that part, whatever its mean."""
+    fixed_O, _ = sound_bound_parts(drift, region)
+    if region.residual is None:
+        return fixed_O
+    variance_O = drift.energy(region.residual).clamp_min(0)
+    return fixed_O + (variance_O / (1 - probability)).sqrt()
+
+
+@dataclass(frozen=True)
+class MapCertificate:
+    """The three bounds of one map, and what was observed."""
+
+    name: str
+    sound: float  # largest output of sound_bound at the largest residual norm seen; exact up to float32 rounding
+    largest_output_drift: float  # largest |dW x + db| of one output over the rows inside the envelope
+    sound_holds: bool  # every row inside the envelope kept its own bound
+    rows: int
+    rows_outside_envelope: int  # the sound bound says nothing about these
+    radius: float  # largest residual norm seen
+    moment: float  # largest output of moment_bound at the quantile
+    moment_violations: float  # share of rows inside the envelope above it in some output
+    relative: RelativeDrift
+
+
+class MapObserver:
+    """Watches one map's drift on held-out rows; keeps one number per image.
+
+    Args:
+        weight, bias: of the layer now; the snapshot's output is this minus the drift, or the layer's own output where
+            an adapter holds the drift (`base_is_current`).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        drift: Drift,
+        region: ForgetRegion,
+        weight: Tensor,
+        bias: Tensor | None,
+        base_is_current: bool,
+        quantile: float = 0.99,
+    ):
+        self.name, self.region = name, region
+        with torch.no_grad():
+            self.delta_OD = drift.dense().detach()
+            self.delta_bias_O = None if drift.delta_bias_O is None else drift.delta_bias_O.detach()
+            self.weight_OD = weight.detach().float().flatten(1) - (0 if base_is_current else self.delta_OD)
+            self.bias_O = None if bias is None else bias.detach().float()
+            if self.bias_O is not None and self.delta_bias_O is not None and not base_is_current:
+                self.bias_O = self.bias_O - self.delta_bias_O
+            self.fixed_O, self.slope_O = (part.detach() for part in sound_bound_parts(drift, region))
+            self.moment_O = moment_bound(drift, region, quantile).detach()
+            num_features = self.delta_OD.shape[1]  # float32 sums |dW x| with an error of at most D eps |dW| |x|
+            self.noise_O = num_features * torch.finfo(torch.float32).eps * self.delta_OD.norm(dim=1)
+        self.largest_per_image: list[Tensor] = []
+        zero = torch.zeros((), device=self.delta_OD.device)
+        self.rows = 0
+        self.outside, self.broken, self.above = zero.clone(), zero.clone(), zero.clone()
+        self.radius, self.largest = zero.clone(), zero.clone()
+
+    @torch.no_grad()
+    def update(self, x_BLD: Tensor) -> None:
+        """Add the rows of B images."""
+        rows = x_BLD.float()
+        change_BLO = rows @ self.delta_OD.T
+        if self.delta_bias_O is not None:
+            change_BLO = change_BLO + self.delta_bias_O
+        base_BLO = rows @ self.weight_OD.T
+        if self.bias_O is not None:
+            base_BLO = base_BLO + self.bias_O
+        tiny = torch.finfo(torch.float32).tiny
+        relative_BL = change_BLO.norm(dim=-1) / base_BLO.norm(dim=-1).clamp_min(tiny)
+        self.largest_per_image.append(relative_BL.amax(1).cpu())
+        centred_BLD = rows - self.region.mean
+        z_BLK = centred_BLD @ self.region.basis
+        slack_K = ROUNDING * (self.region.outer_upper - self.region.outer_lower)
+        inside_BL = ((z_BLK >= self.region.outer_lower - slack_K) & (z_BLK <= self.region.outer_upper + slack_K)).all(
+            -1
+        )
+        radius_BL = (centred_BLD - z_BLK @ self.region.basis.T).norm(dim=-1)
+        bound_BLO = (self.fixed_O + radius_BL[..., None] * self.slope_O) * (1 + ROUNDING) + tiny
+        noise_BLO = rows.norm(dim=-1, keepdim=True) * self.noise_O
+        size_BLO = change_BLO.abs()
+        self.rows += inside_BL.numel()
+        self.outside += (~inside_BL).sum()
+        self.broken += ((size_BLO > bound_BLO + noise_BLO).any(-1) & inside_BL).sum()
+        self.above += ((size_BLO > self.moment_O + noise_BLO).any(-1) & inside_BL).sum()
+        self.radius = torch.maximum(self.radius, radius_BL.max())
+        self.largest = torch.maximum(self.largest, (size_BLO.amax(-1) * inside_BL).max())
+
+    @property
+    def drift_per_image(self) -> Tensor:
+        """Largest relative drift among the rows of each image, (images,)."""
+        return torch.cat(self.largest_per_image)
+
+    def result(self, quantile: float, confidence: float, split: Split) -> MapCertificate:
+        """The certificate of this map."""
+        inside = max(self.rows - int(self.outside), 1)
+        return MapCertificate(
+            name=self.name,
+            sound=float((self.fixed_O + self.radius * self.slope_O).max()),
+            largest_output_drift=float(self.largest),
+            sound_holds=int(self.broken) == 0,
+            rows=self.rows,
+            rows_outside_envelope=int(self.outside),
+            radius=float(self.radius),
+            moment=float(self.moment_O.max()),
+            moment_violations=int(self.above) / inside,
+            relative=distribution_free(self.drift_per_image, quantile, confidence, split),
+        )
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Bounds per map and for the whole network, on held-out retain inputs."""
+
+    maps: list[MapCertificate]
+    network: RelativeDrift | None  # relative change of the prediction; None if forward_fn returns no tensor
+    quantile: float
+    confidence: float
+    split: Split  # of the images, into those that choose the distribution-free bounds and those that check them
+    every_map: RelativeDrift | None = None  # largest drift of an image in any map: one bound for all of them at once
+
+    @property
+    def holds(self) -> bool:
+        """Whether every observation kept the sound bound in every map."""
+        return all(entry.sound_holds for entry in self.maps)
+
+    @property
+    def contradicted(self) -> list[str]:
+        """What the test images speak against, at 5 % for all statements together (Bonferroni): names of maps,
+        "every_map", "network"."""
+        entries: dict[str, RelativeDrift | None] = {entry.name: entry.relative for entry in self.maps}
+        entries |= {"every_map": self.every_map, "network": self.network}
+        chances = {name: entry.chance for name, entry in entries.items() if entry and entry.chance is not None}
+        return [name for name, chance in chances.items() if chance < 0.05 / len(chances)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python values."""
+        derived = {"holds": self.holds, "delta": 1 - self.confidence, "contradicted": self.contradicted}
+        return {**asdict(self), **derived}
+
+    def save_json(self, path: str | os.PathLike) -> None:
+        """Write the certificate whole or not at all."""
+        write_json(Path(path), self.to_dict())
+
+    def __str__(self) -> str:
+        worst = max(self.maps, key=lambda entry: entry.relative.largest)
+        images = worst.relative.num_images
+        lines = [f"{len(self.maps)} maps, {images} held-out images; sound bound {'holds' if self.holds else 'BROKEN'}"]
+        shown = {
+            f"worst map {worst.name}": worst.relative,
+            "all maps at once": self.every_map,
+            "network": self.network,
+        }
+        lines += [f"{title}: {self._sentence(entry)}" for title, entry in shown.items() if entry is not None]
+        if self.contradicted:
+            lines.append(f"the test images CONTRADICT the bound of {', '.join(self.contradicted)}")
+        return "\n".join(lines)
+
+    def _sentence(self, entry: RelativeDrift) -> str:
+        if entry.certified is None:
+            needed = samples_needed(self.quantile, self.confidence)
+            return f"largest observed {entry.largest:.4g}; a bound takes {needed} images, not {entry.num_calibration}"
+        promise = f"{self.quantile:.4g} of images with confidence {self.confidence:.4g}"
+        checked = "not checked"
+        if entry.num_test:
+            kept = entry.num_test - entry.num_above
+            checked = f"{kept} of {entry.num_test} test images keep it, the largest has {entry.largest_test:.4g}"
+        return f"relative drift <= {entry.certified:.4g} for {promise}; {checked}"
+
+
+def certify(
+    model: nn.Module,
+    regions: Sequence[tuple[ProtectedMap, ForgetRegion]],
+    drift: Callable[[ProtectedMap], Drift],
+    base_is_current: bool,
+    snapshot_weights: Callable[[], AbstractContextManager[None]],
+    loader: Any,
+    forward_fn: ForwardFn,
+    quantile: float,
+    confidence: float,
+    split: Split,
+) -> Certificate:
+    """Observe every map and the whole network on held-out batches; see `Barrier.certify`.
+
+    Args:
+        regions: every map with the region of its input. Each map is watched on its own: two maps may share a region
+            that was fitted on given inputs, in whatever order they run.
+        base_is_current: whether a layer's own weight is the snapshot, as it is under an adapter.
+        snapshot_weights: gives the model its snapshot's weights for the duration of a block.
+    """
+    order_statistic(1, quantile, confidence)
+    observers: dict[str, MapObserver] = {}
+    for entry, region in regions:
+        weight, bias = entry.outputs_first(entry.layer.weight), entry.bias
+        observers[entry.name] = MapObserver(entry.name, drift(entry), region, weight, bias, base_is_current, quantile)
+
+    def observe(name: str, rows_BLD: Tensor) -> None:
+        observers[name].update(rows_BLD)
+
+    maps, alone = [entry for entry, _ in regions], {name: name for name in observers}
+    with kept_random_state(model, loader):
+        record_inputs(model, maps, loader, forward_fn, observe, what="held-out", leader_of=alone)
+    network = _network_drift(model, snapshot_weights, loader, forward_fn, quantile, confidence, split)
+    worst_per_image = torch.stack([observer.drift_per_image for observer in observers.values()]).amax(0)
+    return Certificate(
+        maps=[observer.result(quantile, confidence, split) for observer in observers.values()],
+        network=network,
+        quantile=quantile,
+        confidence=confidence,
+        split=split,
+        every_map=distribution_free(worst_per_image, quantile, confidence, split),
+    )
+
+
+@torch.no_grad()
+def _network_drift(
+    model: nn.Module,
+    snapshot_weights: Callable[[], AbstractContextManager[None]],
+    loader: Any,
+    forward_fn: ForwardFn,
+    quantile: float,
+    confidence: float,
+    split: Split,
+) -> RelativeDrift | None:
+    """Relative change ||f(x) - f0(x)|| / ||f0(x)|| of the network's output per sample; None without a tensor."""
+    changes = []
+    with evaluation_mode(model):
+        for batch in loader:
+            with kept_random_state(model):
+                now = first_tensor(forward_fn(model, batch))
+            if now is None:
+                return None
+            with snapshot_weights():
+                before = first_tensor(forward_fn(model, batch))
+            assert before is not None
+            change, size = ((now - before).float().flatten(1), before.float().flatten(1))
+            changes.append((change.norm(dim=1) / size.norm(dim=1).clamp_min(1e-30)).cpu())
+    return distribution_free(torch.cat(changes), quantile, confidence, split)

@@ -1,0 +1,186 @@
+"""BarrierConfig: every option of the protection, as a dataclass that saves to and loads from barrier_config.json.
+
+Beside it what all settings share: their checks, and what every unlearning run says about the protection.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+CONFIG_NAME = "barrier_config.json"
+
+
+PENALTY_CHOICES = (  # of the protection loss; its numbers have a value anyway, and are not read without it
+    *("region", "decomposition", "interval", "remove_top_directions", "include_bias_drift"),
+    *("use_actual_bounds", "normalize_protection", "residual_weighting", "residual_source"),
+)
+
+
+@dataclass
+class BarrierConfig:
+    """Options of BARRIER (arXiv 2605.15737); contradictory ones are an error, not a precedence rule.
+
+    Raises:
+        ValueError: a value out of range, an unknown choice, or two options that contradict each other.
+    """
+
+    # protected and trained: dotted suffixes or full names of Linear / Conv2d modules, or Linear, Conv2d, Conv2d1x1
+    # None: those of the pipeline's row in architectures.py (a Barrier on a bare model must be given names)
+    targets: list[str] | None = None
+    # only inside these blocks: numbers of transformer blocks in forward order, or dotted names such as down_blocks.1
+    blocks: list[int | str] | None = None  # None: everywhere
+    lambda_interval: float = 10.0  # >= 0; weight of the protection loss in the total
+    lower_percentile: float = 0.05  # [0, 1]; lower end of the safe interval of each direction
+    upper_percentile: float = 0.95  # [0, 1]; upper end
+    reduced_dim: int = 32  # >= 1; K, the directions that get an interval of their own
+    infinity_scale: float = 20.0  # >= 0, in units of z; distance of the outer envelope from the safe interval
+    use_actual_bounds: bool = False  # outer envelope from the real min / max of forget and retain data
+    normalize_protection: bool = True  # mean over maps, so that lambda does not depend on how many there are
+    # two_corner: the paper's two boxes; envelope: worst case over the complement; slabs: the exact complement
+    region: Literal["two_corner", "envelope", "slabs"] = "two_corner"
+    # svd, pca: leading directions of the centred inputs (equal up to rounding); none: one interval per feature
+    decomposition: Literal["svd", "pca", "none"] = "svd"
+    interval: bool = True  # False: mean and residual terms only
+    remove_top_directions: bool = False  # the K directions are dropped: mean and residual terms only
+    include_bias_drift: bool = False  # the bias drift also enters both ends of each interval
+    # per_sample: mean over rows; singular_values: the paper's code, grows with the number of rows
+    residual_weighting: Literal["per_sample", "singular_values"] = "per_sample"
+    residual_source: Literal["forget", "retain", "both"] = "forget"  # whose covariance fills the residual term
+    # penalty: the protection loss; projection: updates are kept out of the directions of the retain inputs, and
+    # lambda_interval, reduced_dim, the percentiles and infinity_scale play no part; both: projection and loss
+    constraint: Literal["penalty", "projection", "both"] = "penalty"
+    projection_energy: float = 0.999  # (0, 1]; share of the retain inputs' energy E|x|^2 that updates may not touch
+
+    def __post_init__(self) -> None:
+        self._check_ranges()
+        self._check_choices()
+        self._check_contradictions()
+
+    def _check_ranges(self) -> None:
+        if self.targets is not None and (isinstance(self.targets, str) or not self.targets or not all(self.targets)):
+            raise ValueError(f"targets is {self.targets!r}, but must be a non-empty list of module names")
+        if self.blocks is not None and (isinstance(self.blocks, str) or not self.blocks or "" in self.blocks):
+            raise ValueError(f"blocks is {self.blocks!r}, but must be a non-empty list of numbers or module names")
+        if not 0 <= self.lower_percentile < self.upper_percentile <= 1:
+            raise ValueError(
+                "percentiles must satisfy 0 <= lower_percentile < upper_percentile <= 1, but are "
+                f"{self.lower_percentile} and {self.upper_percentile}"
+            )
+        if self.reduced_dim < 1:
+            raise ValueError(f"reduced_dim is {self.reduced_dim}, but must be at least 1")
+        for name in ("infinity_scale", "lambda_interval"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be >= 0")
+        if not 0 < self.projection_energy <= 1:
+            raise ValueError(f"projection_energy is {self.projection_energy}, but must be > 0 and <= 1")
+
+    def _check_choices(self) -> None:
+        hints = get_type_hints(type(self))
+        for name in ("region", "decomposition", "residual_weighting", "residual_source", "constraint"):
+            choices = get_args(hints[name])
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, but must be one of {', '.join(choices)}")
+
+    def _check_contradictions(self) -> None:
+        none = self.decomposition == "none"
+        defaults = {entry.name: entry.default for entry in fields(self)}
+        mean_and_residual_only = not self.interval or self.remove_top_directions
+        contradictions = {
+            "decomposition='none' has no leading directions, so remove_top_directions has nothing to remove": none
+            and self.remove_top_directions,
+            "decomposition='none' has no residual: residual_source and residual_weighting must keep their defaults": (
+                none and (self.residual_source != "forget" or self.residual_weighting != "per_sample")
+            ),
+            "interval=False and remove_top_directions=True both drop the interval term: choose one": not self.interval
+            and self.remove_top_directions,
+            "without the interval term, region, include_bias_drift and use_actual_bounds must keep their defaults": (
+                mean_and_residual_only
+                and (self.region != "two_corner" or self.include_bias_drift or self.use_actual_bounds)
+            ),
+        }
+        contradictions |= {
+            f"constraint='projection' has no protection loss: {', '.join(PENALTY_CHOICES)} must keep their defaults": (
+                not self.has_penalty and any(getattr(self, name) != defaults[name] for name in PENALTY_CHOICES)
+            ),
+            "constraint='both' with lambda_interval=0 has no protection loss: set constraint='projection'": (
+                self.constraint == "both" and self.lambda_interval == 0
+            ),
+            "projection_energy needs constraint='projection' or 'both'": not self.has_projection
+            and self.projection_energy != defaults["projection_energy"],
+        }
+        for message, holds in contradictions.items():
+            if holds:
+                raise ValueError(message)
+
+    @property
+    def has_interval_term(self) -> bool:
+        """Whether L_interval is part of the loss."""
+        return self.interval and not self.remove_top_directions
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether there is a protection loss, hence regions of the forget inputs."""
+        return self.constraint != "projection"
+
+    @property
+    def has_projection(self) -> bool:
+        """Whether updates are kept out of the retain inputs' directions."""
+        return self.constraint != "penalty"
+
+    @property
+    def protects(self) -> bool:
+        """Whether anything is protected at all: lambda_interval = 0 switches the penalty off."""
+        return self.has_projection or self.lambda_interval > 0
+
+    @property
+    def region_needs_retain_data(self) -> bool:
+        """Whether the regions of the protection loss take a pass over retain data."""
+        return self.use_actual_bounds or self.residual_source != "forget"
+
+    @property
+    def needs_retain_data(self) -> bool:
+        """Whether setting up the protection takes a pass over retain data."""
+        return self.region_needs_retain_data or self.has_projection
+
+    @property
+    def summary(self) -> str:
+        """The protection in a few words, for tables and model cards."""
+        penalty = f"protection weight {self.lambda_interval:g}" if self.protects else "no protection"
+        projection = f"projection at energy {self.projection_energy:g}"
+        return {"penalty": penalty, "projection": projection, "both": f"{penalty}, {projection}"}[self.constraint]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain Python values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> BarrierConfig:
+        """The inverse of `to_dict`; an unknown key is a ValueError."""
+        known = [entry.name for entry in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(
+                f"unknown option {', '.join(unknown)} in the BARRIER config; known are {', '.join(known)}"
+            )
+        return cls(**values)
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write barrier_config.json into `folder`, whole or not at all."""
+        # here, as the package imports torch and this module does not
+        from barrier_diffusers.utils.files import write_json
+
+        path = Path(folder) / CONFIG_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, self.to_dict())
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike) -> BarrierConfig:
+        """Read barrier_config.json from `folder`."""
+        path = Path(folder) / CONFIG_NAME
+        if not path.is_file():
+            raise ValueError(f"{str(folder)!r} holds no {CONFIG_NAME}")
+        return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))

@@ -1,0 +1,198 @@
+"""ForgetRegion: where the forget inputs of a layer live (METHOD section 1), fitted from streamed statistics.
+
+Shapes: D input features, K kept directions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from barrier_diffusers.protection.config import BarrierConfig
+from barrier_diffusers.protection.statistics import Moments, ProjectionSketch
+from barrier_diffusers.utils.files import written_whole
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Leading directions of the forget inputs, known after the first pass."""
+
+    mean_D: Tensor  # float64
+    basis_DK: Tensor  # orthonormal columns, float64
+    eigenvalues_K: Tensor  # variance of the forget inputs along each column
+
+
+@dataclass(frozen=True)
+class ForgetRegion:
+    """What the protection loss knows of one input tensor; all tensors float32, shared by every map that reads it."""
+
+    mean: Tensor  # (D,) of the forget rows
+    basis: Tensor  # (D, K) leading eigenvectors of the forget covariance; the identity for decomposition "none"
+    z_lower: Tensor  # (K,) lower percentile of z = basis^T (x - mean)
+    z_upper: Tensor  # (K,) upper percentile
+    outer_lower: Tensor  # (K,) lower end of the outer envelope
+    outer_upper: Tensor  # (K,) upper end
+    residual: Tensor | None  # (D, D) C_res, covariance outside the basis; None where there is no residual
+    count: int  # forget rows
+    residual_multiplier: float = 1.0  # 1 per sample, N / rows with residual_weighting "singular_values"
+
+    def to(self, device: torch.device | str) -> ForgetRegion:
+        """The same region on another device."""
+        tensors = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        moved: dict[str, Any] = {k: v.to(device) for k, v in tensors.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
+    @property
+    def num_features(self) -> int:
+        """D."""
+        return len(self.mean)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory the tensors take."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.to_tensors().values())
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """All fields as tensors, for safetensors."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        numbers = {"count": torch.tensor(self.count), "residual_multiplier": torch.tensor(self.residual_multiplier)}
+        return {**tensors, **{name: value.double() for name, value in numbers.items()}}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> ForgetRegion:
+        """The inverse of `to_tensors`."""
+        values = dict(tensors)
+        count, multiplier = int(values.pop("count").item()), float(values.pop("residual_multiplier").item())
+        return cls(residual=values.pop("residual", None), count=count, residual_multiplier=multiplier, **values)
+
+
+def _fix_signs(basis_DK: Tensor) -> Tensor:
+    """Turn each column so that its entry of largest magnitude is positive: a run is reproducible."""
+    largest_1K = basis_DK.abs().argmax(0, keepdim=True)
+    signs_1K = basis_DK.gather(0, largest_1K).sign()
+    return basis_DK * torch.where(signs_1K == 0, 1.0, signs_1K)
+
+
+def fit_directions(moments: Moments, config: BarrierConfig, name: str = "") -> Directions:
+    """Mean and leading directions after the first pass over the forget data.
+
+    "svd" and "pca" come from the same routine: the right singular vectors of the centred rows are the eigenvectors of
+    their covariance, rows are not kept, and the SVD of a covariance takes seven times as long.
+
+    Raises:
+        ValueError: reduced_dim exceeds the number of input features; no rows.
+    """
+    covariance_DD = moments.covariance
+    num_features = len(covariance_DD)
+    if config.decomposition == "none":
+        identity_DD = torch.eye(num_features, dtype=torch.float64, device=covariance_DD.device)
+        return Directions(moments.mean, identity_DD, covariance_DD.diagonal().clone())
+    check_reduced_dim(config, num_features, name)
+    values_D, vectors_DD = torch.linalg.eigh(covariance_DD)
+    leading_DK = vectors_DD.flip(1)[:, : config.reduced_dim]
+    values_K = values_D.flip(0)[: config.reduced_dim]
+    return Directions(moments.mean, _fix_signs(leading_DK.contiguous()), values_K.clamp_min(0))
+
+
+def check_reduced_dim(config: BarrierConfig, num_features: int, name: str) -> None:
+    """ValueError if the map `name` has fewer than reduced_dim input features."""
+    if config.decomposition != "none" and config.reduced_dim > num_features:
+        raise ValueError(
+            f"reduced_dim is {config.reduced_dim}, but {name or 'the map'} has only {num_features} input features: "
+            f"set reduced_dim to at most {num_features}"
+        )
+
+
+def residual_covariance(moments: Moments, basis_DK: Tensor) -> Tensor:
+    """C_res = (I - B B^T) C (I - B B^T), (D, D), in O(D^2 K): no second decomposition.
+
+    For the forget rows B holds eigenvectors of C, so this is C - B diag(eig) B^T. It is positive semi-definite by
+    construction: eigenvalues below 0 are float64 rounding, a billionth of what the float32 of the result rounds off.
+    """
+    covariance_DD = moments.covariance
+    half_DD = covariance_DD - basis_DK @ (basis_DK.T @ covariance_DD)
+    residual_DD = half_DD - (half_DD @ basis_DK) @ basis_DK.T
+    return (residual_DD + residual_DD.T) / 2
+
+
+def fit_region(
+    forget_moments: Moments,
+    directions: Directions,
+    forget_sketch: ProjectionSketch,
+    config: BarrierConfig,
+    retain_moments: Moments | None = None,
+    retain_sketch: ProjectionSketch | None = None,
+) -> ForgetRegion:
+    """The region after the second pass (METHOD section 1).
+
+    With `use_actual_bounds` the envelope is the min / max of z over forget and retain rows, in the mean and basis of
+    the forget rows. `residual_source` "retain" takes the retain rows' covariance about their own mean, "both" that of
+    all rows pooled; in either case its part outside the forget basis.
+
+    Raises:
+        ValueError: an option that needs retain rows, and none were recorded.
+    """
+    if config.region_needs_retain_data and (retain_moments is None or retain_sketch is None):
+        raise ValueError("use_actual_bounds and residual_source='retain' / 'both' need a retain_loader")
+    z_lower, z_upper = forget_sketch.quantile(config.lower_percentile), forget_sketch.quantile(config.upper_percentile)
+    if config.use_actual_bounds:
+        assert retain_sketch is not None
+        outer_lower = torch.minimum(forget_sketch.minimum, retain_sketch.minimum)
+        outer_upper = torch.maximum(forget_sketch.maximum, retain_sketch.maximum)
+    else:
+        outer_lower, outer_upper = z_lower - config.infinity_scale, z_upper + config.infinity_scale
+    residual, multiplier = None, 1.0
+    if config.decomposition != "none":
+        residual = residual_covariance(_residual_moments(forget_moments, retain_moments, config), directions.basis_DK)
+        if config.residual_weighting == "singular_values":
+            multiplier = _singular_value_weight(forget_moments.count, *directions.basis_DK.shape)
+    return ForgetRegion(
+        mean=directions.mean_D.float(),
+        basis=directions.basis_DK.float(),
+        z_lower=z_lower,
+        z_upper=z_upper,
+        outer_lower=outer_lower,
+        outer_upper=outer_upper,
+        residual=None if residual is None else residual.float(),
+        count=forget_moments.count,
+        residual_multiplier=multiplier,
+    )
+
+
+def _residual_moments(forget: Moments, retain: Moments | None, config: BarrierConfig) -> Moments:
+    if config.residual_source == "forget":
+        return forget
+    assert retain is not None
+    if config.residual_source == "retain":
+        return retain
+    pooled = Moments(len(forget.mean), forget.mean.device)
+    pooled.merge(forget)
+    pooled.merge(retain)
+    return pooled
+
+
+def _singular_value_weight(count: int, num_features: int, reduced_dim: int) -> float:
+    """N / (min(N, D) - K): the paper's code divides the squared singular values by the number of residual rows."""
+    rows = min(count, num_features) - reduced_dim
+    return count / rows if rows > 0 else 0.0
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file whole or not at all."""
+    with written_whole(path) as temporary:
+        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary, metadata)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file; ValueError if there is none."""
+    if not path.is_file():
+        raise ValueError(f"{str(path.parent)!r} holds no {path.name}")
+    with safe_open(path, "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118

@@ -1,0 +1,411 @@
+"""The linear maps a model has, which of them are protected, and the patches a convolution multiplies.
+
+An nn.Embedding is a linear map too, W x on one-hot rows x: row j of its table is W's column j, so the drift of entry j
+is dW e_j. A class-conditional UNet's class_embedding is one, with as many input features D as it has labels.
+
+Shapes: B batch, C channels, H and W image side, O output features, D input features, L positions, R LoRA rank.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+PEFT_PREFIX = "base_model.model."  # of the module paths inside a PeftModel
+
+
+PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")  # what fusing replaces
+
+
+TYPES = ("Linear", "Conv2d", "Conv2d1x1")
+
+
+Snapshots = dict[str, tuple[Tensor, Tensor | None]]  # map name -> its weight and bias
+
+
+@dataclass(frozen=True)
+class LoraFactors:
+    """The active adapter of a map: dW = scaling * B A."""
+
+    lora_A_RD: Tensor
+    lora_B_OR: Tensor
+    scaling: float
+    parameters: tuple[nn.Parameter, ...]
+
+
+class ProtectedMap:
+    """One y = W x + b inside a model; its module is looked up at every use, so an adapter may be added later."""
+
+    def __init__(self, model: nn.Module, path: str, name: str):
+        self.model, self.path, self.name = model, path, name
+
+    def __repr__(self) -> str:
+        return f"ProtectedMap({self.name!r})"
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that is called: the layer itself, or the peft layer around it."""
+        return self.model.get_submodule(self.path)
+
+    @property
+    def layer(self) -> nn.Linear | nn.Conv2d | nn.Embedding:
+        """The Linear, Conv2d or Embedding that holds the base weight."""
+        module = self.module
+        return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module  # type: ignore[return-value]
+
+    @property
+    def num_outputs(self) -> int:
+        """O."""
+        return self.outputs_first(self.layer.weight).shape[0]
+
+    @property
+    def num_features(self) -> int:
+        """D: input features, C_in / groups * kh * kw, or the number of embeddings."""
+        return self.outputs_first(self.layer.weight)[0].numel()
+
+    @property
+    def is_table(self) -> bool:
+        """Whether the map is an embedding, whose inputs are one-hot rows."""
+        return isinstance(self.layer, nn.Embedding)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """b (O,); None for a map without."""
+        return bias_of(self.layer)
+
+    def outputs_first(self, weight: Tensor) -> Tensor:
+        """The map's weight as a view (O, ...): an embedding's table (D, O) is transposed."""
+        return weight.T if self.is_table else weight
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether a peft layer wraps the map."""
+        return isinstance(self.module, BaseTunerLayer)
+
+    def lora(self) -> LoraFactors:
+        """The factors of the one active LoRA adapter; convolution factors are flattened.
+
+        Raises:
+            ValueError: another kind of adapter, DoRA, a LoRA bias, a merged adapter, or not exactly one active.
+        """
+        module = self.module
+        if not isinstance(module, LoraLayer):
+            raise ValueError(
+                f"{self.name} carries a {type(module).__name__}; of the peft adapters only LoRA is supported"
+            )
+        if self.is_table:
+            raise ValueError(f"{self.name} is an embedding; LoRA on these is not supported: train it in full")
+        active = [name for name in module.active_adapters if name in module.lora_A]
+        if len(active) != 1:
+            raise ValueError(
+                f"{self.name} has {len(active)} active LoRA adapters, but exactly one is supported: {active}"
+            )
+        if getattr(self.layer, "groups", 1) > 1:
+            raise ValueError(f"{self.name} is a grouped convolution; LoRA on these is not supported: train it in full")
+        if isinstance(self.layer, nn.Conv2d) and (self.layer.dilation != (1, 1) or self.layer.padding_mode != "zeros"):
+            raise ValueError(f"{self.name} has dilation or a padding mode, which peft's LoRA drops: train it in full")
+        if module.merged:
+            raise ValueError(f"the LoRA adapter of {self.name} is merged into the weight: unmerge it first")
+        (name,) = active
+        down, up = module.lora_A[name], module.lora_B[name]
+        if name in module.lora_variant or up.bias is not None or not isinstance(down, nn.Linear | nn.Conv2d):
+            raise ValueError(f"{self.name} uses a LoRA variant (DoRA, lora_bias, ...); only plain LoRA is supported")
+        factors = (down.weight.flatten(1), up.weight.flatten(1))
+        return LoraFactors(*factors, float(module.scaling[name]), (down.weight, up.weight))
+
+    def trainable(self, bias: bool = True) -> list[nn.Parameter]:
+        """The parameters that train: the adapter's if there is one, else weight and (unless it is frozen) bias."""
+        if self.has_adapter:
+            return list(self.lora().parameters)
+        both = (self.layer.weight, self.bias if bias else None)
+        return [parameter for parameter in both if isinstance(parameter, nn.Parameter)]
+
+
+def _is_map(module: nn.Module) -> bool:
+    layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return isinstance(layer, nn.Linear | nn.Conv2d | nn.Embedding)
+
+
+def bias_of(layer: nn.Module) -> Tensor | None:
+    """A layer's bias; None for one without, such as an embedding."""
+    return getattr(layer, "bias", None)
+
+
+def linear_maps(model: nn.Module) -> list[ProtectedMap]:
+    """Every Linear, Conv2d and Embedding of the model (adapter factors excluded), in module order."""
+    maps: list[ProtectedMap] = []
+    inside_adapter: tuple[str, ...] = ()
+    prefix = PEFT_PREFIX if isinstance(model, PeftModel) else ""
+    for path, module in model.named_modules():
+        if inside_adapter and path.startswith(inside_adapter):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside_adapter = (*inside_adapter, path + ".")
+        if _is_map(module):
+            maps.append(ProtectedMap(model, path, path.removeprefix(prefix)))
+    return maps
+
+
+def matches(entry: ProtectedMap, target: str) -> bool:
+    """Whether a target names the map: a type, its full name, or a whole dotted suffix of it."""
+    if target in TYPES:
+        layer = entry.layer
+        if target == "Conv2d1x1":
+            return isinstance(layer, nn.Conv2d) and tuple(layer.kernel_size) == (1, 1)
+        return type(layer).__name__ == target
+    return entry.name == target or entry.name.endswith("." + target)
+
+
+def resolve_targets(
+    model: nn.Module, targets: Sequence[str], blocks: Sequence[int | str] | None = None
+) -> list[ProtectedMap]:
+    """The maps that `targets` name, in module order; with `blocks` only those inside one of these (see blocks.py).
+
+    A target is a whole dotted suffix ("attn2.to_q", "fc"), a full name, or a type: "Linear", "Conv2d", "Conv2d1x1".
+
+    Raises:
+        ValueError: a target that matches nothing or only a container; a block that does not exist or holds none of
+            the targets; a quantised or tied weight; fused q/k/v.
+    """
+    maps = linear_maps(model)
+    found = {target: [entry for entry in maps if matches(entry, target)] for target in targets}
+    for target, matched in found.items():
+        if not matched:
+            raise ValueError(_no_match(model, maps, target))
+    wanted = {entry.path for matched in found.values() for entry in matched}
+    resolved = [entry for entry in maps if entry.path in wanted]
+    if blocks is not None:
+        resolved = maps_in_blocks(model, resolved, targets, blocks)
+    _refuse_unsupported(model, resolved)
+    return resolved
+
+
+def maps_in_blocks(
+    model: nn.Module, maps: list[ProtectedMap], targets: Sequence[str], blocks: Sequence[int | str]
+) -> list[ProtectedMap]:
+    """Those of the targets' maps that lie inside one of the blocks.
+
+    Raises:
+        ValueError: a block that does not exist or holds none of the targets; a target that none of the blocks holds.
+    """
+    names = named_blocks(model, blocks, PEFT_PREFIX if isinstance(model, PeftModel) else "")
+    for block in names:
+        if not any(is_inside(entry.name, block) for entry in maps):
+            inside = [
+                entry.name.rpartition(f"{block}.")[2] for entry in linear_maps(model) if is_inside(entry.name, block)
+            ]
+            listed = ", ".join(list(dict.fromkeys(inside))[:12]) or "no linear map"
+            raise ValueError(f"block {block!r} holds none of the targets {', '.join(targets)}; it has {listed}")
+    kept = [entry for entry in maps if any(is_inside(entry.name, block) for block in names)]
+    for target in targets:
+        if not any(matches(entry, target) for entry in kept):
+            raise ValueError(f"target {target!r} lies in none of the blocks {', '.join(names)}")
+    return kept
+
+
+def _no_match(model: nn.Module, maps: list[ProtectedMap], target: str) -> str:
+    inside = [f".{entry.name}".partition(f".{target}.")[2] for entry in maps if f".{target}." in f".{entry.name}"]
+    if inside:
+        children = ", ".join(f"{target}.{child}" for child in list(dict.fromkeys(inside))[:8])
+        return f"{target!r} is a container, not a linear map; name its layers, e.g. {children}"
+    for path, module in model.named_modules():
+        if f".{path}".endswith(f".{target}"):
+            return f"{target!r} is a {type(module).__name__}; only Linear, Conv2d and Embedding maps can be protected"
+    suffixes = list(dict.fromkeys(".".join(entry.name.split(".")[-2:]) for entry in maps))
+    near = difflib.get_close_matches(target, suffixes, n=6, cutoff=0.0)
+    others = [suffix for suffix in suffixes if suffix not in near]
+    listed = ", ".join((near + others)[:12]) + (", ..." if len(suffixes) > 12 else "")
+    return f"no module ends with {target!r}; the {type(model).__name__} has {listed or 'no Linear or Conv2d'}"
+
+
+def _is_fused(module: nn.Module) -> bool:
+    """Whether an attention runs to_qkv / to_kv instead of its projections.
+
+    `unfuse_qkv_projections` gives an Attention its processor back but leaves the flag set: the processor decides.
+    """
+    if not getattr(module, "fused_projections", False):
+        return False
+    return not isinstance(module, Attention) or type(module.processor).__name__.startswith("Fused")
+
+
+def require_zero_adapters(maps: Sequence[ProtectedMap]) -> None:
+    """ValueError if a map carries a LoRA adapter that is not zero, or one that is not supported."""
+    for entry in maps:
+        if entry.has_adapter:
+            factors = entry.lora()
+            if factors.lora_B_OR.abs().max() * factors.lora_A_RD.abs().max() != 0:
+                raise ValueError(
+                    f"the LoRA adapter of {entry.name} already changes the model; the protection is measured from "
+                    "the base weights: merge the adapter first, or add a fresh one"
+                )
+
+
+def _refuse_unsupported(model: nn.Module, maps: list[ProtectedMap]) -> None:
+    seen: dict[int, str] = {}
+    fused = {path for path, module in model.named_modules() if _is_fused(module)}
+    for entry in maps:
+        weight = entry.layer.weight
+        if not weight.is_floating_point() or weight.element_size() < 2:  # float8 is storage, not arithmetic
+            raise ValueError(f"{entry.name} has a quantised weight ({weight.dtype}): load the model unquantised")
+        if getattr(entry.layer, "max_norm", None) is not None:
+            raise ValueError(f"{entry.name} renormalises its rows when it is read (max_norm), which is no linear map")
+        if id(weight) in seen:
+            raise ValueError(
+                f"{entry.name} and {seen[id(weight)]} share one weight: tied maps cannot be protected apart"
+            )
+        seen[id(weight)] = entry.name
+        parent = entry.path.rpartition(".")[0]
+        if parent in fused and entry.path.rpartition(".")[2] in PROJECTIONS:
+            raise ValueError(
+                f"{entry.name} never runs because the attention's projections are fused: "
+                "call unfuse_qkv_projections() before setting up the protection"
+            )
+
+
+def patches(x_BCHW: Tensor, layer: nn.Conv2d) -> Tensor:
+    """The inputs of a convolution seen as a linear map, (B, L * groups, D) with D = C_in / groups * kh * kw.
+
+    The layer's own stride, padding (mode and "same" included) and dilation; border patches included; the patches of
+    all groups are pooled, as they go through kernels of the same shape.
+    """
+    if layer.padding_mode == "zeros":
+        padded = F.pad(x_BCHW, layer._reversed_padding_repeated_twice)
+    else:
+        padded = F.pad(x_BCHW, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+    columns = F.unfold(padded, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)  # type: ignore[arg-type]
+    batch, _, positions = columns.shape
+    features = layer.weight[0].numel()
+    grouped = columns.view(batch, layer.groups, features, positions)
+    return grouped.permute(0, 3, 1, 2).reshape(batch, positions * layer.groups, features)
+
+
+def input_rows(value: Tensor, layer: nn.Module) -> Tensor:
+    """What reached a map, as rows (B, L, D) with the batch first; an embedding's numbers (B, ...) become one-hot."""
+    if isinstance(layer, nn.Embedding):
+        numbers = value.reshape(len(value), -1) if value.dim() else value.view(1, 1)
+        return F.one_hot(numbers, layer.num_embeddings).float()
+    if isinstance(layer, nn.Conv2d):
+        return patches(value, layer)
+    if value.dim() == 1:
+        value = value[None]
+    return value.reshape(len(value), -1, value.shape[-1]) if value.dim() > 2 else value[:, None]
+
+
+def input_geometry(layer: nn.Module) -> tuple[Any, ...]:
+    """Two maps on the same tensor read the same rows if their geometry is equal."""
+    if isinstance(layer, nn.Conv2d):
+        padding = (tuple(layer._reversed_padding_repeated_twice), layer.padding_mode)
+        return ("conv", layer.kernel_size, layer.stride, layer.dilation, layer.groups, *padding)
+    return ("table", layer.num_embeddings) if isinstance(layer, nn.Embedding) else ("linear",)
+
+
+@torch.no_grad()
+def snapshot_of(layer: nn.Linear | nn.Conv2d | nn.Embedding) -> tuple[Tensor, Tensor | None]:
+    """Copies of the weight and bias as they are now."""
+    bias = bias_of(layer)
+    return layer.weight.detach().clone(), None if bias is None else bias.detach().clone()
+
+
+@torch.no_grad()
+def restore(layer: nn.Linear | nn.Conv2d | nn.Embedding, values: tuple[Tensor, Tensor | None]) -> None:
+    """Write copies taken by `snapshot_of` back into the layer."""
+    layer.weight.copy_(values[0])
+    bias = bias_of(layer)
+    if bias is not None and values[1] is not None:
+        bias.copy_(values[1])
+
+
+@contextmanager
+def at_snapshot(maps: Sequence[ProtectedMap], snapshots: Snapshots) -> Iterator[None]:
+    """Give the maps their snapshots' values and switch their adapters off, for the duration of the block."""
+    layers = {entry.name: entry.layer for entry in maps if entry.name in snapshots}
+    trained = {name: snapshot_of(layer) for name, layer in layers.items()}
+    adapted: list[Any] = [entry.module for entry in maps if entry.has_adapter]
+    flags = {parameter: parameter.requires_grad for module in adapted for parameter in module.parameters()}
+    try:
+        for name, layer in layers.items():
+            restore(layer, snapshots[name])
+        for module in adapted:
+            module.enable_adapters(False)
+        yield
+    finally:
+        for name, values in trained.items():
+            restore(layers[name], values)
+        for module in adapted:
+            module.enable_adapters(True)
+        for parameter, requires_grad in flags.items():  # enable_adapters changes them
+            parameter.requires_grad_(requires_grad)
+
+
+STAGES = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}  # forward order; UNets register the middle last
+
+
+TRANSFORMER_BLOCK = re.compile(r"(^|\.)(single_)?transformer_blocks\.\d+$")
+
+
+ATTENTION = re.compile(r"(^|\.)attentions\.\d+$")  # of a UNet without transformer blocks, such as a DDPM's
+
+
+def numbered_blocks(model: nn.Module, prefix: str = "") -> list[str]:
+    """Names of the blocks that a number counts, in forward order.
+
+    In a UNet these are its transformer blocks from the first down block over the middle to the last up block
+    (Stable Diffusion 1.x has 16), or its attentions where it has no transformer blocks. In a transformer they are
+    `transformer_blocks`, so that a number is the index there; `single_transformer_blocks` continue the count.
+
+    Args:
+        prefix: start of every module path, left out of the names.
+    """
+    names = [path.removeprefix(prefix) for path, _ in model.named_modules()]
+    found = [name for name in names if TRANSFORMER_BLOCK.search(name)]
+    found = found or [name for name in names if ATTENTION.search(name)]
+    return sorted(found, key=lambda name: STAGES.get(name.partition(".")[0], 0))
+
+
+def is_inside(name: str, block: str) -> bool:
+    """Whether the whole dotted parts of `block` occur in `name`, one after the other, before its last part.
+
+    >>> is_inside("single_transformer_blocks.12.attn.to_q", "transformer_blocks.12")
+    False
+    """
+    return f".{block}." in f".{name}"
+
+
+def named_blocks(model: nn.Module, blocks: Sequence[int | str], prefix: str = "") -> list[str]:
+    """The dotted name of every entry of `blocks`, numbers (also written as strings) looked up by `numbered_blocks`.
+
+    Raises:
+        ValueError: a number or name that the model does not have; the message lists what it has.
+    """
+    numbered = numbered_blocks(model, prefix)
+    paths = [path.removeprefix(prefix) for path, module in model.named_modules() if next(module.children(), None)]
+    chosen = []
+    for block in blocks:
+        if str(block).isdecimal() and int(block) < len(numbered):
+            chosen.append(numbered[int(block)])
+        elif any(f".{path}".endswith(f".{block}") for path in paths):
+            chosen.append(str(block))
+        else:
+            raise ValueError(f"no block {block!r}; the {type(model).__name__} has {_listed(numbered, paths)}")
+    return chosen
+
+
+def _listed(numbered: Sequence[str], paths: Iterable[str]) -> str:
+    counted = [f"{index} = {name}" for index, name in enumerate(numbered)]
+    if len(counted) > 20:
+        counted = [*counted[:10], "...", *counted[-9:]]
+    stages = [path for path in paths if re.fullmatch(r"[a-z_]*blocks?(\.\d+)?", path)]
+    others = [path for path in stages if path not in numbered]
+    return ", ".join(counted or ["no numbered block"]) + (f"; and by name {', '.join(others)}" if others else "")

@@ -1,0 +1,1 @@
+"""Trainer, steps, checkpoints and masks."""

@@ -1,0 +1,63 @@
+"""Batches in the form the objectives take, with noise and timesteps drawn for them."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from barrier_diffusers.models.denoiser import Denoiser
+from barrier_diffusers.models.partial_sampler import PartialSampler
+from barrier_diffusers.objectives import DiffusionStep, ObjectiveConfig
+from barrier_diffusers.objectives.base import Condition
+from barrier_diffusers.training.reference import FrozenReference
+
+
+def freeze_normalisation(module: nn.Module) -> None:
+    """Train mode for everything but normalisation layers, whose running statistics must not follow the forget data."""
+    module.train()
+    kinds = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+    for layer in module.modules():
+        if isinstance(layer, kinds):
+            layer.eval()
+
+
+class StepMaker:
+    """Puts a batch in the form the objectives take, with noise and timesteps drawn for its cached latents, or with
+    `sampler` its x_t sampled by the model itself from the prompts alone.
+
+    Args:
+        share: (process index, number of processes): draw for the batches of all processes, and take one's own. If all
+            have the same random state (`share_random_state`), they do together what one process would.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        denoiser: Denoiser,
+        options: ObjectiveConfig | None = None,
+        reference: FrozenReference | None = None,
+        sampler: PartialSampler | None = None,
+        share: tuple[int, int] = (0, 1),
+    ):
+        self.model, self.denoiser, self.share = model, denoiser, share
+        self.options, self.sampler = options or ObjectiveConfig(), sampler
+        self.reference = partial(reference, self.run) if reference else None
+
+    def run(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """The network's prediction."""
+        return self.denoiser.predict(self.model, noisy, timesteps, condition)
+
+    def __call__(self, batch: dict[str, Any]) -> DiffusionStep:
+        if self.sampler is not None:
+            noisy, timesteps = self.sampler(batch["condition"], batch["unconditional"], batch["index"], self.share)
+            target = None
+        else:
+            moments, (index, processes) = batch["moments"], self.share
+            everybodys = moments.repeat(processes, *[1] * (moments.dim() - 1)) if processes > 1 else moments
+            drawn = self.denoiser.noised(everybodys)
+            own = slice(index * len(moments), (index + 1) * len(moments))
+            noisy, timesteps, target = drawn.noisy[own], drawn.timesteps[own], drawn.target[own]
+        prompts = (batch["condition"], batch.get("anchor"), batch.get("unconditional"))
+        return DiffusionStep(self.run, noisy, timesteps, target, *prompts, self.reference, self.options)

@@ -1,0 +1,147 @@
+"""Files and folders that are written whole or not at all, and one clear message where they cannot be."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+
+def file_names(texts: Iterable[str]) -> dict[str, str]:
+    """Text -> the beginning of a file name made of its letters, digits, dots and dashes, and of no other text's.
+
+    Texts may come from anywhere: no name has a folder in it or is hidden, and names differ in more than case.
+    """
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    for text in dict.fromkeys(texts):
+        plain = re.sub(r"[^\w.-]+", "_", text)[:40].strip(".") or "_"  # 40 letters: at most 160 bytes
+        name, number = plain, 1
+        while name.casefold() in taken:
+            number += 1
+            name = f"{plain}-{number}"
+        taken.add(name.casefold())
+        names[text] = name
+    return names
+
+
+class WriteError(OSError):
+    """Something could not be written; the target is as it was before."""
+
+    def __init__(self, path: Path, reason: str, advice: str = "free disk space, or check the rights of its folder"):
+        super().__init__(f"cannot write {str(path)!r} ({reason}): {advice}")
+        self.reason = reason
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def put_in_place(temporary: Path, target: Path) -> None:
+    """Give a finished file or folder its name; what has that name is replaced, and is never half there."""
+    if target.is_dir():
+        old = target.with_name(f".old-{target.name}")
+        remove(old)
+        os.replace(target, old)
+        os.replace(temporary, target)
+        remove(old)
+    else:
+        os.replace(temporary, target)
+
+
+@contextmanager
+def removed_on_failure(temporary: Path, target: Path) -> Iterator[None]:
+    """Delete `temporary` if the block, which does nothing but write it, does not end well.
+
+    Raises:
+        WriteError: a failed write. torch.save reports one as a RuntimeError, safetensors as an error of its own.
+    """
+    try:
+        yield
+    except BaseException as error:
+        try:
+            remove(temporary)
+        except OSError:  # a read-only file system: there is nothing to delete then
+            pass
+        if isinstance(error, OSError | RuntimeError | SafetensorError):
+            raise WriteError(target, _reason(error)) from error
+        raise
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, WriteError):
+        return error.reason
+    if "inline_container" in str(error):  # torch.save tells a line of its source instead of the system's answer
+        return "the file could not be written to its end, as on a full disk"
+    return getattr(error, "strerror", None) or str(error).split("\n")[0]
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """The path of a temporary file or folder beside `target`, which gets the name of `target` when the block ends.
+
+    Raises:
+        WriteError: it cannot be written; nothing is left of it, and `target` is as it was.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    with removed_on_failure(temporary, target):
+        remove(temporary)
+        yield temporary
+        put_in_place(temporary, target)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON whole or not at all.
+
+    Raises:
+        WriteError: see `written_whole`.
+    """
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def require_writable(output_dir: str) -> Path:
+    """Create a folder if it is not there, and write a file in it to be sure.
+
+    Raises:
+        ValueError: it is a file, or not writable.
+    """
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir {output_dir!r} is a file; name a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"output_dir {output_dir!r} is not writable: {error.strerror}") from error
+    return folder
+
+
+def move_into(source: Path, target: Path, last: str) -> None:
+    """Move every entry of `source` over its namesake in `target`, the entry `last` at the end, and drop `source`."""
+    for entry in sorted(source.iterdir(), key=lambda entry: entry.name == last):
+        put_in_place(entry, target / entry.name)
+    source.rmdir()

@@ -1,0 +1,181 @@
+"""The kinds of pipelines: which scripts run one after another, and which settings follow from another stage's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from barrier_diffusers.evaluation.attacks import ATTACKS
+from barrier_diffusers.evaluation.settings import ADAPTER_NAME
+from barrier_diffusers.workflow.stages import Stage
+
+
+class Plan(Protocol):
+    """What the settings of a stage may follow from."""
+
+    settings: dict[str, dict[str, Any]]  # section -> its settings as given
+
+    @property
+    def output(self) -> Path: ...
+
+    @property
+    def unlearned(self) -> Path: ...
+
+    @property
+    def names(self) -> list[str]: ...
+
+
+def _cache(plan: Plan) -> dict[str, Any]:
+    return {"cache_dir": plan.settings["unlearn"]["cache_dir"] or str(plan.output / "cache")}
+
+
+def _judges_images(plan: Plan) -> bool:
+    """Whether the evaluation is given images, so that nothing has to be unlearned or generated."""
+    return plan.settings.get("evaluate", {}).get("images_dir") is not None
+
+
+def _judged_sd(plan: Plan) -> dict[str, Any]:
+    """The unlearned pipeline; an adapter goes with the base that it was trained on."""
+    if _judges_images(plan):
+        return {"pretrained_model_name_or_path": None, "lora_weights": None, "base_model": None}
+    unlearn, result = plan.settings.get("unlearn", {}), plan.unlearned
+    own = result == plan.output / "unlearn"
+    if (unlearn.get("rank", 0) > 0) if own else (result / ADAPTER_NAME).is_file():
+        base = unlearn.get("pretrained_model_name_or_path")
+        return {"pretrained_model_name_or_path": base, "lora_weights": str(result)}
+    return {"pretrained_model_name_or_path": str(result), "lora_weights": None}
+
+
+def _judged(plan: Plan) -> dict[str, Any]:
+    return {"pretrained_model_name_or_path": str(plan.unlearned)}
+
+
+def _judged_ddpm(plan: Plan) -> dict[str, Any]:
+    return {**_judged(plan), "data": plan.settings["unlearn"]["data"]}
+
+
+def _judged_classifier(plan: Plan) -> dict[str, Any]:
+    """The unlearned classifier, compared with the retrained one where there is one."""
+    evaluation = dict(plan.settings["evaluate"]["evaluation"])
+    if "retrain" in plan.names and evaluation["retrained"] is None:
+        evaluation["retrained"] = str(plan.output / "retrain")
+    return {**_judged(plan), "evaluation": evaluation}
+
+
+def _like_unlearn(*names: str) -> dict[str, str]:
+    return {name: f"unlearn.{name}" for name in names}
+
+
+PROMPTED = ("concept", "concept_column", "train_data_dir", "dataset_name", "image_column", "caption_column")
+
+
+LABELLED = ("train_data_dir", "dataset_subset", "train_split", "test_split", "image_column", "label_column")
+
+
+FORGOTTEN = ("forget_class", "forget_fraction", "forget_count", "forget_seed")
+
+
+JUDGED = frozenset(("output_dir", "pretrained_model_name_or_path"))
+
+
+IMAGE_SETTINGS = {
+    "settings": "barrier_diffusers.evaluation.settings:EvaluateConfig",
+    "filled": JUDGED | {"lora_weights"},
+    "fill": _judged_sd,
+    "late": ("lora_weights",),
+    "shared": {**_like_unlearn(*PROMPTED, "resolution"), "base_model": "unlearn.pretrained_model_name_or_path"},
+}
+
+
+KINDS: dict[str, tuple[Stage, ...]] = {
+    "sd": (
+        Stage(
+            name="unlearn",
+            script="train_scripts/unlearn_sd.py",
+            settings="barrier_diffusers.workflow.settings:UnlearnConfig",
+            result="metrics.json",
+            fill=_cache,
+            needed=lambda plan: not _judges_images(plan),
+        ),
+        Stage(
+            name="generate",
+            script="train_scripts/generate_sd.py",
+            section="evaluate",
+            folder="evaluate",
+            part="images",
+            needed=lambda plan: not _judges_images(plan),
+            ignored=("attacks", *ATTACKS, "certificate", "membership", "clip", "fidelity", "lpips")
+            + ("nudity.threshold", "nudity.model", "evaluation.classifier"),
+            **IMAGE_SETTINGS,  # type: ignore[arg-type]
+        ),
+        Stage(
+            name="evaluate",
+            script="train_scripts/evaluate_sd.py",
+            result="metrics.json",
+            keep=("images",),
+            **IMAGE_SETTINGS,  # type: ignore[arg-type]
+        ),
+    ),
+    "classifier": (
+        Stage(
+            name="train",
+            script="classification_ext/train.py",
+            settings="classification_ext.settings:TrainConfig",
+            result="metrics.json",
+        ),
+        Stage(
+            name="retrain",
+            script="classification_ext/unlearn.py",
+            settings="classification_ext.settings:UnlearnConfig",
+            result="metrics.json",
+            shared=_like_unlearn("pretrained_model_name_or_path", *LABELLED, *FORGOTTEN),
+        ),
+        Stage(
+            name="unlearn",
+            script="classification_ext/unlearn.py",
+            settings="classification_ext.settings:UnlearnConfig",
+            result="metrics.json",
+            shared={"pretrained_model_name_or_path": "train", **{name: f"train.{name}" for name in LABELLED}},
+        ),
+        Stage(
+            name="evaluate",
+            script="classification_ext/evaluate.py",
+            settings="classification_ext.settings:EvaluateConfig",
+            result="evaluation.json",
+            filled=JUDGED,
+            fill=_judged_classifier,
+            shared=_like_unlearn(*LABELLED, *FORGOTTEN),
+        ),
+    ),
+    "ddpm": (
+        Stage(
+            name="train",
+            script="ddpm_ext/train.py",
+            settings="ddpm_ext.settings:TrainConfig",
+        ),
+        Stage(
+            name="unlearn",
+            script="ddpm_ext/unlearn.py",
+            settings="ddpm_ext.settings:UnlearnConfig",
+            result="metrics.json",
+            fill=_cache,
+            shared={"pretrained_model_name_or_path": "train"},
+        ),
+        Stage(
+            name="generate",
+            script="ddpm_ext/sample.py",
+            settings="ddpm_ext.sample:SampleConfig",
+            filled=JUDGED,
+            fill=_judged,
+        ),
+        Stage(
+            name="evaluate",
+            script="ddpm_ext/evaluate.py",
+            settings="ddpm_ext.settings:EvaluateConfig",
+            result="evaluation.json",
+            filled=JUDGED | {"data"},
+            fill=_judged_ddpm,
+            shared={"concept": "unlearn.concept", "base_model": "unlearn.pretrained_model_name_or_path"},
+        ),
+    ),
+}

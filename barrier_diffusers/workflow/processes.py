@@ -1,0 +1,124 @@
+"""Scripts run as processes of their own: output to a log, signals handed on, nobody else in the same folder."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+# a tracker's run belongs to the pipeline, and a script of it must not go on with that run as its own
+NOT_INHERITED = ("WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH")
+
+
+class Stopped(Exception):
+    """A signal ended the process that was waited for, and the waiting one has to end likewise.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+
+class FolderLock:
+    """Within its block no other process that asks for it works in the folder.
+
+    A child that inherits `handle` holds it on, so that a killed parent's child keeps its folder to itself.
+
+    Args:
+        folder: gets a hidden file.
+        wait_seconds: how long to wait for whoever has it.
+    """
+
+    def __init__(self, folder: Path, wait_seconds: float = 0):
+        self.folder, self.wait_seconds = folder, wait_seconds
+        self.handle = -1
+
+    def __enter__(self) -> FolderLock:
+        """Raises:
+        ValueError: another process still has the folder when the time is over.
+        """
+        self.handle = os.open(self.folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+        deadline = time.monotonic() + self.wait_seconds
+        while True:
+            try:
+                fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return self
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    os.close(self.handle)
+                    raise ValueError(
+                        f"another process works in {str(self.folder)!r}: wait for it, or name another output_dir"
+                    ) from None
+                time.sleep(1)
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.handle)  # and with the last copy of the handle the lock goes
+
+
+def _die_with_parent() -> None:
+    """In the child: SIGTERM when the parent is killed, so that it writes a checkpoint and ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+def run_logged(command: Sequence[str], log: Path, keep_open: int, environment: Mapping[str, str]) -> int:
+    """The exit status of a command whose output goes to a file; SIGTERM and SIGINT are handed on to it.
+
+    Args:
+        keep_open: file descriptor of the folder's lock.
+
+    Raises:
+        Stopped: a signal came.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    received: list[int] = []
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if child.poll() is None:
+            os.killpg(child.pid, number)
+
+    kept = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
+    with log.open("w", encoding="utf-8") as file:
+        child = subprocess.Popen(
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**kept, **environment},
+            pass_fds=[keep_open],
+            start_new_session=True,  # so that Ctrl-C reaches it once, by `hand_on`
+            preexec_fn=_die_with_parent,
+        )
+        before = {}
+        if threading.current_thread() is threading.main_thread():
+            heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            before = {number: signal.signal(number, hand_on) for number in heeded}
+        try:
+            status = child.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    if received:
+        raise Stopped(received[0])
+    return status
+
+
+def last_error(log: Path) -> str:
+    """The line that says why a script failed: its last "error: ...", else its last line."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return (errors or lines or ["it printed nothing"])[-1]

@@ -1,0 +1,333 @@
+"""A pipeline: one YAML file drives unlearn -> ... -> evaluate -> track, and only what changed runs again.
+
+Its output_dir holds a folder per stage with the stage's result, `stages` with what each ran with and its record,
+`logs` with what each printed, and results.json with all numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from barrier_diffusers.utils.checks import flat, require_positive
+from barrier_diffusers.utils.command_line import config_from
+from barrier_diffusers.utils.files import remove, require_writable, write_json
+from barrier_diffusers.workflow.kinds import KINDS
+from barrier_diffusers.workflow.processes import FolderLock, Stopped, last_error, run_logged
+from barrier_diffusers.workflow.stages import PLACES, Record, Stage, stage_inputs
+from barrier_diffusers.workflow.tracking import RESULTS_NAME, TrackConfig, collect, publish
+
+HASH = "{hash}"
+
+
+TRAINED = ("train", "retrain", "unlearn")  # stages that more than one process may share
+
+
+@dataclass(kw_only=True)
+class LaunchConfig:
+    """How the stages are started."""
+
+    num_processes: int = 1  # of training; more than one, or a config_file: by `accelerate launch`
+    config_file: str | None = None  # of `accelerate config`
+
+    def __post_init__(self) -> None:
+        require_positive(self, ("num_processes",), "launch.{}")
+        if self.config_file and not Path(self.config_file).is_file():
+            raise ValueError(f"launch.config_file {self.config_file!r} does not exist")
+
+
+@dataclass(kw_only=True)
+class PipelineConfig:
+    """What holds for the whole pipeline; each stage's settings are a section of its name beside it."""
+
+    kind: Literal["sd", "ddpm", "classifier"]  # which scripts (kinds.py)
+    output_dir: str  # {hash} in it stands for a hash of all settings, so that no two runs of a sweep share a folder
+    stages: list[str] | None = None  # of the kind; None: all
+    eval_only: bool = False  # judge the unlearned result that is there, whatever the settings of the stages before
+    unlearned_dir: str | None = None  # or that one, unlearned elsewhere
+    dry_run: bool = False  # only say what would run, and why
+    score: dict[str, float] = field(default_factory=dict)  # metric of results.json -> weight in `score`
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+
+    def __post_init__(self) -> None:
+        check_stages(self.kind, self.stages or [])
+        if self.unlearned_dir and not Path(self.unlearned_dir).is_dir():
+            raise ValueError(f"unlearned_dir {self.unlearned_dir!r} does not exist")
+
+
+def check_stages(kind: str, stages: Sequence[str]) -> None:
+    """A ValueError for a stage that the kind does not have."""
+    known = [stage.name for stage in KINDS[kind]]
+    unknown = [str(name) for name in stages if name not in known]
+    if unknown:
+        raise ValueError(f"unknown stage {', '.join(unknown)}; {kind!r} has {', '.join(known)}")
+
+
+@dataclass
+class Pipeline:
+    """A pipeline whose settings are all known and checked."""
+
+    config: PipelineConfig
+    stages: list[Stage]
+    settings: dict[str, dict[str, Any]]  # stage -> its settings as given, `shared` ones resolved
+    root: Path  # of the repository with the scripts
+
+    @property
+    def output(self) -> Path:
+        """The output folder."""
+        return Path(self.config.output_dir)
+
+    @property
+    def unlearned(self) -> Path:
+        """The folder with the unlearned model."""
+        return Path(self.config.unlearned_dir or self.output / "unlearn")
+
+    @property
+    def names(self) -> list[str]:
+        """The stages' names."""
+        return [stage.name for stage in self.stages]
+
+    def filled(self, stage: Stage) -> dict[str, Any]:
+        """All settings of a stage, those that the pipeline decides included."""
+        given = self.settings[stage.section or stage.name]
+        folders = {folder_of(name): str(self.output / name) for name in self.names}
+        given = {name: folders.get(value, value) if isinstance(value, str) else value for name, value in given.items()}
+        return {**given, "output_dir": str(self.output / stage.place), **stage.fill(self)}
+
+    def record(self, stage: Stage) -> Record:
+        """What is known of the stage's last run."""
+        result = self.output / stage.place / stage.part
+        return Record(self.output / "stages" / f"{stage.name}.json", result, stage.keep)
+
+
+def folder_of(stage: str) -> str:
+    """The default of a setting that is another stage's folder."""
+    return f"the folder of {stage}"
+
+
+def default_of(source: str) -> str:
+    """The default of a setting that is another stage's setting or folder."""
+    stage, _, name = source.partition(".")
+    return f"as {stage}" if name else folder_of(stage)
+
+
+def _peek(arguments: Sequence[str], name: str) -> Any:
+    """The value of a plain setting, before there is a parser that knows all of them."""
+    found: Any = None
+    words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    for word, value in zip(words, words[1:], strict=False):
+        if word == "--config":
+            try:
+                content = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+            except yaml.YAMLError as error:
+                raise ValueError(f"{value!r} is no YAML: {error}") from error
+            if not isinstance(content, dict):
+                raise ValueError(f"{value!r} holds no settings: expected is YAML of the form `name: value`")
+            found = content.get(name, found)
+        elif word == f"--{name}":
+            found = yaml.safe_load(value)
+    return found
+
+
+def parse_pipeline(arguments: list[str], root: Path) -> Pipeline:
+    """A pipeline from `--config FILE.yaml` and dotted flags, every stage's settings checked.
+
+    Raises:
+        ArgumentError, ValueError: a setting that is unknown, missing, or not as its dataclass wants it.
+    """
+    kind = _peek(arguments, "kind")
+    if kind not in KINDS:
+        given = "no kind is given" if kind is None else f"unknown kind {kind!r}"
+        raise ValueError(f"{given}: set kind to one of {', '.join(KINDS)}")
+    chosen = _peek(arguments, "stages")
+    check_stages(kind, chosen if isinstance(chosen, list) else [])
+    stages = [stage for stage in KINDS[kind] if not isinstance(chosen, list) or stage.name in chosen]
+    names = [stage.name for stage in stages]
+    sections = [stage for stage in stages if stage.section in ("", stage.name) or stage.section not in names]
+    parser = ArgumentParser(exit_on_error=False, description=PipelineConfig.__doc__)
+    parser.add_argument("--config", action="config", help="YAML file with any of the fields below")
+    parser.add_class_arguments(PipelineConfig)
+    for stage in sections:
+        hints, section, shared = get_type_hints(stage.config_class), stage.section or stage.name, stage.takes(names)
+        parser.add_class_arguments(stage.config_class, section, instantiate=False, skip={*stage.filled, *shared})
+        for name, source in shared.items():
+            default = default_of(source)
+            parser.add_argument(f"--{section}.{name}", type=Literal[default] | hints[name], default=default)
+    unread = {stage.section or stage.name for stage in KINDS[kind]} - {
+        stage.section or stage.name for stage in sections
+    }
+    for section in unread:  # of stages that are not chosen
+        parser.add_argument(f"--{section}", type=dict)
+    values = vars(parser.instantiate_classes(parser.parse_args(arguments)))
+    for name in ("config", *unread):
+        del values[name]
+    settings = {
+        name: _plain(values.pop(name).as_dict()) for name in [stage.section or stage.name for stage in sections]
+    }
+    for stage in sorted(sections, key=lambda stage: stage.name != "unlearn"):  # whose settings others take over
+        own = settings[stage.section or stage.name]
+        for name, source in stage.takes(names).items():
+            giver, _, given = source.partition(".")
+            if given and own[name] == default_of(source):
+                own[name] = settings[giver][given]
+    config = PipelineConfig(**values)
+    digest = hashlib.sha256(json.dumps(_deciding(settings), sort_keys=True, default=str).encode()).hexdigest()
+    config.output_dir = config.output_dir.replace(HASH, digest[:12])
+    pipeline = Pipeline(config, stages, settings, root)
+    for stage in stages:
+        _check(pipeline, stage)
+    return pipeline
+
+
+def _plain(value: Any) -> Any:
+    """Nested mappings, defaults that are dataclasses included."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    return {name: _plain(entry) for name, entry in value.items()} if isinstance(value, dict) else value
+
+
+def _deciding(settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {
+        f"{stage}.{name}": value
+        for stage, values in settings.items()
+        for name, value in flat({name: value for name, value in values.items() if name not in PLACES})
+    }
+
+
+def _check(pipeline: Pipeline, stage: Stage) -> None:
+    """Build the stage's settings, without what earlier stages have yet to make."""
+    values = {name: value for name, value in pipeline.filled(stage).items() if name not in stage.late}
+    try:
+        config_from(stage.config_class, values)
+    except ValueError as error:
+        raise ValueError(f"{stage.name}: {error}") from error
+
+
+def command_of(pipeline: Pipeline, stage: Stage, settings: Path) -> list[str]:
+    """The words that start a stage."""
+    launch, script = pipeline.config.launch, str(pipeline.root / stage.script)
+    start = [sys.executable]
+    if stage.name in TRAINED and (launch.num_processes > 1 or launch.config_file):
+        start += ["-m", "accelerate.commands.launch", "--num_processes", str(launch.num_processes)]
+        start += ["--multi_gpu"] if launch.num_processes > 1 and launch.config_file is None else []
+        start += ["--config_file", launch.config_file] if launch.config_file else []
+    return [*start, script, "--config", str(settings)]
+
+
+def claim_pipeline_dir(pipeline: Pipeline) -> None:
+    """Create the output folder, or make sure that a pipeline left what is there.
+
+    Raises:
+        ValueError: it is not writable, or holds other files.
+    """
+    require_writable(pipeline.config.output_dir)
+    entries = {entry.name for entry in pipeline.output.iterdir()} - {".lock", "cache", "logs"}
+    if entries and not (pipeline.output / "stages").is_dir():
+        raise ValueError(f"output_dir {pipeline.config.output_dir!r} holds other files: name another folder")
+    for stage in pipeline.stages:
+        pipeline.record(stage).check_owner()
+
+
+def run_stage(pipeline: Pipeline, stage: Stage, lock: FolderLock) -> None:
+    """Run a stage unless its result still holds.
+
+    Raises:
+        ValueError: the script failed; its one line and where the rest is.
+        Stopped: a signal ended it.
+    """
+    output, record = pipeline.output, pipeline.record(stage)
+    values = pipeline.filled(stage)
+    config_from(stage.config_class, values)  # now that the stages before have ended
+    inputs = stage_inputs(stage, values, pipeline.root)
+    reason = record.reason_to_run(inputs)
+    if reason is None:
+        print(f"{stage.name}: complete, nothing that it depends on has changed")
+        return
+    log, settings = output / "logs" / f"{stage.name}.log", output / "stages" / f"{stage.name}-settings.json"
+    print(f"{stage.name}: {reason}; runs now, log {log}", flush=True)
+    names = {entry.name for entry in fields(stage.config_class)}
+    if record.begin(inputs) and "resume_from_checkpoint" in names:
+        if list((output / stage.place / "checkpoints").glob("step-*")):
+            values["resume_from_checkpoint"] = "latest"
+        else:
+            remove(output / stage.place)
+    if "overwrite_output_dir" in names:  # it is the pipeline's own
+        values["overwrite_output_dir"] = True
+    write_json(settings, values)
+    start = time.monotonic()
+    paths = [str(pipeline.root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    status = run_logged(command_of(pipeline, stage, settings), log, lock.handle, environment)
+    if status:
+        raise ValueError(f"stage {stage.name} failed (exit status {status}): {last_error(log)}; log {log}")
+    seconds = time.monotonic() - start
+    changed = record.end(stage_inputs(stage, pipeline.filled(stage), pipeline.root), seconds)
+    if changed:
+        print(f"warning: {'; '.join(changed[:3])} while {stage.name} ran; the next run does it again", file=sys.stderr)
+    print(f"{stage.name}: done in {seconds:.0f} seconds", flush=True)
+
+
+def stages_to_run(pipeline: Pipeline) -> list[Stage]:
+    """All stages, or those after `unlearn` where the unlearned result is given.
+
+    Raises:
+        ValueError: `eval_only` without an unlearned result.
+    """
+    config = pipeline.config
+    if not (config.eval_only or config.unlearned_dir):
+        return pipeline.stages
+    place = pipeline.names.index("unlearn") if "unlearn" in pipeline.names else -1
+    needs_it = place >= 0 and config.unlearned_dir is None and pipeline.stages[place].needed(pipeline)
+    if needs_it and not pipeline.record(pipeline.stages[place]).complete:
+        raise ValueError(f"eval_only, but there is no complete {str(pipeline.unlearned)!r}: set unlearned_dir")
+    return pipeline.stages[place + 1 :]
+
+
+def run_pipeline(pipeline: Pipeline, wait_seconds: float = 0) -> dict[str, Any]:
+    """Run what has to run; the content of results.json.
+
+    Args:
+        wait_seconds: how long to wait for another process in the same folder.
+
+    Raises:
+        ValueError: an unusable output folder, or a stage that failed.
+        Stopped: a signal came; the same command goes on.
+    """
+    stages = stages_to_run(pipeline)
+    if pipeline.config.dry_run:
+        for stage in (stage for stage in stages if stage.needed(pipeline)):
+            inputs = stage_inputs(stage, pipeline.filled(stage), pipeline.root)
+            why = pipeline.record(stage).reason_to_run(inputs) or "complete, would not run"
+            settings = pipeline.output / "stages" / f"{stage.name}-settings.json"
+            print(f"{stage.name}: {why}\n  {' '.join(command_of(pipeline, stage, settings))}")
+        return {}
+    claim_pipeline_dir(pipeline)
+    (pipeline.output / "stages").mkdir(exist_ok=True)
+    with FolderLock(pipeline.output, wait_seconds) as lock:
+        for stage in (stage for stage in stages if stage.needed(pipeline)):
+            run_stage(pipeline, stage, lock)
+        paths = {stage.name: pipeline.output / stage.place / stage.result for stage in pipeline.stages if stage.result}
+        results = collect(paths, pipeline.config.score)
+        before = pipeline.output / RESULTS_NAME
+        if not before.is_file() or json.loads(before.read_text(encoding="utf-8")) != results:
+            publish(pipeline.config.track, pipeline.output, pipeline.settings, results)
+            write_json(before, results)
+    return results
+
+
+def stop_message(stopped: Stopped) -> int:
+    """Say that the same command goes on; the exit status."""
+    print(f"{stopped}: the same command goes on from here", file=sys.stderr)
+    return 128 + signal.Signals(stopped.number)

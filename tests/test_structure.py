@@ -1,0 +1,89 @@
+"""The map of the package: rooms, and imports that run downwards only."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "barrier_diffusers"
+ROOMS = ["utils", "protection", "objectives", "models", "data", "training", "evaluation", "workflow"]  # bottom to top
+ALONE = {"protection": {"utils"}}  # sub-packages that may import fewer than all below them
+
+
+def imported_modules(source, package):
+    """Absolute names of all modules that a source may import, in whichever form."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            yield from (
+                word.value for word in node.args if isinstance(word, ast.Constant) and isinstance(word.value, str)
+            )
+
+
+def upward_imports(source, path):
+    """Modules above the sub-package that `path` (relative to the package) lies in."""
+    room = path.parts[0]
+    allowed = ALONE.get(room, set(ROOMS[: ROOMS.index(room)])) | {room}
+    package = ".".join(["barrier_diffusers", *path.parent.parts])
+    for name in imported_modules(source, package):
+        parts = name.split(".")
+        if parts[0] == "barrier_diffusers":
+            if len(parts) > 1 and parts[1] in ROOMS and parts[1] not in allowed:
+                yield name
+            elif len(parts) == 1 or parts[1] not in (*ROOMS, "__version__"):
+                yield name  # the root knows all sub-packages
+        elif parts[0] in ("classification_ext", "ddpm_ext", "train_scripts"):
+            yield name
+
+
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=[str(path.relative_to(PACKAGE)) for path in MODULES])
+def test_imports_run_downwards(path):
+    assert not list(upward_imports(path.read_text(encoding="utf-8"), path.relative_to(PACKAGE)))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from barrier_diffusers.training.steps import StepMaker",
+        "import barrier_diffusers.training.steps",
+        "from barrier_diffusers import training",
+        "from barrier_diffusers.training import steps",
+        "from ..training import steps",
+        "from .. import training",
+        "def late():\n    import barrier_diffusers.training.steps as steps",
+        "import importlib\nimportlib.import_module('barrier_diffusers.training.steps')",
+        "from barrier_diffusers import Barrier",
+    ],
+)
+def test_every_form_of_an_upward_import_is_seen(source):
+    assert list(upward_imports(source, Path("protection/loss.py")))
+    assert not list(upward_imports("from barrier_diffusers.utils.files import remove", Path("protection/loss.py")))
+
+
+def test_the_top_level_is_small():
+    entries = {path.name for path in PACKAGE.iterdir()} - {"__init__.py", "__pycache__"}
+    assert set(ROOMS) <= entries and len(entries) <= 10
+
+
+def test_protection_needs_torch_alone():
+    code = (
+        "import sys, barrier_diffusers.protection.barrier, barrier_diffusers.protection.certificate\n"
+        "heavy = {'datasets', 'jsonargparse', 'matplotlib', 'sklearn', 'torchmetrics'}\n"
+        "print(*(heavy & set(sys.modules)))\n"
+        "print(*(name for name in sys.modules if name.startswith('barrier_diffusers.')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy, ours = (line.split() for line in done.stdout.split("\n")[:2])
+    assert not heavy
+    assert all(name.split(".")[1] in ("protection", "utils") for name in ours)
