@@ -1,6 +1,6 @@
-"""METHOD.md sections 1 and 2 written down once more, in float64 and with explicit loops, from raw rows.
+"""docs/method.md section 1 and section 2 written down once more, in float64 and with explicit loops, from raw rows.
 
-Shares no code with the package. Shapes as in METHOD.md: N rows, D features, O outputs, K directions.
+Shares no code with the package. Shapes as there: N rows, D features, O outputs, K directions.
 """
 
 import itertools
@@ -34,7 +34,7 @@ def conv_rows(x, conv):
 
 
 def net_rows(net, batches, targets):
-    """Raw inputs of every map, as METHOD.md defines them."""
+    """Raw inputs of every map, as docs/method.md defines them."""
     rows, handles = {name: [] for name in targets}, []
     for name in targets:
         module = net.get_submodule(name)
@@ -54,7 +54,7 @@ def net_rows(net, batches, targets):
 
 
 class Oracle:
-    """Region of forget rows, and the loss of a drift; options by the names of METHOD.md."""
+    """Region of forget rows, and the loss of a drift; options by the names of docs/method.md."""
 
     def __init__(self, forget, retain=None, reduced_dim=4, lower_percentile=0.05, upper_percentile=0.95,
                  infinity_scale=20.0, use_actual_bounds=False, decomposition="svd", residual_weighting="per_sample",
@@ -112,7 +112,7 @@ class Oracle:
         return slabs, len(slabs)
 
     def loss(self, delta, delta_bias=None):
-        """L_map of METHOD section 2."""
+        """L_map of docs/method.md section 2."""
         delta = delta.double()
         outputs = len(delta)
         bias = torch.zeros(outputs, dtype=torch.float64) if delta_bias is None else delta_bias.double()

@@ -1,4 +1,4 @@
-"""Bounds of METHOD section 6: soundness by sampling, coverage by simulation."""
+"""Bounds of docs/method.md section 6: soundness by sampling, coverage by simulation."""
 
 import json
 

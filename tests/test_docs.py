@@ -129,3 +129,35 @@ def test_every_module_is_in_the_reference():
     }
     for folder in ("barrier_diffusers", "classification_ext", "ddpm_ext"):
         assert {path for path in (ROOT / folder).rglob("*.py")} - {ROOT / "barrier_diffusers/__init__.py"} <= listed
+
+
+def python_sources():
+    """Every Python file of the repository."""
+    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [ROOT / name for name in listed.splitlines() if (ROOT / name).is_file()]
+
+
+def test_sections_of_the_method_that_code_cites_exist():
+    sections = re.findall(r"^## (\d+)\. ", (ROOT / "docs/method.md").read_text(encoding="utf-8"), re.M)
+    assert sections == [str(number) for number in range(1, 8)]
+    cited = [
+        (path, number)
+        for path in python_sources()
+        for number in re.findall(r"method\.md\s+section\s+(\d+)", path.read_text(encoding="utf-8"))
+    ]
+    assert len(cited) > 5
+    assert not [(path.name, number) for path, number in cited if number not in sections]
+
+
+def test_code_cites_no_page_that_is_not_there():
+    wrong = re.compile(r"\bMETHOD(\.md)?\s+sections?\b|\(METHOD\b|\bMETHOD\.md\b|\bSETTINGS\.md\b|\bARCHITECTURE\b")
+    this = ROOT / "tests/test_docs.py"
+    found = [path.relative_to(ROOT) for path in python_sources() if path != this and wrong.search(path.read_text())]
+    assert not found
+
+
+def test_functions_that_the_method_names_exist():
+    named = set(re.findall(r"\b([a-z_]+)\(\)", (ROOT / "docs/method.md").read_text(encoding="utf-8")))
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "barrier_diffusers").rglob("*.py"))
+    assert len(named) > 8
+    assert not [name for name in named if f"def {name}(" not in sources]

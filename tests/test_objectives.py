@@ -1,4 +1,4 @@
-"""Objectives against the formulas of METHOD.md section 5, the registry, and objectives of the user's own."""
+"""Objectives against the formulas of docs/method.md section 5, the registry, and objectives of the user's own."""
 
 import re
 from dataclasses import replace

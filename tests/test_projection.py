@@ -1,4 +1,4 @@
-"""Projection (METHOD section 7): what is spanned, which options and data are refused, and the way to disk and back."""
+"""Projection (docs/method.md section 7): what is spanned, what is refused, and the way to disk and back."""
 
 import copy
 import json

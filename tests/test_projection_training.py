@@ -1,4 +1,4 @@
-"""Projection (METHOD section 7) in training: no update enters the span, and the certificate says what is left."""
+"""Projection (docs/method.md section 7) in training: no update enters the span; what the certificate says is left."""
 
 import pytest
 import torch
