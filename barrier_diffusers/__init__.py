@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from barrier_diffusers.data.encoding import EncodedImages, NoisedBatches, encode_images
-    from barrier_diffusers.models.architectures import get_architecture
+    from barrier_diffusers.models.architectures import Architecture, get_architecture, register_architecture
     from barrier_diffusers.models.denoiser import PipelineDenoiser
     from barrier_diffusers.objectives import get_objective
     from barrier_diffusers.protection.barrier import Barrier
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Architecture": "models.architectures",
     "Barrier": "protection.barrier",
     "BarrierConfig": "protection.config",
     "Certificate": "protection.certificate",
@@ -35,9 +36,11 @@ _HOMES = {
     "encode_images": "data.encoding",
     "get_architecture": "models.architectures",
     "get_objective": "objectives",
+    "register_architecture": "models.architectures",
 }
 
 __all__ = [
+    "Architecture",
     "Barrier",
     "BarrierConfig",
     "Certificate",
@@ -51,6 +54,7 @@ __all__ = [
     "encode_images",
     "get_architecture",
     "get_objective",
+    "register_architecture",
 ]
 
 

@@ -16,12 +16,9 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from barrier_diffusers.models.noising import (
-    DiffusionNoising,
-    FlowNoising,
-    MakeNoising,
-)
+from barrier_diffusers.models.noising import DiffusionNoising, FlowNoising, MakeNoising
 from barrier_diffusers.objectives.base import Condition
+from barrier_diffusers.utils.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -54,6 +51,11 @@ class Architecture:
     adapter_layers: Callable[[nn.Module], dict[str, Tensor]] = get_peft_model_state_dict  # as save_lora_weights takes
     optional: tuple[str, ...] = ()  # components that may be absent, though the pipeline class insists on None then
     packing: int = 1  # side of the square of latent positions that the pipeline packs into one before the denoiser
+
+    @property
+    def name(self) -> str:
+        """The pipeline's class name, as `model_index.json` says it."""
+        return self.pipeline_class.__name__
 
 
 def unet_adapter(unet: nn.Module) -> dict[str, Tensor]:
@@ -151,7 +153,19 @@ CROSS_ATTENTION = {"attn2.to_q": "image", "attn2.to_k": "prompt", "attn2.to_v": 
 JOINT_ATTENTION = {f"attn.add_{letter}_proj": "text stream" for letter in "qkv"}
 
 
-ROWS = (
+ARCHITECTURES: Registry[Architecture] = Registry("pipeline class")
+
+
+def register_architecture(architecture: Architecture) -> Architecture:
+    """Make a pipeline class known to every script and to `get_architecture`; returns the row.
+
+    Raises:
+        ValueError: the class has a row already.
+    """
+    return ARCHITECTURES.register(architecture)
+
+
+register_architecture(
     Architecture(
         pipeline_class=StableDiffusionPipeline,
         denoiser="unet",
@@ -159,7 +173,11 @@ ROWS = (
         encode=encode_sd,
         call=call_sd,
         adapter_layers=unet_adapter,
-    ),
+    )
+)
+
+
+register_architecture(
     Architecture(
         pipeline_class=StableDiffusionXLPipeline,
         denoiser="unet",
@@ -168,7 +186,11 @@ ROWS = (
         call=call_sdxl,
         tokenizers={"tokenizer": None, "tokenizer_2": None},
         adapter_layers=unet_adapter,
-    ),
+    )
+)
+
+
+register_architecture(
     Architecture(
         pipeline_class=StableDiffusion3Pipeline,
         denoiser="transformer",
@@ -177,8 +199,12 @@ ROWS = (
         call=call_sd3,
         noising=FlowNoising,
         tokenizers={"tokenizer": None, "tokenizer_2": None, "tokenizer_3": 256},
-        optional=("text_encoder_3", "tokenizer_3"),
-    ),
+        optional=("text_encoder_3", "tokenizer_3"
+    )
+)
+
+
+register_architecture(
     Architecture(
         pipeline_class=FluxPipeline,
         denoiser="transformer",
@@ -188,11 +214,8 @@ ROWS = (
         noising=FlowNoising,
         tokenizers={"tokenizer": None, "tokenizer_2": 512},
         packing=2,
-    ),
+    )
 )
-
-
-ARCHITECTURES = {row.pipeline_class.__name__: row for row in ROWS}
 
 
 def get_architecture(class_name: str) -> Architecture:

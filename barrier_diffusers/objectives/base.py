@@ -187,7 +187,7 @@ OBJECTIVES: Registry[Objective] = Registry("objective")
 
 def enter(objective: Objective) -> None:
     """Put an objective into the registry; a second one of the same name is a ValueError."""
-    OBJECTIVES.enter(objective)
+    OBJECTIVES.register(objective)
 
 
 def register(name: str, needs: Sequence[str] = (), reads: Sequence[str] = ()) -> Callable[[Callable], Callable]:

@@ -1,4 +1,9 @@
-"""Entries by name: what objectives, attacks and unlearning methods are kept in."""
+"""Things that are chosen by name: objectives, architectures, attacks, protocols, extractors, unlearning methods.
+
+A registry has one way in and one way out: `REGISTRY.register(item)` and `REGISTRY.find(name)`. `register` gives the
+item back, so that it also decorates a class that carries its `name`. Where an item wraps a function, its folder offers
+a decorator that builds the item, `@register_KIND("name", ...)`.
+"""
 
 from __future__ import annotations
 
@@ -6,34 +11,39 @@ from typing import Protocol, TypeVar
 
 
 class Named(Protocol):
-    """What an entry must have."""
+    """What an item must have."""
 
     @property
     def name(self) -> str: ...
 
 
-Entry = TypeVar("Entry", bound=Named)
+Item = TypeVar("Item", bound=Named)
 
 
-class Registry(dict[str, Entry]):
-    """A dictionary from names to entries, each of which has its name once.
+class Registry(dict[str, Item]):
+    """A dictionary from names to items, each of which has its name once.
 
     Args:
-        kind: what messages call an entry, e.g. `objective`.
+        kind: what messages call an item, e.g. `objective`.
     """
 
     def __init__(self, kind: str):
         super().__init__()
         self.kind = kind
 
-    def enter(self, entry: Entry) -> None:
-        """Add an entry; a second one of the same name is a ValueError."""
-        if entry.name in self:
-            raise ValueError(f"{self.kind} {entry.name!r} is registered already")
-        self[entry.name] = entry
+    def register(self, item: Item) -> Item:
+        """Add an item and return it.
 
-    def find(self, name: str) -> Entry:
-        """The entry called `name`.
+        Raises:
+            ValueError: the name is taken.
+        """
+        if item.name in self:
+            raise ValueError(f"{self.kind} {item.name!r} is registered already")
+        self[item.name] = item
+        return item
+
+    def find(self, name: str) -> Item:
+        """The item called `name`.
 
         Raises:
             ValueError: unknown name; the message lists the known ones.

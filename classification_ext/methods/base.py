@@ -98,7 +98,7 @@ METHODS: Registry[Method] = Registry("method")
 
 def enter(method: Method) -> None:
     """Put a method into the registry; a second one of the same name is a ValueError."""
-    METHODS.enter(method)
+    METHODS.register(method)
 
 
 def get_method(name: str) -> Method:

@@ -131,7 +131,7 @@ def register(name: str, budget: type[Budget]) -> Callable[[Run], Run]:
     """
 
     def decorate(run: Run) -> Run:
-        ATTACKS.enter(Attack(name, run, budget))
+        ATTACKS.register(Attack(name, run, budget))
         return run
 
     return decorate
