@@ -199,7 +199,7 @@ register_architecture(
         call=call_sd3,
         noising=FlowNoising,
         tokenizers={"tokenizer": None, "tokenizer_2": None, "tokenizer_3": 256},
-        optional=("text_encoder_3", "tokenizer_3"
+        optional=("text_encoder_3", "tokenizer_3"),
     )
 )
 
