@@ -17,7 +17,7 @@ SETTINGS = {  # page of docs/settings -> script -> (module with its settings, cl
     "unlearn": {"train_scripts/unlearn_sd.py": ("barrier_diffusers/workflow/settings.py", "UnlearnConfig")},
     "evaluate": {"train_scripts/evaluate_sd.py": ("barrier_diffusers/evaluation/settings.py", "EvaluateConfig")},
     "pipelines": {
-        "train_scripts/run_pipeline.py": ("barrier_diffusers/workflow/workflow.py", "PipelineConfig"),
+        "train_scripts/run_pipeline.py": ("barrier_diffusers/workflow/workflow.py", "WorkflowConfig"),
         "train_scripts/sweep.py": ("barrier_diffusers/workflow/sweeps.py", "SweepConfig"),
     },
     "classifiers": {

@@ -6,7 +6,7 @@ What ran is noted in the file that LIGHT_TRACE names.
 from dataclasses import dataclass
 from pathlib import Path
 
-from barrier_diffusers.workflow.kinds import KINDS
+from barrier_diffusers.workflow.definitions import WORKFLOWS
 from barrier_diffusers.workflow.stages import Stage
 
 TRAIN = """import json, os, sys, time
@@ -80,7 +80,7 @@ LIGHT = (
 
 def install(root):
     """Make the two scripts the kind "sd" of pipelines, in a repository of their own."""
-    KINDS["sd"] = LIGHT
+    WORKFLOWS["sd"] = LIGHT
     folder = Path(root) / "train_scripts"
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "train.py").is_file():

@@ -9,11 +9,11 @@ import optuna
 import pytest
 import yaml
 from short_runs import ROOT
-from test_pipelines import CONFIGS, enter_repository, own_kinds  # noqa: F401
+from test_workflow import CONFIGS, enter_repository, own_workflows  # noqa: F401
 
 from barrier_diffusers.workflow.sweep_file import LOG_RANGES, OPTIONS, ROUNDED, TAIL, decode, encode, read_sweep
 from barrier_diffusers.workflow.sweeps import EveryPoint, check_sweep
-from barrier_diffusers.workflow.workflow import parse_pipeline
+from barrier_diffusers.workflow.workflow import parse_workflow
 
 with warnings.catch_warnings():  # of pydantic, about how the package is written
     warnings.simplefilter("ignore")
@@ -99,7 +99,7 @@ def test_every_sweep_of_the_repository(path, tmp_path, monkeypatch):
         assert len(folders) == len(wanted)
         for trial in (wanted[0], wanted[-1]):  # as wandb's agent writes them
             agent = [*sweep.words, *(f"--{name}={value}" for name, value in trial.items())]
-            assert str(parse_pipeline(agent, ROOT).output) in folders
+            assert str(parse_workflow(agent, ROOT).output) in folders
 
 
 def test_every_value_of_a_large_grid_is_checked_once(tmp_path, monkeypatch):

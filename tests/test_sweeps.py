@@ -13,7 +13,7 @@ import pytest
 import yaml
 from optuna.trial import TrialState
 from PIL import Image
-from test_pipelines import own_kinds, wait_for  # noqa: F401
+from test_workflow import own_workflows, wait_for  # noqa: F401
 
 from barrier_diffusers.workflow.processes import Stopped
 from barrier_diffusers.workflow.sweep_file import read_sweep

@@ -1,4 +1,4 @@
-"""Run a whole pipeline from one YAML file: unlearn -> generate -> evaluate -> track.
+"""Run a whole workflow from one YAML file: unlearn -> generate -> evaluate -> track.
 
     python train_scripts/run_pipeline.py --config train_scripts/configs/pipeline_fashion_class.yaml
 
@@ -13,25 +13,25 @@ from pathlib import Path
 from barrier_diffusers.utils.command_line import run_script
 from barrier_diffusers.workflow.processes import Stopped
 from barrier_diffusers.workflow.tracking import RESULTS_NAME
-from barrier_diffusers.workflow.workflow import Pipeline, parse_pipeline, run_pipeline, stop_message
+from barrier_diffusers.workflow.workflow import Workflow, parse_workflow, run_workflow, stop_message
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def parse(arguments: list[str]) -> Pipeline:
-    """The pipeline that the command line asks for."""
-    return parse_pipeline(arguments, ROOT)
+def parse(arguments: list[str]) -> Workflow:
+    """The workflow that the command line asks for."""
+    return parse_workflow(arguments, ROOT)
 
 
-def main(pipeline: Pipeline) -> None:
+def main(workflow: Workflow) -> None:
     """Run the stages, print where the numbers are."""
     try:
-        results = run_pipeline(pipeline)
+        results = run_workflow(workflow)
     except Stopped as stopped:
         raise SystemExit(stop_message(stopped)) from stopped
     if results:
         score = f"score {results['score']:.4g}, " if "score" in results else ""
-        print(f"{score}{len(results['metrics'])} numbers: {pipeline.output / RESULTS_NAME}")
+        print(f"{score}{len(results['metrics'])} numbers: {workflow.output / RESULTS_NAME}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One worker of a sweep over a pipeline's settings; start the same command as often as there are machines for it.
+"""One worker of a sweep over a workflow's settings; start the same command as often as there are machines for it.
 
     python train_scripts/sweep.py --sweep train_scripts/sweeps/fashion_class.yaml --output_dir runs/sweeps/fashion
 
@@ -25,12 +25,12 @@ ROOT = Path(__file__).resolve().parent.parent
 def main(config: SweepConfig) -> None:
     """Read and check the file -> trials until none is left -> table and plots."""
     sweep = read_sweep(config.sweep)
-    pipelines = check_sweep(sweep, ROOT)
+    workflows = check_sweep(sweep, ROOT)
     if config.dry_run:
         points = sweep.grid() if sweep.method == "grid" else []
         for point in points:
             print(shlex.join([str(ROOT / "train_scripts/run_pipeline.py"), *sweep.command_line(point)]))
-        print(f"{len(points) or 'no fixed'} trials; {len(pipelines)} of them checked in full")
+        print(f"{len(points) or 'no fixed'} trials; {len(workflows)} of them checked in full")
         return
     worker = Worker(config, sweep, ROOT)
     require_writable(config.output_dir)

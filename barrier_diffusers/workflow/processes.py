@@ -17,7 +17,7 @@ from types import FrameType
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-# a tracker's run belongs to the pipeline, and a script of it must not go on with that run as its own
+# a tracker's run belongs to the workflow, and a script of it must not go on with that run as its own
 NOT_INHERITED = ("WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH")
 
 

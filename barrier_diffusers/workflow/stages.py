@@ -1,7 +1,7 @@
-"""What a stage of a pipeline depends on, as hashes, and the record that says whether its result still holds.
+"""What a stage of a workflow depends on, as hashes, and the record that says whether its result still holds.
 
-A stage is one script of the repository. It depends on its settings (in place of a path the content found there), on
-the source of the package and of the script, and on the versions of the libraries; times and places count for nothing.
+A stage is one script of the repository. It depends on its settings (instead of a path the content found there), on
+the source of the package and of the script, and on the versions of the libraries; times and folders count for nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from barrier_diffusers.utils.run_records import package_versions
 SKIPPED = ("cache", "logs", "checkpoints")  # folders in a result that are no part of it
 
 
-PLACES = frozenset(  # settings that change no number of a result
+WITHOUT_EFFECT = frozenset(  # settings that change no number of a result
     ("output_dir", "cache_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to")
     + ("checkpointing_steps", "checkpoints_total_limit", "push_to_hub", "hub_model_id", "hub_private")
 )
@@ -32,13 +32,13 @@ _known: dict[tuple[str, int, int], str] = {}  # (path, size, time of change) -> 
 
 @dataclass(frozen=True)
 class Stage:
-    """One script, and how the pipeline fills its settings."""
+    """One script, and how the workflow fills its settings."""
 
     name: str
     script: str  # path in the repository
     settings: str  # "module:class" of its dataclass
     result: str | None = None  # JSON file in its output folder with its numbers
-    filled: frozenset[str] = frozenset(("output_dir",))  # settings that the pipeline decides
+    filled: frozenset[str] = frozenset(("output_dir",))  # settings that the workflow decides
     fill: Callable[[Any], dict[str, Any]] = field(default=lambda plan: {})  # the values of all but output_dir
     # setting -> "STAGE.SETTING" whose value it has, or "STAGE" whose folder it is, unless it is given one of its own
     shared: Mapping[str, str] = field(default_factory=dict)
@@ -46,15 +46,15 @@ class Stage:
         str, ...
     ] = ()  # filled settings that its dataclass looks up, so that they cannot be checked in advance
     needed: Callable[[Any], bool] = field(default=lambda plan: True)  # whether there is anything to do at all
-    section: str = ""  # of the pipeline's file with its settings; default: one of its name
-    folder: str = ""  # its output_dir in the pipeline's; default: one of its name
+    section: str = ""  # of the workflow's file with its settings; default: one of its name
+    folder: str = ""  # its output_dir in the workflow's; default: one of its name
     part: str = ""  # folder in output_dir that is its result; default: all of it
-    keep: tuple[str, ...] = ()  # entries of output_dir that a new start leaves, as they are another stage's
+    keep: tuple[str, ...] = ()  # names in output_dir that a new start leaves, as they are another stage's
     ignored: tuple[str, ...] = ()  # settings, or beginnings of their dotted names, that its result does not depend on
 
     @property
-    def place(self) -> str:
-        """Its output_dir in the pipeline's."""
+    def subfolder(self) -> str:
+        """Its output_dir in the workflow's."""
         return self.folder or self.name
 
     def takes(self, stages: Sequence[str]) -> dict[str, str]:
@@ -74,7 +74,7 @@ def content_hash(path: Path, without: Sequence[str] = ()) -> str:
     A file is not read again while its size and time of change stay the same.
 
     Args:
-        without: entries of the folder that do not count either.
+        without: names in the folder that do not count either.
     """
     if path.is_file():
         status = path.stat()
@@ -83,12 +83,12 @@ def content_hash(path: Path, without: Sequence[str] = ()) -> str:
             _known[key] = file_hash(path)
         return _known[key]
     digest = hashlib.sha256()
-    for entry in sorted(path.rglob("*")):
-        parts = entry.relative_to(path).parts
+    for file in sorted(path.rglob("*")):
+        parts = file.relative_to(path).parts
         hidden = any(part.startswith(".") or part in SKIPPED for part in parts)
-        if hidden or parts[0] in without or not entry.is_file():
+        if hidden or parts[0] in without or not file.is_file():
             continue
-        digest.update(f"{'/'.join(parts)} {content_hash(entry)}\n".encode())
+        digest.update(f"{'/'.join(parts)} {content_hash(file)}\n".encode())
     return digest.hexdigest()
 
 
@@ -104,10 +104,10 @@ def code_hash(root: Path, script: str) -> str:
     return digest.hexdigest()
 
 
-def _place_free(value: Any) -> Any:
+def _by_content(value: Any) -> Any:
     """A setting; what lies there, where it names something on this machine."""
     if isinstance(value, list):
-        return [_place_free(entry) for entry in value]
+        return [_by_content(item) for item in value]
     if isinstance(value, str) and value:
         path = Path(value).expanduser()
         try:
@@ -120,8 +120,8 @@ def _place_free(value: Any) -> Any:
 
 def stage_inputs(stage: Stage, settings: Mapping[str, Any], root: Path) -> dict[str, Any]:
     """Everything the result depends on: {"settings": by dotted name, "code": hash, "versions": of libraries}."""
-    deciding = {name: value for name, value in settings.items() if name not in PLACES}
-    resolved = {name: _place_free(value) for name, value in flat(deciding) if not name.startswith(stage.ignored)}
+    deciding = {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT}
+    resolved = {name: _by_content(value) for name, value in flat(deciding) if not name.startswith(stage.ignored)}
     versions = package_versions()
     code = code_hash(root, stage.script)
     return json.loads(json.dumps({"settings": resolved, "code": code, "versions": versions}, default=str))
@@ -146,7 +146,7 @@ class Record:
     Args:
         path: of the JSON file.
         folder: of the stage's result.
-        keep: entries of the folder that are another stage's.
+        keep: names in the folder that are another stage's.
     """
 
     def __init__(self, path: Path, folder: Path, keep: Sequence[str] = ()):
@@ -164,17 +164,17 @@ class Record:
         return bool(self.content.get("complete")) and self.content["output"] == content_hash(self.folder, self.keep)
 
     def check_owner(self) -> None:
-        """Refuse a folder that no pipeline made.
+        """Refuse a folder that no workflow made.
 
         Raises:
             ValueError: there are files in it, but no record of the stage.
         """
         if not self.content and self._own():
-            raise ValueError(f"{str(self.folder)!r} holds files that no pipeline left there: name another output_dir")
+            raise ValueError(f"{str(self.folder)!r} holds files that no workflow left there: name another output_dir")
 
     def _own(self) -> list[Path]:
-        entries = list(self.folder.iterdir()) if self.folder.is_dir() else []
-        return [path for path in entries if path.name not in self.keep]
+        paths = list(self.folder.iterdir()) if self.folder.is_dir() else []
+        return [path for path in paths if path.name not in self.keep]
 
     def reason_to_run(self, inputs: Mapping[str, Any]) -> str | None:
         """Why the stage has to run; None if its result holds."""

@@ -1,4 +1,4 @@
-"""Sweep files in wandb's format: what is varied, which pipeline runs, which metric counts.
+"""Sweep files in wandb's format: what is varied, which workflow runs, which metric counts.
 
 The same file serves `wandb sweep FILE` and train_scripts/sweep.py. Read are `method`, `metric`, `parameters`,
 `command`, `run_cap` and `name`; keys that only place a sweep on wandb's site are accepted, and those that would change
@@ -76,7 +76,7 @@ class Parameter:
     """One setting that is varied.
 
     Args:
-        name: dotted flag of the pipeline.
+        name: dotted flag of the workflow.
         distribution: a name of wandb's.
         options: what the distribution needs.
     """
@@ -148,7 +148,7 @@ class Sweep:
     metric: str  # dotted name in results.json, or score
     goal: Literal["minimize", "maximize"]
     parameters: tuple[Parameter, ...]
-    words: tuple[str, ...]  # command line of the pipeline that no trial changes
+    words: tuple[str, ...]  # command line of the workflow that no trial changes
     name: str
     run_cap: int | None = None
     content: Mapping[str, Any] = field(default_factory=dict, compare=False)
@@ -165,7 +165,7 @@ class Sweep:
         return [dict(zip(names, values, strict=True)) for values in products]
 
     def command_line(self, settings: Mapping[str, Any]) -> list[str]:
-        """Words of the pipeline's command line for one trial."""
+        """Words of the workflow's command line for one trial."""
         return [*self.words, *self.flags(settings)]
 
     def flags(self, settings: Mapping[str, Any]) -> list[str]:
@@ -225,13 +225,13 @@ def _parameter(name: str, options: dict[str, Any]) -> Parameter:
     return Parameter(name, distribution, options)
 
 
-def _words(content: Mapping[str, Any], place: str) -> tuple[str, ...]:
+def _words(content: Mapping[str, Any], where: str) -> tuple[str, ...]:
     """The fixed words of `command` behind the program."""
     command = content.get("command")
     if not isinstance(command, list) or "${program}" not in command or "${args}" not in command:
-        raise ValueError(f"{place}: command must be a list with ${{program}}, --config FILE and ${{args}}")
+        raise ValueError(f"{where}: command must be a list with ${{program}}, --config FILE and ${{args}}")
     if Path(str(content.get("program"))).name != PROGRAM:
-        raise ValueError(f"{place}: program is {content.get('program')!r}, but only {PROGRAM} can be run")
+        raise ValueError(f"{where}: program is {content.get('program')!r}, but only {PROGRAM} can be run")
     return tuple(str(word) for word in command[command.index("${program}") + 1 :] if word != "${args}")
 
 
@@ -247,29 +247,29 @@ def read_sweep(path: str) -> Sweep:
         raise ValueError(f"sweep file {path!r} is no YAML: {error}") from error
     except OSError as error:
         raise ValueError(f"sweep file {path!r} cannot be read: {error.strerror}") from error
-    place = f"sweep file {path!r}"
+    where = f"sweep file {path!r}"
     if not isinstance(content, Mapping):
-        raise ValueError(f"{place} holds no settings")
+        raise ValueError(f"{where} holds no settings")
     unknown = [key for key in content if key not in (*KEYS, *SITE_KEYS)]
     if unknown:
-        raise ValueError(f"{place}: {', '.join(unknown)} is not supported; known are {', '.join(KEYS)}")
+        raise ValueError(f"{where}: {', '.join(unknown)} is not supported; known are {', '.join(KEYS)}")
     method = content.get("method")
     if method not in METHODS:
-        raise ValueError(f"{place}: method is {method!r}, but must be one of {', '.join(METHODS)}")
+        raise ValueError(f"{where}: method is {method!r}, but must be one of {', '.join(METHODS)}")
     metric = content.get("metric")
     if not isinstance(metric, Mapping) or not isinstance(metric.get("name"), str):
-        raise ValueError(f"{place}: metric must have a name, such as score, and a goal")
+        raise ValueError(f"{where}: metric must have a name, such as score, and a goal")
     goal = metric.get("goal", "minimize")
     if goal not in ("minimize", "maximize") or set(metric) - {"name", "goal"}:
-        raise ValueError(f"{place}: metric has a name and a goal, minimize or maximize, but is {dict(metric)}")
+        raise ValueError(f"{where}: metric has a name and a goal, minimize or maximize, but is {dict(metric)}")
     if not isinstance(content.get("parameters"), Mapping) or not content["parameters"]:
-        raise ValueError(f"{place}: parameters is empty: nothing is varied")
+        raise ValueError(f"{where}: parameters is empty: nothing is varied")
     run_cap = content.get("run_cap")
     if run_cap is not None and (not isinstance(run_cap, int) or run_cap < 1):
-        raise ValueError(f"{place}: run_cap is {run_cap!r}, but must be a number of trials")
+        raise ValueError(f"{where}: run_cap is {run_cap!r}, but must be a number of trials")
     parameters = tuple(_parameters(content["parameters"]))
     name = str(content.get("name") or Path(path).stem)
-    sweep = Sweep(method, metric["name"], goal, parameters, _words(content, place), name, run_cap, content)
+    sweep = Sweep(method, metric["name"], goal, parameters, _words(content, where), name, run_cap, content)
     if method == "grid":
         sweep.grid()
     return sweep

@@ -29,7 +29,7 @@ IMPORTANCE_NAME, TRADE_OFF_NAME = "importances.png", "trade_off.png"
 
 
 def metrics_of(trial: FrozenTrial) -> dict[str, float]:
-    """The numbers of a trial's pipeline, as far as they are there."""
+    """The numbers of a trial's workflow, as far as they are there."""
     path = Path(trial.user_attrs.get("output_dir", "")) / RESULTS_NAME
     return json.loads(path.read_text(encoding="utf-8"))["metrics"] if path.is_file() else {}
 

@@ -26,7 +26,7 @@ from barrier_diffusers.utils.run_records import fingerprint
 from barrier_diffusers.workflow.processes import Stopped
 from barrier_diffusers.workflow.sweep_file import Sweep, encode
 from barrier_diffusers.workflow.tracking import require_metric
-from barrier_diffusers.workflow.workflow import HASH, Pipeline, parse_pipeline, run_pipeline
+from barrier_diffusers.workflow.workflow import HASH, Workflow, parse_workflow, run_workflow
 
 try:
     import optuna
@@ -83,13 +83,13 @@ def sampler_of(sweep: Sweep, seed: int, num_trials: int) -> BaseSampler:
     return TPESampler(seed=seed + num_trials, constant_liar=True)
 
 
-def check_sweep(sweep: Sweep, root: Path) -> list[Pipeline]:
-    """The pipelines of all trials of a grid, or of one trial in the middle of every range, with all their checks.
+def check_sweep(sweep: Sweep, root: Path) -> list[Workflow]:
+    """The workflows of all trials of a grid, or of one trial in the middle of every range, with all their checks.
 
     Of a grid of more than MANY_TRIALS, every value is tried once, beside the first values of the other parameters.
 
     Raises:
-        ValueError: a trial that no pipeline accepts, or one without a folder of its own.
+        ValueError: a trial that no workflow accepts, or one without a folder of its own.
     """
     if sweep.method == "grid":
         points = sweep.grid()
@@ -100,13 +100,13 @@ def check_sweep(sweep: Sweep, root: Path) -> list[Pipeline]:
         points = [{parameter.name: parameter.suggest(middle) for parameter in sweep.parameters}]
     if not any(HASH in word for word in sweep.words):
         raise ValueError(f"the trials would share a folder: give command --output_dir with {HASH} in it")
-    pipelines = []
+    workflows = []
     for point in points:
         try:
-            pipelines.append(parse_pipeline(sweep.command_line(point), root))
+            workflows.append(parse_workflow(sweep.command_line(point), root))
         except Exception as error:
             raise ValueError(f"trial {' '.join(sweep.flags(point))}: {error}") from error
-    return pipelines
+    return workflows
 
 
 def _middle(options: Mapping[str, Any]) -> Any:
@@ -204,11 +204,11 @@ class Worker:
         waiting = {trial.number for trial in trials if trial.state == TrialState.WAITING}
         return len({trial.number for trial in trials} - retried(trials) - waiting)
 
-    def next_trial(self) -> tuple[Trial, Pipeline] | None:
-        """A trial and its pipeline; None if there is none to start now.
+    def next_trial(self) -> tuple[Trial, Workflow] | None:
+        """A trial and its workflow; None if there is none to start now.
 
         Raises:
-            ValueError: settings that no pipeline accepts; the trial counts as failed.
+            ValueError: settings that no workflow accepts; the trial counts as failed.
         """
         with self._claim():
             for trial in self._dead():
@@ -224,20 +224,20 @@ class Worker:
             }
             taken.set_user_attr("settings", settings)
             try:
-                pipeline = parse_pipeline(self.sweep.command_line(settings), self.root)
+                workflow = parse_workflow(self.sweep.command_line(settings), self.root)
             except Exception:
-                self._tell(taken, None, "no pipeline accepts these settings")
+                self._tell(taken, None, "no workflow accepts these settings")
                 raise
-            taken.set_user_attr("output_dir", str(pipeline.output))
-            return taken, pipeline
+            taken.set_user_attr("output_dir", str(workflow.output))
+            return taken, workflow
 
     @property
     def others_run(self) -> bool:
         """Whether any trial is still running somewhere."""
         return bool(self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
 
-    def run_trial(self, trial: Trial, pipeline: Pipeline) -> None:
-        """Run one trial's pipeline; one that fails is noted and not retried.
+    def run_trial(self, trial: Trial, workflow: Workflow) -> None:
+        """Run one trial's workflow; one that fails is noted and not retried.
 
         Raises:
             Stopped: a signal came; the trial is queued again.
@@ -247,7 +247,7 @@ class Worker:
         beat = threading.Thread(target=self._beat, args=(self._alive(trial.number), ended), daemon=True)
         beat.start()
         try:
-            value = self._value(pipeline)
+            value = self._value(workflow)
         except Stopped as stopped:
             with self._claim():
                 self._give_back(self.study.trials[trial.number], str(stopped))
@@ -267,8 +267,8 @@ class Worker:
         while not ended.wait(self.config.grace_seconds / 5):
             path.touch()
 
-    def _value(self, pipeline: Pipeline) -> float:
-        results = run_pipeline(pipeline, wait_seconds=10 * self.config.grace_seconds)
+    def _value(self, workflow: Workflow) -> float:
+        results = run_workflow(workflow, wait_seconds=10 * self.config.grace_seconds)
         score = {"score": results["score"]} if "score" in results else {}
         return require_metric({**results["metrics"], **score}, self.sweep.metric)
 

@@ -1,4 +1,4 @@
-"""The numbers of a finished pipeline: one file, one score, and the trackers."""
+"""The numbers of a finished workflow: one file, one score, and the trackers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RESULTS_NAME = "results.json"
 
 @dataclass(kw_only=True)
 class TrackConfig:
-    """Where the numbers of a finished pipeline go."""
+    """Where the numbers of a finished workflow go."""
 
     report_to: Literal["tensorboard", "wandb", "all", "none"] = "tensorboard"
     project: str = "barrier_diffusers"  # of wandb
@@ -33,7 +33,7 @@ def require_metric(metrics: Mapping[str, float], name: str) -> float:
     """
     if name not in metrics:
         near = difflib.get_close_matches(name, metrics, 5, 0.3)
-        raise ValueError(f"the pipeline gave no {name!r}; of its {len(metrics)} numbers the nearest are {near}")
+        raise ValueError(f"the workflow gave no {name!r}; of its {len(metrics)} numbers the nearest are {near}")
     return metrics[name]
 
 
@@ -41,7 +41,7 @@ def score_of(metrics: Mapping[str, float], weights: Mapping[str, float]) -> floa
     """The weighted sum of metrics; None without weights.
 
     Raises:
-        ValueError: a metric that the pipeline did not give.
+        ValueError: a metric that the workflow did not give.
     """
     for name in weights:
         require_metric(metrics, name)

@@ -1,4 +1,4 @@
-"""A pipeline: one YAML file drives unlearn -> ... -> evaluate -> track, and only what changed runs again.
+"""A workflow: one YAML file drives unlearn -> ... -> evaluate -> track, and only what changed runs again.
 
 Its output_dir holds a folder per stage with the stage's result, `stages` with what each ran with and its record,
 `logs` with what each printed, and results.json with all numbers.
@@ -23,9 +23,9 @@ from jsonargparse import ArgumentParser
 from barrier_diffusers.utils.checks import flat, require_positive
 from barrier_diffusers.utils.command_line import config_from
 from barrier_diffusers.utils.files import remove, require_writable, write_json
-from barrier_diffusers.workflow.kinds import KINDS
+from barrier_diffusers.workflow.definitions import WORKFLOWS
 from barrier_diffusers.workflow.processes import FolderLock, Stopped, last_error, run_logged
-from barrier_diffusers.workflow.stages import PLACES, Record, Stage, stage_inputs
+from barrier_diffusers.workflow.stages import WITHOUT_EFFECT, Record, Stage, stage_inputs
 from barrier_diffusers.workflow.tracking import RESULTS_NAME, TrackConfig, collect, publish
 
 HASH = "{hash}"
@@ -48,8 +48,8 @@ class LaunchConfig:
 
 
 @dataclass(kw_only=True)
-class PipelineConfig:
-    """What holds for the whole pipeline; each stage's settings are a section of its name beside it."""
+class WorkflowConfig:
+    """What holds for the whole workflow; each stage's settings are a section of its name beside it."""
 
     kind: Literal["sd", "ddpm", "classifier"]  # which scripts (kinds.py)
     output_dir: str  # {hash} in it stands for a hash of all settings, so that no two runs of a sweep share a folder
@@ -69,17 +69,17 @@ class PipelineConfig:
 
 def check_stages(kind: str, stages: Sequence[str]) -> None:
     """A ValueError for a stage that the kind does not have."""
-    known = [stage.name for stage in KINDS[kind]]
+    known = [stage.name for stage in WORKFLOWS[kind]]
     unknown = [str(name) for name in stages if name not in known]
     if unknown:
         raise ValueError(f"unknown stage {', '.join(unknown)}; {kind!r} has {', '.join(known)}")
 
 
 @dataclass
-class Pipeline:
-    """A pipeline whose settings are all known and checked."""
+class Workflow:
+    """A workflow whose settings are all known and checked."""
 
-    config: PipelineConfig
+    config: WorkflowConfig
     stages: list[Stage]
     settings: dict[str, dict[str, Any]]  # stage -> its settings as given, `shared` ones resolved
     root: Path  # of the repository with the scripts
@@ -100,15 +100,15 @@ class Pipeline:
         return [stage.name for stage in self.stages]
 
     def filled(self, stage: Stage) -> dict[str, Any]:
-        """All settings of a stage, those that the pipeline decides included."""
+        """All settings of a stage, those that the workflow decides included."""
         given = self.settings[stage.section or stage.name]
         folders = {folder_of(name): str(self.output / name) for name in self.names}
         given = {name: folders.get(value, value) if isinstance(value, str) else value for name, value in given.items()}
-        return {**given, "output_dir": str(self.output / stage.place), **stage.fill(self)}
+        return {**given, "output_dir": str(self.output / stage.subfolder), **stage.fill(self)}
 
     def record(self, stage: Stage) -> Record:
         """What is known of the stage's last run."""
-        result = self.output / stage.place / stage.part
+        result = self.output / stage.subfolder / stage.part
         return Record(self.output / "stages" / f"{stage.name}.json", result, stage.keep)
 
 
@@ -141,31 +141,31 @@ def _peek(arguments: Sequence[str], name: str) -> Any:
     return found
 
 
-def parse_pipeline(arguments: list[str], root: Path) -> Pipeline:
-    """A pipeline from `--config FILE.yaml` and dotted flags, every stage's settings checked.
+def parse_workflow(arguments: list[str], root: Path) -> Workflow:
+    """A workflow from `--config FILE.yaml` and dotted flags, every stage's settings checked.
 
     Raises:
         ArgumentError, ValueError: a setting that is unknown, missing, or not as its dataclass wants it.
     """
     kind = _peek(arguments, "kind")
-    if kind not in KINDS:
+    if kind not in WORKFLOWS:
         given = "no kind is given" if kind is None else f"unknown kind {kind!r}"
-        raise ValueError(f"{given}: set kind to one of {', '.join(KINDS)}")
+        raise ValueError(f"{given}: set kind to one of {', '.join(WORKFLOWS)}")
     chosen = _peek(arguments, "stages")
     check_stages(kind, chosen if isinstance(chosen, list) else [])
-    stages = [stage for stage in KINDS[kind] if not isinstance(chosen, list) or stage.name in chosen]
+    stages = [stage for stage in WORKFLOWS[kind] if not isinstance(chosen, list) or stage.name in chosen]
     names = [stage.name for stage in stages]
     sections = [stage for stage in stages if stage.section in ("", stage.name) or stage.section not in names]
-    parser = ArgumentParser(exit_on_error=False, description=PipelineConfig.__doc__)
+    parser = ArgumentParser(exit_on_error=False, description=WorkflowConfig.__doc__)
     parser.add_argument("--config", action="config", help="YAML file with any of the fields below")
-    parser.add_class_arguments(PipelineConfig)
+    parser.add_class_arguments(WorkflowConfig)
     for stage in sections:
         hints, section, shared = get_type_hints(stage.config_class), stage.section or stage.name, stage.takes(names)
         parser.add_class_arguments(stage.config_class, section, instantiate=False, skip={*stage.filled, *shared})
         for name, source in shared.items():
             default = default_of(source)
             parser.add_argument(f"--{section}.{name}", type=Literal[default] | hints[name], default=default)
-    unread = {stage.section or stage.name for stage in KINDS[kind]} - {
+    unread = {stage.section or stage.name for stage in WORKFLOWS[kind]} - {
         stage.section or stage.name for stage in sections
     }
     for section in unread:  # of stages that are not chosen
@@ -182,42 +182,42 @@ def parse_pipeline(arguments: list[str], root: Path) -> Pipeline:
             giver, _, given = source.partition(".")
             if given and own[name] == default_of(source):
                 own[name] = settings[giver][given]
-    config = PipelineConfig(**values)
+    config = WorkflowConfig(**values)
     digest = hashlib.sha256(json.dumps(_deciding(settings), sort_keys=True, default=str).encode()).hexdigest()
     config.output_dir = config.output_dir.replace(HASH, digest[:12])
-    pipeline = Pipeline(config, stages, settings, root)
+    workflow = Workflow(config, stages, settings, root)
     for stage in stages:
-        _check(pipeline, stage)
-    return pipeline
+        _check(workflow, stage)
+    return workflow
 
 
 def _plain(value: Any) -> Any:
     """Nested mappings, defaults that are dataclasses included."""
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
-    return {name: _plain(entry) for name, entry in value.items()} if isinstance(value, dict) else value
+    return {name: _plain(item) for name, item in value.items()} if isinstance(value, dict) else value
 
 
 def _deciding(settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {
         f"{stage}.{name}": value
         for stage, values in settings.items()
-        for name, value in flat({name: value for name, value in values.items() if name not in PLACES})
+        for name, value in flat({name: value for name, value in values.items() if name not in WITHOUT_EFFECT})
     }
 
 
-def _check(pipeline: Pipeline, stage: Stage) -> None:
+def _check(workflow: Workflow, stage: Stage) -> None:
     """Build the stage's settings, without what earlier stages have yet to make."""
-    values = {name: value for name, value in pipeline.filled(stage).items() if name not in stage.late}
+    values = {name: value for name, value in workflow.filled(stage).items() if name not in stage.late}
     try:
         config_from(stage.config_class, values)
     except ValueError as error:
         raise ValueError(f"{stage.name}: {error}") from error
 
 
-def command_of(pipeline: Pipeline, stage: Stage, settings: Path) -> list[str]:
+def command_of(workflow: Workflow, stage: Stage, settings: Path) -> list[str]:
     """The words that start a stage."""
-    launch, script = pipeline.config.launch, str(pipeline.root / stage.script)
+    launch, script = workflow.config.launch, str(workflow.root / stage.script)
     start = [sys.executable]
     if stage.name in TRAINED and (launch.num_processes > 1 or launch.config_file):
         start += ["-m", "accelerate.commands.launch", "--num_processes", str(launch.num_processes)]
@@ -226,76 +226,76 @@ def command_of(pipeline: Pipeline, stage: Stage, settings: Path) -> list[str]:
     return [*start, script, "--config", str(settings)]
 
 
-def claim_pipeline_dir(pipeline: Pipeline) -> None:
-    """Create the output folder, or make sure that a pipeline left what is there.
+def claim_workflow_dir(workflow: Workflow) -> None:
+    """Create the output folder, or make sure that a workflow left what is there.
 
     Raises:
         ValueError: it is not writable, or holds other files.
     """
-    require_writable(pipeline.config.output_dir)
-    entries = {entry.name for entry in pipeline.output.iterdir()} - {".lock", "cache", "logs"}
-    if entries and not (pipeline.output / "stages").is_dir():
-        raise ValueError(f"output_dir {pipeline.config.output_dir!r} holds other files: name another folder")
-    for stage in pipeline.stages:
-        pipeline.record(stage).check_owner()
+    require_writable(workflow.config.output_dir)
+    names = {path.name for path in workflow.output.iterdir()} - {".lock", "cache", "logs"}
+    if names and not (workflow.output / "stages").is_dir():
+        raise ValueError(f"output_dir {workflow.config.output_dir!r} holds other files: name another folder")
+    for stage in workflow.stages:
+        workflow.record(stage).check_owner()
 
 
-def run_stage(pipeline: Pipeline, stage: Stage, lock: FolderLock) -> None:
+def run_stage(workflow: Workflow, stage: Stage, lock: FolderLock) -> None:
     """Run a stage unless its result still holds.
 
     Raises:
         ValueError: the script failed; its one line and where the rest is.
         Stopped: a signal ended it.
     """
-    output, record = pipeline.output, pipeline.record(stage)
-    values = pipeline.filled(stage)
+    output, record = workflow.output, workflow.record(stage)
+    values = workflow.filled(stage)
     config_from(stage.config_class, values)  # now that the stages before have ended
-    inputs = stage_inputs(stage, values, pipeline.root)
+    inputs = stage_inputs(stage, values, workflow.root)
     reason = record.reason_to_run(inputs)
     if reason is None:
         print(f"{stage.name}: complete, nothing that it depends on has changed")
         return
     log, settings = output / "logs" / f"{stage.name}.log", output / "stages" / f"{stage.name}-settings.json"
     print(f"{stage.name}: {reason}; runs now, log {log}", flush=True)
-    names = {entry.name for entry in fields(stage.config_class)}
+    names = {known.name for known in fields(stage.config_class)}
     if record.begin(inputs) and "resume_from_checkpoint" in names:
-        if list((output / stage.place / "checkpoints").glob("step-*")):
+        if list((output / stage.subfolder / "checkpoints").glob("step-*")):
             values["resume_from_checkpoint"] = "latest"
         else:
-            remove(output / stage.place)
-    if "overwrite_output_dir" in names:  # it is the pipeline's own
+            remove(output / stage.subfolder)
+    if "overwrite_output_dir" in names:  # it is the workflow's own
         values["overwrite_output_dir"] = True
     write_json(settings, values)
     start = time.monotonic()
-    paths = [str(pipeline.root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(workflow.root), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
-    status = run_logged(command_of(pipeline, stage, settings), log, lock.handle, environment)
+    status = run_logged(command_of(workflow, stage, settings), log, lock.handle, environment)
     if status:
         raise ValueError(f"stage {stage.name} failed (exit status {status}): {last_error(log)}; log {log}")
     seconds = time.monotonic() - start
-    changed = record.end(stage_inputs(stage, pipeline.filled(stage), pipeline.root), seconds)
+    changed = record.end(stage_inputs(stage, workflow.filled(stage), workflow.root), seconds)
     if changed:
         print(f"warning: {'; '.join(changed[:3])} while {stage.name} ran; the next run does it again", file=sys.stderr)
     print(f"{stage.name}: done in {seconds:.0f} seconds", flush=True)
 
 
-def stages_to_run(pipeline: Pipeline) -> list[Stage]:
+def stages_to_run(workflow: Workflow) -> list[Stage]:
     """All stages, or those after `unlearn` where the unlearned result is given.
 
     Raises:
         ValueError: `eval_only` without an unlearned result.
     """
-    config = pipeline.config
+    config = workflow.config
     if not (config.eval_only or config.unlearned_dir):
-        return pipeline.stages
-    place = pipeline.names.index("unlearn") if "unlearn" in pipeline.names else -1
-    needs_it = place >= 0 and config.unlearned_dir is None and pipeline.stages[place].needed(pipeline)
-    if needs_it and not pipeline.record(pipeline.stages[place]).complete:
-        raise ValueError(f"eval_only, but there is no complete {str(pipeline.unlearned)!r}: set unlearned_dir")
-    return pipeline.stages[place + 1 :]
+        return workflow.stages
+    position = workflow.names.index("unlearn") if "unlearn" in workflow.names else -1
+    needs_it = position >= 0 and config.unlearned_dir is None and workflow.stages[position].needed(workflow)
+    if needs_it and not workflow.record(workflow.stages[position]).complete:
+        raise ValueError(f"eval_only, but there is no complete {str(workflow.unlearned)!r}: set unlearned_dir")
+    return workflow.stages[position + 1 :]
 
 
-def run_pipeline(pipeline: Pipeline, wait_seconds: float = 0) -> dict[str, Any]:
+def run_workflow(workflow: Workflow, wait_seconds: float = 0) -> dict[str, Any]:
     """Run what has to run; the content of results.json.
 
     Args:
@@ -305,24 +305,26 @@ def run_pipeline(pipeline: Pipeline, wait_seconds: float = 0) -> dict[str, Any]:
         ValueError: an unusable output folder, or a stage that failed.
         Stopped: a signal came; the same command goes on.
     """
-    stages = stages_to_run(pipeline)
-    if pipeline.config.dry_run:
-        for stage in (stage for stage in stages if stage.needed(pipeline)):
-            inputs = stage_inputs(stage, pipeline.filled(stage), pipeline.root)
-            why = pipeline.record(stage).reason_to_run(inputs) or "complete, would not run"
-            settings = pipeline.output / "stages" / f"{stage.name}-settings.json"
-            print(f"{stage.name}: {why}\n  {' '.join(command_of(pipeline, stage, settings))}")
+    stages = stages_to_run(workflow)
+    if workflow.config.dry_run:
+        for stage in (stage for stage in stages if stage.needed(workflow)):
+            inputs = stage_inputs(stage, workflow.filled(stage), workflow.root)
+            why = workflow.record(stage).reason_to_run(inputs) or "complete, would not run"
+            settings = workflow.output / "stages" / f"{stage.name}-settings.json"
+            print(f"{stage.name}: {why}\n  {' '.join(command_of(workflow, stage, settings))}")
         return {}
-    claim_pipeline_dir(pipeline)
-    (pipeline.output / "stages").mkdir(exist_ok=True)
-    with FolderLock(pipeline.output, wait_seconds) as lock:
-        for stage in (stage for stage in stages if stage.needed(pipeline)):
-            run_stage(pipeline, stage, lock)
-        paths = {stage.name: pipeline.output / stage.place / stage.result for stage in pipeline.stages if stage.result}
-        results = collect(paths, pipeline.config.score)
-        before = pipeline.output / RESULTS_NAME
+    claim_workflow_dir(workflow)
+    (workflow.output / "stages").mkdir(exist_ok=True)
+    with FolderLock(workflow.output, wait_seconds) as lock:
+        for stage in (stage for stage in stages if stage.needed(workflow)):
+            run_stage(workflow, stage, lock)
+        paths = {
+            stage.name: workflow.output / stage.subfolder / stage.result for stage in workflow.stages if stage.result
+        }
+        results = collect(paths, workflow.config.score)
+        before = workflow.output / RESULTS_NAME
         if not before.is_file() or json.loads(before.read_text(encoding="utf-8")) != results:
-            publish(pipeline.config.track, pipeline.output, pipeline.settings, results)
+            publish(workflow.config.track, workflow.output, workflow.settings, results)
             write_json(before, results)
     return results
 

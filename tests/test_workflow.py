@@ -17,22 +17,22 @@ from short_runs import ROOT
 from barrier_diffusers.evaluation.attacks import ATTACKS
 from barrier_diffusers.evaluation.settings import EvaluateConfig
 from barrier_diffusers.utils.command_line import config_from, run_script
-from barrier_diffusers.workflow.kinds import KINDS
+from barrier_diffusers.workflow.definitions import WORKFLOWS
 from barrier_diffusers.workflow.processes import FolderLock, Stopped
 from barrier_diffusers.workflow.settings import chosen_objective
 from barrier_diffusers.workflow.stages import stage_inputs
-from barrier_diffusers.workflow.workflow import command_of, parse_pipeline, run_pipeline, stop_message
+from barrier_diffusers.workflow.workflow import command_of, parse_workflow, run_workflow, stop_message
 
 CONFIGS = sorted((ROOT / "train_scripts" / "configs").glob("pipeline_*.yaml"))
 SCORE = {"evaluate.classes.unlearning_accuracy": 1, "evaluate.classes.retain_accuracy_drop": -1}
 
 
 @pytest.fixture(autouse=True)
-def own_kinds():
+def own_workflows():
     """The kinds are as they were afterwards."""
-    before = dict(KINDS)
+    before = dict(WORKFLOWS)
     yield
-    KINDS.update(before)
+    WORKFLOWS.update(before)
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def light(tmp_path, monkeypatch):
         trace.write_text("")
         words = ["--config", "pipeline.yaml", "--unlearn.concept=bag", f"--score={json.dumps(SCORE)}"]
         words += [f"--{name}={value}" for name, value in changes.items()]
-        results = run_pipeline(parse_pipeline(words, root))
+        results = run_workflow(parse_workflow(words, root))
         return results, [line.split()[0] for line in trace.read_text().splitlines()]
 
     run.trace, run.root = trace, root
@@ -138,7 +138,7 @@ def test_other_peoples_files_stay(light, tmp_path):
         light()
     light(output_dir="new")
     (tmp_path / "new/stages/evaluate.json").unlink()
-    with pytest.raises(ValueError, match="'new/evaluate' holds files that no pipeline left there"):
+    with pytest.raises(ValueError, match="'new/evaluate' holds files that no workflow left there"):
         light(output_dir="new")
     (tmp_path / "new/stages/evaluate.json").write_text("{")
     with pytest.raises(ValueError, match="evaluate.json' is damaged: delete it"):
@@ -155,7 +155,7 @@ def test_two_processes_do_not_share_a_folder(light, tmp_path):
 def test_a_hash_in_the_name_tells_settings_apart(light):
     def folder(*words):
         base = ["--config", "pipeline.yaml", "--unlearn.concept=bag", "--output_dir=runs/{hash}"]
-        return str(parse_pipeline([*base, *words], light.root).output)
+        return str(parse_workflow([*base, *words], light.root).output)
 
     first = folder()
     assert re.fullmatch("runs/[0-9a-f]{12}", first)
@@ -185,7 +185,7 @@ def drive(words, root, said):
     """A pipeline in a process of its own."""
     with open(said, "w") as sys.stderr:
         try:
-            run_pipeline(parse_pipeline(words, root))
+            run_workflow(parse_workflow(words, root))
         except Stopped as stopped:
             raise SystemExit(stop_message(stopped)) from None
 
@@ -236,7 +236,7 @@ def test_bad_settings_are_one_line_before_anything_runs(name, light, tmp_path, m
     words, message = BAD[name]
     monkeypatch.setattr(sys, "argv", ["run_pipeline.py", *words])
     with pytest.raises(SystemExit) as caught:
-        run_script(run_pipeline, lambda arguments: parse_pipeline(arguments, light.root))
+        run_script(run_workflow, lambda arguments: parse_workflow(arguments, light.root))
     (line,) = capsys.readouterr().err.splitlines()
     assert caught.value.code in (1, 2) and line.startswith("error: ") and message in line
     assert not (tmp_path / "out").exists()
@@ -281,7 +281,7 @@ def enter_repository(config, folder, monkeypatch):
 
 
 def test_generated_images_depend_on_no_attack_and_no_judge():
-    stage = next(stage for stage in KINDS["sd"] if stage.name == "generate")
+    stage = next(stage for stage in WORKFLOWS["sd"] if stage.name == "generate")
     judged = {"pretrained_model_name_or_path": "p", "dataset_name": "d", "protocol": "style", "clip": "c"}
     fields = asdict(EvaluateConfig(output_dir="o", concept="bag", **judged))
 
@@ -298,15 +298,15 @@ def test_generated_images_depend_on_no_attack_and_no_judge():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_pipeline_of_the_repository_is_valid(path, tmp_path, monkeypatch):
     enter_repository(path, tmp_path, monkeypatch)
-    pipeline = parse_pipeline(["--config", str(path)], ROOT)
-    assert pipeline.names[-1] == "evaluate" and "unlearn" in pipeline.names
-    assert all((ROOT / stage.script).is_file() for stage in pipeline.stages)
-    assert str(pipeline.output) == f"runs/pipelines/{path.stem.removeprefix('pipeline_')}"
-    for stage in pipeline.stages:
-        words = command_of(pipeline, stage, Path("settings.json"))
+    workflow = parse_workflow(["--config", str(path)], ROOT)
+    assert workflow.names[-1] == "evaluate" and "unlearn" in workflow.names
+    assert all((ROOT / stage.script).is_file() for stage in workflow.stages)
+    assert str(workflow.output) == f"runs/pipelines/{path.stem.removeprefix('pipeline_')}"
+    for stage in workflow.stages:
+        words = command_of(workflow, stage, Path("settings.json"))
         assert words[1:] == [str(ROOT / stage.script), "--config", "settings.json"]
-        if pipeline.config.kind == "sd":
-            filled = pipeline.filled(stage)
+        if workflow.config.kind == "sd":
+            filled = workflow.filled(stage)
             config = config_from(stage.config_class, {key: filled[key] for key in filled if key not in stage.late})
             if stage.name == "unlearn":
                 chosen_objective(config)

@@ -1,4 +1,4 @@
-"""The kinds of pipelines: which scripts run one after another, and which settings follow from another stage's."""
+"""The workflows by kind: which scripts run one after another, and which settings follow from another stage's."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ IMAGE_SETTINGS = {
 }
 
 
-KINDS: dict[str, tuple[Stage, ...]] = {
+WORKFLOWS: dict[str, tuple[Stage, ...]] = {
     "sd": (
         Stage(
             name="unlearn",
