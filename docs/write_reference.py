@@ -54,6 +54,7 @@ def api_pages() -> dict[str, list[Path]]:
     found = {
         folder.name: sorted(folder.rglob("*.py")) for folder in package.iterdir() if (folder / "__init__.py").is_file()
     }
+    found["scripts"] += sorted((ROOT / "train_scripts").glob("*.py"))
     return found | {"extensions": [path for name in EXTENSIONS for path in sorted((ROOT / name).rglob("*.py"))]}
 
 

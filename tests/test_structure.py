@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "barrier_diffusers"
-ROOMS = ["utils", "protection", "objectives", "models", "data", "training", "evaluation", "workflow"]  # bottom to top
+ROOMS = "utils protection objectives models data training evaluation workflow scripts".split()  # bottom to top
 ALONE = {"protection": {"utils"}}  # sub-packages that may import fewer than all below them
 
 

@@ -1,8 +1,9 @@
 """BARRIER in eval-unlearn: the real package's registry finds it by its entry point, its runner's call makes images."""
 
+import tomllib
+
 import numpy as np
 import pytest
-import tomllib
 from PIL import Image
 from pipelines import build
 from short_runs import BASE, ROOT

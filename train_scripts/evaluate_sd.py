@@ -62,5 +62,10 @@ def main(config: EvaluateConfig) -> None:
     print(f"numbers: {output / METRICS_NAME}\nreport:  {write_report([output], output / REPORT_NAME)}")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The console command barrier-evaluate."""
     run_script(main, EvaluateConfig)
+
+
+if __name__ == "__main__":
+    command()

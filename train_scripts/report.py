@@ -33,5 +33,10 @@ def main(config: ReportConfig) -> None:
     print(f"report: {write_report(config.compare, path)}")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The console command barrier-report."""
     run_script(main, ReportConfig)
+
+
+if __name__ == "__main__":
+    command()

@@ -34,5 +34,10 @@ def main(workflow: Workflow) -> None:
         print(f"{score}{len(results['metrics'])} numbers: {workflow.output / RESULTS_NAME}")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The console command barrier-workflow."""
     run_script(main, parse)
+
+
+if __name__ == "__main__":
+    command()

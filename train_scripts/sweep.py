@@ -43,5 +43,10 @@ def main(config: SweepConfig) -> None:
         print((worker.output / MARKDOWN_NAME).read_text(encoding="utf-8"))
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The console command barrier-sweep."""
     run_script(main, SweepConfig)
+
+
+if __name__ == "__main__":
+    command()

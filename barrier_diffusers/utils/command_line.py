@@ -12,9 +12,12 @@ from argparse import ArgumentError
 from collections.abc import Callable
 from dataclasses import is_dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
+
+from barrier_diffusers.utils.installation import require_assets, resolve_named_files
 
 
 def run_script(main: Callable[[Any], None], config_class: type | Callable[[list[str]], Any]) -> None:
@@ -22,17 +25,20 @@ def run_script(main: Callable[[Any], None], config_class: type | Callable[[list[
 
     In place of the class a function may read the command line itself.
 
+    `--config NAME` also finds NAME.yaml among the configurations beside the script that defines `main`.
+
     A mistake of the user (ValueError, OSError, FloatingPointError) ends in one line on stderr and exit status 1; a bad
     flag in exit status 2. Set BARRIER_TRACEBACK=1 to see where an error came from.
     """
     try:
         read = partial(parse_config, config_class) if isinstance(config_class, type) else config_class
-        config = read(sys.argv[1:])
+        config = read(resolve_named_files(sys.argv[1:], Path(main.__code__.co_filename).parent))
     except (ArgumentError, ValueError, TypeError, OSError) as error:
         files = [value for word, value in zip(sys.argv, sys.argv[1:], strict=False) if word == "--config"]
         where = f" ({', '.join(files)})" if "parsing config" in _message(error) else ""  # which does not name its file
         raise SystemExit(_fail(error, 2, where)) from error
     try:
+        require_assets(config)
         main(config)
     except KeyboardInterrupt as error:  # while training, Ctrl-C ends the step first (interruption.py)
         print("stopped by SIGINT, not while training: start it again", file=sys.stderr)
