@@ -37,6 +37,7 @@ SETTINGS = {  # page of docs/settings -> script -> (module with its settings, cl
 }
 EXTENSIONS = ("classification_ext", "ddpm_ext")  # one page for both
 MAIN = ("Barrier", "BarrierConfig", "Certificate", "ForgetRegion", "RetainProjection")  # classes shown with methods
+EXTENDS = "The adapters for image classifiers and class-conditional DDPMs."
 NOTE = "*Written by `python docs/write_reference.py` from the source; change it there.*\n"
 
 
@@ -51,9 +52,8 @@ in one line before any work.
 def api_pages() -> dict[str, list[Path]]:
     """Page of docs/api -> its modules: one for every sub-package, and one for the extensions."""
     package = ROOT / "barrier_diffusers"
-    found = {
-        folder.name: sorted(folder.rglob("*.py")) for folder in package.iterdir() if (folder / "__init__.py").is_file()
-    }
+    folders = sorted(folder for folder in package.iterdir() if (folder / "__init__.py").is_file())
+    found = {folder.name: sorted(folder.rglob("*.py")) for folder in folders}
     found["scripts"] += sorted((ROOT / "train_scripts").glob("*.py"))
     return found | {"extensions": [path for name in EXTENSIONS for path in sorted((ROOT / name).rglob("*.py"))]}
 
@@ -155,6 +155,16 @@ def settings_index() -> str:
     return "\n".join(parts) + "\n"
 
 
+def api_index() -> str:
+    """docs/api.md."""
+    parts = ["# Functions and classes\n", NOTE, "| page | what is there |\n|---|---|"]
+    for page, modules in api_pages().items():
+        init = modules[0].with_name("__init__.py") if page != "extensions" else None
+        text = ast.get_docstring(ast.parse(init.read_text(encoding="utf-8"))) if init else EXTENDS
+        parts.append(f"| [api/{page}.md](api/{page}.md) | {cell(first_sentence(text))} |")
+    return "\n".join(parts) + "\n"
+
+
 def signature(node: ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> str:
     """A call with the names and defaults of its parameters."""
     arguments = node.args
@@ -212,7 +222,7 @@ def api_page(page: str) -> str:
 
 def pages() -> dict[Path, str]:
     """Every page and what it should be."""
-    found = {ROOT / "docs/settings.md": settings_index()}
+    found = {ROOT / "docs/settings.md": settings_index(), ROOT / "docs/api.md": api_index()}
     found |= {ROOT / f"docs/settings/{page}.md": settings_page(page) for page in SETTINGS}
     return found | {ROOT / f"docs/api/{page}.md": api_page(page) for page in api_pages()}
 
