@@ -14,12 +14,12 @@ from barrier_diffusers.protection.barrier import Barrier
 from barrier_diffusers.training.checkpoints import Checkpoints
 from barrier_diffusers.training.loop import History, train
 from barrier_diffusers.training.runs import open_run, schedule_of
-from classification_ext.settings import LoopConfig
+from classification_ext.settings import OptimizerConfig
 
 ONE_CYCLE = "one_cycle"  # torch's: up for a fifth of the steps, then down to nothing
 
 
-def open_seeded_run(config: LoopConfig) -> tuple[Accelerator, Path]:
+def open_seeded_run(config: OptimizerConfig) -> tuple[Accelerator, Path]:
     """The accelerator of a run, its output folder claimed, the seed set."""
     accelerator = open_run(config)
     set_seed(config.seed + accelerator.process_index)
@@ -38,7 +38,7 @@ class Loop:
     def __init__(
         self,
         accelerator: Accelerator,
-        config: LoopConfig,
+        config: OptimizerConfig,
         modules: Sequence[nn.Module],
         parameters: Iterable[nn.Parameter],
         steps_per_epoch: int,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from barrier_diffusers.protection.config import BarrierConfig
-from barrier_diffusers.training.run_config import Protecting
+from barrier_diffusers.training.run_config import RunConfig, StageConfig, UnlearningConfig
 from barrier_diffusers.utils.checks import as_list, require_positive
 
 
@@ -54,28 +54,17 @@ class ForgetConfig:
 
 
 @dataclass(kw_only=True)
-class LoopConfig:
-    """The training loop and its surroundings; the names are those of the diffusers examples."""
+class OptimizerConfig(RunConfig, StageConfig):
+    """How weights are optimized, with the defaults that suit classifiers."""
 
-    output_dir: str
-    overwrite_output_dir: bool = False
-    seed: int = 0
     train_batch_size: int = 128  # per process and step
     num_train_epochs: int = 10
-    max_train_steps: int | None = None  # overrides num_train_epochs
-    gradient_accumulation_steps: int = 1
     optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float = 0.01
-    lr_scheduler: str = "constant"  # of diffusers.optimization, or one_cycle
-    lr_warmup_steps: int = 0
     momentum: float = 0.9  # of sgd
     weight_decay: float = 0.0
     max_grad_norm: float | None = None  # None: no clipping
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     report_to: Literal["tensorboard", "wandb", "all", "none"] = "none"
-    checkpointing_steps: int | None = None  # None: a checkpoint only when a signal stops the run
-    checkpoints_total_limit: int | None = 2
-    resume_from_checkpoint: str | None = None  # a checkpoint's name, or latest
 
 
 @dataclass(kw_only=True)
@@ -105,7 +94,7 @@ class ClassifierEvaluationConfig:
 
 
 @dataclass(kw_only=True)
-class TrainConfig(Recipe, LoopConfig, ForgetConfig, DataConfig):
+class TrainConfig(Recipe, OptimizerConfig, ForgetConfig, DataConfig):
     """Everything a training run depends on; with forget_* it trains on the rest alone."""
 
     model_name_or_path: str = "resnet18"  # a name in models.ARCHITECTURES, or a folder or hub id to fine-tune
@@ -115,8 +104,9 @@ class TrainConfig(Recipe, LoopConfig, ForgetConfig, DataConfig):
     save_dtype: Literal["fp32", "fp16"] = "fp32"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive(self)
+        OptimizerConfig.__post_init__(self)
+        ForgetConfig.__post_init__(self)
+        require_positive(self, ("eval_batch_size",))
 
 
 @dataclass(kw_only=True)
@@ -142,24 +132,22 @@ class MethodConfig:
 
 
 @dataclass(kw_only=True)
-class UnlearnConfig(LoopConfig, ForgetConfig, DataConfig, Protecting):
+class UnlearnConfig(OptimizerConfig, UnlearningConfig, ForgetConfig, DataConfig):
     """Everything an unlearning run depends on."""
 
     pretrained_model_name_or_path: str  # folder of a classifier, or hub id of an AutoModelForImageClassification
     # which weights move: the barrier's targets, or all. Methods that come with no protection usually train all
     trained_weights: Literal["targets", "all"] = "targets"
-    saliency_mask: float | None = None  # SalUn: only this fraction of the trained entries moves; None: all
     method: MethodConfig = field(default_factory=MethodConfig)
     barrier: BarrierConfig = field(default_factory=lambda: BarrierConfig(targets=["Conv2d1x1", "fc"]))
     recipe: Recipe = field(default_factory=Recipe)  # of method retrain
     evaluation: ClassifierEvaluationConfig = field(default_factory=ClassifierEvaluationConfig)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive(self)
+        UnlearningConfig.__post_init__(self)
+        ForgetConfig.__post_init__(self)
         if not self.forgets:
             raise ValueError("nothing is to be forgotten: set forget_class, forget_fraction or forget_count")
-        self.check_saliency_mask()
         if self.trained_weights == "all" and self.protected:
             raise ValueError(
                 "BARRIER protects the targets alone: trained_weights='all' needs barrier.lambda_interval 0 and "

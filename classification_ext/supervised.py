@@ -10,11 +10,11 @@ from barrier_diffusers.training.loop import endless
 from classification_ext.data import augment, pixels_of, shuffled
 from classification_ext.loop import Loop
 from classification_ext.models import AnyClassifier
-from classification_ext.settings import LoopConfig, Recipe
+from classification_ext.settings import OptimizerConfig, Recipe
 
 
 def fit(
-    accelerator: Accelerator, config: LoopConfig, recipe: Recipe, model: AnyClassifier, images: LabelledImages
+    accelerator: Accelerator, config: OptimizerConfig, recipe: Recipe, model: AnyClassifier, images: LabelledImages
 ) -> tuple[Loop, float]:
     """Train every weight on `images` with augmentation; the loop, for its history, and the seconds."""
     loader = shuffled(images, config.train_batch_size, config.seed, accelerator.num_processes)

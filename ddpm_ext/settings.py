@@ -7,10 +7,10 @@ from typing import Literal
 
 from barrier_diffusers.evaluation.attacks.base import LearningBudget
 from barrier_diffusers.models.generation import SamplingConfig
-from barrier_diffusers.objectives import Objective, ObjectiveConfig, load_objective
+from barrier_diffusers.objectives import Objective, load_objective
 from barrier_diffusers.protection.config import BarrierConfig
-from barrier_diffusers.training.run_config import Retaining
-from barrier_diffusers.utils.checks import RUN_COUNTS, as_list, require_positive
+from barrier_diffusers.training.run_config import DiffusionUnlearningConfig, RunConfig, StageConfig
+from barrier_diffusers.utils.checks import as_list, require_positive
 
 
 def require_share(config: object, name: str) -> None:
@@ -67,38 +67,29 @@ class UnetConfig:
 
 
 @dataclass(kw_only=True)
-class TrainConfig:
+class TrainConfig(RunConfig, StageConfig):
     """Everything a training run depends on."""
 
     data: LabelledDataConfig
     output_dir: str  # becomes the pipeline folder
     exclude_labels: list[str] = field(default_factory=list)  # never seen: the "retrained" baseline of unlearning
-    overwrite_output_dir: bool = False
-    seed: int = 0
     resolution: int = 28  # side in pixels
     num_channels: Literal[1, 3] = 1  # grey or colour
     random_flip: bool = False  # mirror half of the images
     train_batch_size: int = 64  # per process
-    max_train_steps: int = 3000
-    gradient_accumulation_steps: int = 1
+    max_train_steps: int | None = 3000  # None: as many as num_train_epochs take
     learning_rate: float = 1e-3  # peak
     lr_scheduler: str = "cosine"
     lr_warmup_steps: int = 200
     adam_weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     label_dropout: float = 0.1  # share of labels replaced by "no label", for classifier-free guidance
     ema_decay: float = 0.999  # of the averaged weights that are saved
     num_train_timesteps: int = 1000  # of the linear noise schedule
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of the written weights
-    report_to: Literal["tensorboard", "wandb", "all", "none"] = "tensorboard"
-    checkpointing_steps: int | None = None  # None: a checkpoint only when a signal stops the run
-    checkpoints_total_limit: int | None = 2
-    resume_from_checkpoint: str | None = None  # a checkpoint's name, or latest
     unet: UnetConfig = field(default_factory=UnetConfig)
 
     def __post_init__(self) -> None:
-        require_positive(self)
+        super().__post_init__()
         require_share(self, "label_dropout")
         require_share(self, "ema_decay")
         if self.resolution % self.unet.unit:
@@ -196,7 +187,7 @@ class EvaluateConfig:
 
 
 @dataclass(kw_only=True)
-class UnlearnConfig(Retaining):
+class UnlearnConfig(DiffusionUnlearningConfig):
     """Everything an unlearning run depends on."""
 
     pretrained_model_name_or_path: str  # folder of a ClassConditionalDDPMPipeline
@@ -207,39 +198,20 @@ class UnlearnConfig(Retaining):
     max_retain_images: int | None = 2000  # equally many of every other label
     label_dropout: float = 0.1  # share of retain rows with "no label", as in training: guidance needs it kept, too
     cache_dir: str | None = None  # "before" images; default output_dir/cache
-    overwrite_output_dir: bool = False
-    seed: int = 0
     train_batch_size: int = 64  # forget images per process and step; as many retain images when alpha > 0
-    num_train_epochs: int = 3  # over the forget images
-    max_train_steps: int | None = None  # overrides num_train_epochs
-    gradient_accumulation_steps: int = 1
     learning_rate: float = 1e-4
-    learning_rates: dict[str, float] = field(default_factory=dict)  # of targets with one of their own, by name
-    lr_scheduler: str = "constant"
-    lr_warmup_steps: int = 0
-    adam_weight_decay: float = 0.0  # decay would drift the weights away from the snapshot
-    max_grad_norm: float = 1.0
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    saliency_mask: float | None = None  # SalUn: only this fraction of the trained entries moves; None: all
-    report_to: Literal["tensorboard", "wandb", "all", "none"] = "tensorboard"
     validation_prompt: list[str] = field(default_factory=list)  # labels sampled every validation_steps
-    validation_steps: int = 100
-    checkpointing_steps: int | None = None  # None: a checkpoint only when a signal stops the run
-    checkpoints_total_limit: int | None = 2
-    resume_from_checkpoint: str | None = None  # a checkpoint's name, or latest
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     barrier: BarrierConfig = field(default_factory=lambda: BarrierConfig(targets=list(TARGETS)))
     evaluation: LabelEvaluationConfig = field(default_factory=LabelEvaluationConfig)
 
     def __post_init__(self) -> None:
-        require_positive(self, (*RUN_COUNTS, "max_forget_images", "max_retain_images"))
+        super().__post_init__()
+        require_positive(self, ("max_forget_images", "max_retain_images"))
         if not self.concepts:
             raise ValueError("concept is empty: name the labels to forget")
         if len(set(self.concepts)) < len(self.concepts):
             raise ValueError(f"concept names a label twice: {', '.join(self.concepts)}")
         require_share(self, "label_dropout")
-        self.check_saliency_mask()
-        self.check_learning_rates()
 
     @property
     def concepts(self) -> list[str]:

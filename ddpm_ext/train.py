@@ -106,7 +106,9 @@ def main(config: TrainConfig) -> None:
     parameters = list(unet.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.adam_weight_decay)
     model, optimizer, loader = accelerator.prepare(unet, optimizer, batches(rows, config))
-    schedule = schedule_of(config, optimizer, config.max_train_steps, accelerator.num_processes)
+    steps_per_epoch = -(-len(loader) // config.gradient_accumulation_steps)
+    max_steps = config.max_train_steps or config.num_train_epochs * steps_per_epoch
+    schedule = schedule_of(config, optimizer, max_steps, accelerator.num_processes)
     schedule = accelerator.prepare(schedule)
     averages = Averages(parameters, decay=config.ema_decay, use_ema_warmup=True, power=0.75)
     averages.to(accelerator.device)
@@ -114,7 +116,7 @@ def main(config: TrainConfig) -> None:
     checkpoints.states["history"] = history = History()
     checkpoints.states["averages"] = averages
     accelerator.init_trackers("logs")
-    first = checkpoints.load(checkpoint, config.max_train_steps) if checkpoint else 0
+    first = checkpoints.load(checkpoint, max_steps) if checkpoint else 0
     stream = endless(loader, first * config.gradient_accumulation_steps)
 
     def noise_error(step: int) -> dict[str, Tensor]:
@@ -141,7 +143,7 @@ def main(config: TrainConfig) -> None:
         config,
         checkpoints,
         history,
-        range(first, config.max_train_steps),
+        range(first, max_steps),
         desc="training",
     )
     if accelerator.is_main_process:
@@ -149,7 +151,7 @@ def main(config: TrainConfig) -> None:
         averages.copy_to(parameters)
         losses = history.values["loss"][-100:]
         facts = {
-            "num_steps": config.max_train_steps,
+            "num_steps": max_steps,
             "seconds_training": seconds,
             "num_images": len(rows),
             "num_parameters": sum(parameter.numel() for parameter in parameters),

@@ -1,28 +1,69 @@
-"""What the settings of every training run have in common."""
+"""The settings that every script that trains has in common; each script's dataclass extends one of these.
 
-from __future__ import annotations
+Annotations are evaluated at once here: jsonargparse resolves the ones written as text in a subclass's module alone.
+"""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Literal
 
+from barrier_diffusers.objectives.config import ObjectiveConfig
 from barrier_diffusers.protection.config import BarrierConfig
+from barrier_diffusers.utils.checks import require_positive
 
 
 @dataclass(kw_only=True)
-class Protecting:
-    """What the settings of every unlearning run say about its protection: the last base of their dataclasses."""
+class RunConfig:
+    """A training run: where its files go, its random numbers, its precision and its checkpoints."""
 
-    if TYPE_CHECKING:  # the run's own fields
-        barrier: BarrierConfig
-        saliency_mask: float | None
+    output_dir: str  # gets the result
+    overwrite_output_dir: bool = False  # an earlier run in output_dir is deleted first
+    seed: int = 0  # of all random numbers
+    gradient_accumulation_steps: int = 1  # batches of a step
+    max_grad_norm: float | None = 1.0  # longer gradients are cut to this length; None: no clipping
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"  # of the forward passes
+    report_to: Literal["tensorboard", "wandb", "all", "none"] = "tensorboard"  # gets the losses of every step
+    checkpointing_steps: int | None = None  # None: a checkpoint only when a signal stops the run
+    checkpoints_total_limit: int | None = 2  # so many of the newest are kept; None: all
+    resume_from_checkpoint: str | None = None  # a checkpoint's name, or latest
+
+    def __post_init__(self) -> None:
+        require_positive(self)
+
+
+@dataclass(kw_only=True)
+class StageConfig:
+    """One pass of an optimizer over some data; a run has one, or several with settings of their own."""
+
+    train_batch_size: int = 8  # per process and step
+    num_train_epochs: int = 3  # passes over the data
+    max_train_steps: int | None = None  # overrides num_train_epochs
+    learning_rate: float = 1e-5  # peak of the schedule
+    lr_scheduler: str = "constant"  # a name of diffusers.optimization, or one_cycle: up, then down to nothing
+    lr_warmup_steps: int = 0  # steps in which the learning rate rises; one_cycle: 0 means a fixed share of all steps
+
+    ONE_CYCLE_WARMUP = 0.2  # that share
+
+    def check_learning_rate(self) -> None:
+        """A ValueError for a learning rate that is not above 0."""
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}, but must be > 0")
+
+
+@dataclass(kw_only=True)
+class UnlearningConfig(RunConfig, StageConfig):
+    """A run that makes a network forget while the barrier protects the rest."""
+
+    pretrained_model_name_or_path: str  # what is to forget
+    saliency_mask: float | None = None  # SalUn: only this fraction of the trained entries moves; None: all
+    barrier: BarrierConfig = field(default_factory=BarrierConfig)  # lambda_interval 0 switches the protection off
 
     @property
     def protected(self) -> bool:
         """Whether a protection loss or a projection takes part."""
         return self.barrier.protects
 
-    def check_saliency_mask(self) -> None:
-        """A ValueError for anything but a fraction, or beside a projection."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.saliency_mask is not None and not 0 < self.saliency_mask <= 1:
             raise ValueError(f"saliency_mask is {self.saliency_mask}, but must be a fraction in (0, 1]")
         if self.saliency_mask is not None and self.barrier.has_projection:
@@ -30,20 +71,24 @@ class Protecting:
 
 
 @dataclass(kw_only=True)
-class Retaining(Protecting):
-    """The same for a run with an objective."""
+class DiffusionUnlearningConfig(UnlearningConfig):
+    """The same for a diffusion model, which one of the objectives makes forget."""
 
-    if TYPE_CHECKING:
-        objective: Any  # ObjectiveConfig, whose package imports torch
-        learning_rate: float
-        learning_rates: dict[str, float]
+    cache_dir: str | None = None  # what is computed from the base model; default output_dir/cache
+    train_batch_size: int = 8  # forget images per process and step; as many retain images when alpha > 0
+    num_train_epochs: int = 3  # over the forget images
+    learning_rates: dict[str, float] = field(default_factory=dict)  # of targets with one of their own, by name
+    adam_weight_decay: float = 0.0  # decay would drift the weights away from the snapshot
+    validation_prompt: list[str] = field(default_factory=list)  # sampled every validation_steps
+    validation_steps: int = 100
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)  # what does the erasing
 
-    def check_learning_rates(self) -> None:
-        """A ValueError for a learning rate that is not above 0; targets are looked up when the model is there."""
-        named = {f"learning_rates.{target}": rate for target, rate in self.learning_rates.items()}
-        for name, rate in {"learning_rate": self.learning_rate, **named}.items():
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_learning_rate()
+        for target, rate in self.learning_rates.items():
             if not rate > 0:
-                raise ValueError(f"{name} is {rate}, but must be > 0")
+                raise ValueError(f"learning_rates.{target} is {rate}, but must be > 0")
 
     @property
     def needs_retain(self) -> bool:

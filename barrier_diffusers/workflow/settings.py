@@ -10,68 +10,42 @@ from barrier_diffusers.data.captions import swap_concept
 from barrier_diffusers.data.concepts import ConceptConfig, DataNeeds, concepts_of
 from barrier_diffusers.evaluation.certification import CertificateConfig
 from barrier_diffusers.evaluation.erasure import ImageEvaluationConfig
-from barrier_diffusers.objectives import Objective, ObjectiveConfig, load_objective
-from barrier_diffusers.protection.config import BarrierConfig
-from barrier_diffusers.training.run_config import Retaining
-from barrier_diffusers.utils.checks import require_positive
+from barrier_diffusers.objectives import Objective, load_objective
+from barrier_diffusers.training.run_config import DiffusionUnlearningConfig
 
 
 @dataclass(kw_only=True)
-class UnlearnConfig(ConceptConfig, Retaining):  # in this order: jsonargparse looks names up in the first alone
+class UnlearnConfig(ConceptConfig, DiffusionUnlearningConfig):  # jsonargparse resolves names for the first base
     """Everything a run depends on."""
 
     pretrained_model_name_or_path: str  # folder, hub id or .safetensors file of a pipeline (architectures.py)
     output_dir: str  # gets the unlearned pipeline, metrics and pictures
+    cache_dir: str | None = None  # latents, text embeddings, "before" images; default output_dir/cache
     revision: str | None = None  # of the hub repository
     variant: str | None = None  # file variant, e.g. fp16
     pipeline_config: str | None = None  # of a single file: diffusers' `config`, a pipeline folder or hub id
     original_config: str | None = None  # of a single file: the YAML file it was trained with
-    cache_dir: str | None = None  # latents, text embeddings, "before" images; default output_dir/cache
-    overwrite_output_dir: bool = False
-    seed: int = 0
-    resolution: int = 512
-    train_batch_size: int = 8  # forget images per process and step; as many retain images when alpha > 0
-    num_train_epochs: int = 3  # over the forget images
-    max_train_steps: int | None = None  # overrides num_train_epochs
-    gradient_accumulation_steps: int = 1
-    gradient_checkpointing: bool = False
-    learning_rate: float = 1e-5
-    learning_rates: dict[str, float] = field(default_factory=dict)  # of targets with one of their own, by name
-    lr_scheduler: str = "constant"
-    lr_warmup_steps: int = 0
-    adam_weight_decay: float = 0.0  # decay would drift the weights away from the snapshot
-    max_grad_norm: float = 1.0
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    resolution: int = 512  # side of the images in pixels
+    gradient_checkpointing: bool = False  # less memory, more time
     enable_xformers_memory_efficient_attention: bool = False
     attention_backend: str | None = None  # of diffusers, e.g. native or flash, on Flux; None: as the denoiser comes
     guidance_scale: float = 3.5  # what a denoiser with a guidance embedding (Flux dev) is told while it trains
     rank: int = 0  # of a LoRA adapter on the targets; 0 trains the full weights
-    saliency_mask: float | None = None  # SalUn: only this fraction of the trained entries moves; None: all
     merge_adapter: bool = False  # with rank > 0: also save the merged pipeline, in output_dir/merged
-    report_to: Literal["tensorboard", "wandb", "all", "none"] = "tensorboard"
-    validation_prompt: list[str] = field(default_factory=list)  # sampled every validation_steps
-    validation_steps: int = 100
-    checkpointing_steps: int | None = None  # None: a checkpoint only when a signal stops the run
-    checkpoints_total_limit: int | None = 2
-    resume_from_checkpoint: str | None = None  # a checkpoint's name, or latest
     push_to_hub: bool = False  # upload output_dir at the end, without checkpoints, cache and logs
     hub_model_id: str | None = None  # repository; default: output_dir's name in the account of the token
     hub_private: bool = False  # a repository that is created is private
     # what the protection knows of retain inputs: recorded from images, or (keys and values of cross-attention, which
     # read nothing else) the text embeddings of the retain captions and prompts; other maps are recorded either way
     retain_statistics: Literal["images", "prompts"] = "images"
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    barrier: BarrierConfig = field(default_factory=BarrierConfig)  # lambda_interval 0 switches the protection off
     evaluation: ImageEvaluationConfig = field(default_factory=ImageEvaluationConfig)
     certificate: CertificateConfig = field(default_factory=CertificateConfig)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive(self)
+        ConceptConfig.__post_init__(self)
+        DiffusionUnlearningConfig.__post_init__(self)
         if self.rank < 0 or (self.merge_adapter and self.rank == 0):
             raise ValueError("rank must be >= 0, and merge_adapter needs rank > 0")
-        self.check_saliency_mask()
-        self.check_learning_rates()
         if self.needs_retain and not self.has_retain_rows:
             raise ValueError(
                 "alpha > 0, use_actual_bounds, residual_source and a projection need retain data: set retain_prompts"
