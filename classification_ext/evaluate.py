@@ -13,7 +13,7 @@ from barrier_diffusers.utils.command_line import run_script
 from barrier_diffusers.utils.files import write_json
 from barrier_diffusers.utils.run_records import claim_output_dir, manifest, module_hash
 from classification_ext.data import load_split, make_splits
-from classification_ext.evaluation import evaluate, print_table
+from classification_ext.metrics import evaluate, print_table
 from classification_ext.models import load_classifier
 from classification_ext.settings import EvaluateConfig
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from barrier_diffusers.evaluation.accuracy import share
-from barrier_diffusers.evaluation.report import loss_curves
+from barrier_diffusers.evaluation.pictures import loss_curves
 from barrier_diffusers.utils.command_line import run_script
 from barrier_diffusers.utils.files import write_json
 from barrier_diffusers.utils.run_records import MANIFEST_NAME, METRICS_NAME, manifest, module_hash

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from barrier_diffusers import Barrier
 from barrier_diffusers.data.labelled_images import LabelledImages
-from barrier_diffusers.evaluation.html import REPORT_NAME, write_report
-from barrier_diffusers.evaluation.report import loss_curves
+from barrier_diffusers.evaluation.pictures import loss_curves
+from barrier_diffusers.evaluation.report import REPORT_NAME, write_report
 from barrier_diffusers.training.loop import endless
 from barrier_diffusers.training.saliency import SaliencyMask, summed_gradients
 from barrier_diffusers.training.steps import freeze_normalisation
@@ -30,10 +30,10 @@ from barrier_diffusers.utils.command_line import run_script
 from barrier_diffusers.utils.files import write_json
 from barrier_diffusers.utils.run_records import MANIFEST_NAME, METRICS_NAME, manifest, module_hash
 from classification_ext.data import Batch, Splits, in_order, load_split, make_splits, pixels_of, shuffled
-from classification_ext.evaluation import evaluate, print_table
 from classification_ext.loop import Loop, open_seeded_run
 from classification_ext.methods import Edit, Method, Step, get_method
 from classification_ext.methods.boundary_expand import ShadowLabel
+from classification_ext.metrics import evaluate, print_table
 from classification_ext.models import AnyClassifier, load_classifier, restart
 from classification_ext.settings import UnlearnConfig
 from classification_ext.supervised import fit

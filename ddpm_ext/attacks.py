@@ -19,14 +19,15 @@ from torch import Tensor, nn
 
 from barrier_diffusers.evaluation.attacks.base import LearningBudget, frozen, learn
 from barrier_diffusers.evaluation.attacks.inversion import LearnedToken
-from barrier_diffusers.evaluation.post_attack import outcome, rows_of
-from barrier_diffusers.evaluation.report import attacks_picture, print_attacks
-from barrier_diffusers.evaluation.subject import PICTURE_NAME
+from barrier_diffusers.evaluation.attacks.running import outcome, rows_of
+from barrier_diffusers.evaluation.judged_model import PICTURE_NAME
+from barrier_diffusers.evaluation.pictures import attacks_picture
+from barrier_diffusers.evaluation.tables import print_attacks
 from barrier_diffusers.models.generation import SamplingConfig, generate
 from barrier_diffusers.objectives.base import Condition
 from ddpm_ext.diffusion import LABELS, LabelDenoiser, draw
-from ddpm_ext.evaluation import Judge, Questions, as_rgb
 from ddpm_ext.loading import load_rows
+from ddpm_ext.metrics import EvaluationLabels, Judge, as_rgb
 from ddpm_ext.pipeline import ClassConditionalDDPMPipeline
 from ddpm_ext.settings import FineTuningConfig, LabelEvaluationConfig, LabelledDataConfig, RowInversionConfig
 
@@ -125,7 +126,7 @@ def run_attacks(
     config: LabelEvaluationConfig,
     images: Images,
     judge: Judge,
-    questions: Questions,
+    questions: EvaluationLabels,
     plain: np.ndarray,
     output: Path,
 ) -> dict[str, Any]:

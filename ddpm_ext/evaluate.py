@@ -10,15 +10,16 @@ from __future__ import annotations
 import torch
 
 from barrier_diffusers.evaluation.erasure import generate_cached
-from barrier_diffusers.evaluation.report import image_rows, print_metrics
+from barrier_diffusers.evaluation.pictures import image_rows
+from barrier_diffusers.evaluation.tables import print_metrics
 from barrier_diffusers.models.generation import generate
 from barrier_diffusers.models.loading import module_hashes
 from barrier_diffusers.utils.command_line import run_script
 from barrier_diffusers.utils.files import write_json
 from barrier_diffusers.utils.run_records import claim_output_dir, fingerprint
 from ddpm_ext.attacks import attack_images, run_attacks
-from ddpm_ext.evaluation import Judge, as_rgb, evaluate, make_questions, real_images
 from ddpm_ext.loading import load_pipeline
+from ddpm_ext.metrics import Judge, as_rgb, evaluate, make_evaluation_labels, real_images
 from ddpm_ext.settings import EvaluateConfig
 
 RESULT_NAME = "evaluation.json"
@@ -30,7 +31,7 @@ def main(config: EvaluateConfig) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = load_pipeline(config.pretrained_model_name_or_path).to(device)
     judge = Judge(config.evaluation, pipeline.labels)
-    questions = make_questions(config.evaluation, pipeline.labels, config.concepts)
+    questions = make_evaluation_labels(config.evaluation, pipeline.labels, config.concepts)
     real = real_images(config.evaluation, config.data, pipeline, config.concepts)
     to_attack = attack_images(config.evaluation, config.data, pipeline, config.concepts)
     sampling, before = config.evaluation.sampling, None

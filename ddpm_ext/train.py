@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from barrier_diffusers.data.labelled_images import LabelledImages, as_pixels, load_labelled
-from barrier_diffusers.evaluation.report import loss_curves
+from barrier_diffusers.evaluation.pictures import loss_curves
 from barrier_diffusers.models.loading import module_hashes
 from barrier_diffusers.training.checkpoints import Checkpoints
 from barrier_diffusers.training.loop import History, endless, train

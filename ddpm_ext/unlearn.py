@@ -19,8 +19,9 @@ from torch import Tensor
 
 from barrier_diffusers import Barrier
 from barrier_diffusers.evaluation.erasure import generate_cached
-from barrier_diffusers.evaluation.html import REPORT_NAME, write_report
-from barrier_diffusers.evaluation.report import before_after_grid, loss_curves, print_metrics, strip
+from barrier_diffusers.evaluation.pictures import before_after_grid, loss_curves, strip
+from barrier_diffusers.evaluation.report import REPORT_NAME, write_report
+from barrier_diffusers.evaluation.tables import print_metrics
 from barrier_diffusers.models.generation import generate
 from barrier_diffusers.models.loading import module_hashes
 from barrier_diffusers.objectives import Objective
@@ -34,8 +35,8 @@ from barrier_diffusers.utils.files import write_json
 from barrier_diffusers.utils.run_records import MANIFEST_NAME, METRICS_NAME, fingerprint, manifest
 from ddpm_ext.attacks import Images, attack_images, run_attacks
 from ddpm_ext.diffusion import LabelDenoiser, LabelRows, UnlearningRows, draw
-from ddpm_ext.evaluation import Judge, Questions, as_rgb, evaluate, make_questions, real_images
 from ddpm_ext.loading import load_pipeline, load_rows
+from ddpm_ext.metrics import EvaluationLabels, Judge, as_rgb, evaluate, make_evaluation_labels, real_images
 from ddpm_ext.pipeline import ClassConditionalDDPMPipeline
 from ddpm_ext.settings import UnlearnConfig, chosen_objective
 
@@ -111,7 +112,7 @@ class Job:
     barrier: Barrier
     snapshots: Snapshots
     judge: Judge | None
-    questions: Questions
+    questions: EvaluationLabels
     before: np.ndarray  # images (N, S, S, C) of the questions' labels
     real: np.ndarray | None
     attack_images: Images
@@ -159,7 +160,7 @@ def main(config: UnlearnConfig) -> None:
     pipeline = load_pipeline(config.pretrained_model_name_or_path).to(device)
     unet, denoiser = pipeline.unet, LabelDenoiser(pipeline)
     hashes = module_hashes(pipeline)
-    questions = make_questions(config.evaluation, pipeline.labels, config.concepts)
+    questions = make_evaluation_labels(config.evaluation, pipeline.labels, config.concepts)
     judge = Judge(config.evaluation, pipeline.labels) if config.evaluation.judge else None
     barrier = Barrier(unet, config.barrier)
     rates_of_maps(barrier.maps, config.learning_rates)  # an error now, not after the data is read

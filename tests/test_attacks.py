@@ -10,21 +10,14 @@ from peft import LoraConfig
 from PIL import Image
 from pipelines import build
 
-from barrier_diffusers.evaluation.attacks import (
-    ATTACKS,
-    BenignConfig,
-    Forgotten,
-    InversionConfig,
-    MisspelledConfig,
-    ParaphrasedConfig,
-    PromptSearchConfig,
-    RelearningConfig,
-    get_attack,
-    register,
-)
+from barrier_diffusers.evaluation.attacks import ATTACKS, Forgotten, register_attack
 from barrier_diffusers.evaluation.attacks.base import LearningBudget, encode, frozen, learn
-from barrier_diffusers.evaluation.attacks.inversion import TOKEN, learned_token
-from barrier_diffusers.evaluation.attacks.prompts import misspell
+from barrier_diffusers.evaluation.attacks.benign import BenignConfig
+from barrier_diffusers.evaluation.attacks.inversion import TOKEN, InversionConfig, learned_token
+from barrier_diffusers.evaluation.attacks.misspelled import MisspelledConfig, misspell
+from barrier_diffusers.evaluation.attacks.paraphrased import ParaphrasedConfig
+from barrier_diffusers.evaluation.attacks.prompt_search import PromptSearchConfig
+from barrier_diffusers.evaluation.attacks.relearning import RelearningConfig
 from barrier_diffusers.evaluation.settings import EvaluateConfig
 from barrier_diffusers.models.architectures import components
 from barrier_diffusers.models.denoiser import PipelineDenoiser
@@ -83,7 +76,7 @@ def test_an_attack_changes_its_images_and_nothing_else(pipeline, name):
     pipeline.unet.mid_block.train()
     before, entry = state(pipeline), forgotten()
     plain = generate(pipeline, entry.prompts, SAMPLING)
-    attempt = get_attack(name).run(pipeline, entry, BUDGETS[name])
+    attempt = ATTACKS.find(name).run(pipeline, entry, BUDGETS[name])
     assert state(pipeline) == before
     assert attempt.images_NHWC.shape == plain.shape and not np.array_equal(attempt.images_NHWC, plain)
     assert attempt.num_training_images == {"inversion": 6, "prompt_search": 6, "relearning": 4, "benign": 5}.get(
@@ -106,7 +99,7 @@ def test_after_an_exception_the_pipeline_is_as_it_was(pipeline, name, message):
         pipeline.unet.conv_in.weight[0, 0, 0, 0] = float("nan")
     before, entry = state(pipeline), forgotten()
     with pytest.raises(FloatingPointError, match=message):
-        get_attack(name).run(pipeline, entry, BUDGETS[name])
+        ATTACKS.find(name).run(pipeline, entry, BUDGETS[name])
     assert state(pipeline) == before
 
 
@@ -114,13 +107,13 @@ def test_after_an_exception_the_pipeline_is_as_it_was(pipeline, name, message):
 def test_an_attack_repeats_exactly_and_follows_its_seed(pipeline, name):
     entry, budget = forgotten(), copy.deepcopy(BUDGETS[name])
     torch.manual_seed(1)
-    first = get_attack(name).run(pipeline, entry, budget)
+    first = ATTACKS.find(name).run(pipeline, entry, budget)
     torch.manual_seed(2)
-    second = get_attack(name).run(pipeline, entry, budget)
+    second = ATTACKS.find(name).run(pipeline, entry, budget)
     np.testing.assert_array_equal(first.images_NHWC, second.images_NHWC)
     assert first.prompts == second.prompts
     budget.seed = 7
-    other = get_attack(name).run(pipeline, entry, budget)
+    other = ATTACKS.find(name).run(pipeline, entry, budget)
     assert np.array_equal(other.images_NHWC, first.images_NHWC) == (name == "paraphrased")
 
 
@@ -185,7 +178,7 @@ def test_relearning_serves_every_architecture(architecture):
     before = state(pipeline)
     budget = RelearningConfig(num_steps=1, batch_size=2, num_images=2, rank=2, targets=["to_q", "to_v"])
     budget.check(pipeline, entry)
-    attempt = get_attack("relearning").run(pipeline, entry, budget)
+    attempt = ATTACKS.find("relearning").run(pipeline, entry, budget)
     assert attempt.images_NHWC.shape == (3, 32, 32, 3) and state(pipeline) == before
     with pytest.raises(ValueError, match="inversion learns one embedding, but a .* has"):
         InversionConfig().check(pipeline, entry)
@@ -206,7 +199,7 @@ def test_misspelled_prompts():
 
 
 def test_paraphrases_replace_the_words_or_the_prompt(pipeline):
-    entry, run = forgotten(), get_attack("paraphrased").run
+    entry, run = forgotten(), ATTACKS.find("paraphrased").run
     attempt = run(pipeline, entry, ParaphrasedConfig(words=["shoe", "trainer"]))
     assert attempt.prompts == ["a photo of a red shoe", "a photo of a blue trainer", "a photo of a green shoe"]
     attempt = run(pipeline, entry, ParaphrasedConfig(prompts=["what runners wear"]))
@@ -221,9 +214,9 @@ def test_registry():
     for name, attack in ATTACKS.items():
         assert EvaluateConfig.__dataclass_fields__[name].type == attack.budget.__name__
     with pytest.raises(ValueError, match="unknown attack 'guess'; known are benign, inversion"):
-        get_attack("guess")
+        ATTACKS.find("guess")
     with pytest.raises(ValueError, match="registered already"):
-        register("inversion", InversionConfig)(lambda *_: None)
+        register_attack("inversion", InversionConfig)(lambda *_: None)
 
 
 @pytest.mark.parametrize(

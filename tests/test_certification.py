@@ -20,7 +20,7 @@ from barrier_diffusers.evaluation.certification import (
     held_out_images,
     quantile_for,
 )
-from barrier_diffusers.evaluation.erasure import ImageEvaluationConfig, make_questions
+from barrier_diffusers.evaluation.erasure import ImageEvaluationConfig, make_evaluation_prompts
 from barrier_diffusers.models.denoiser import PipelineDenoiser
 from barrier_diffusers.models.loading import load_pipeline
 from barrier_diffusers.protection.certificate import sound_bound
@@ -202,7 +202,7 @@ def test_what_is_held_out(capsys):
     assert held_out_images(settings, ImageEvaluationConfig(split="train"), SNEAKER) is None
     assert "is what was trained on" in capsys.readouterr().out
     prompts = ConceptConfig(concept="sneaker", forget_prompts=["a sneaker"], retain_prompts=["a bag", "a boot"])
-    questions = make_questions(ImageEvaluationConfig(images_per_label=4), prompts)
+    questions = make_evaluation_prompts(ImageEvaluationConfig(images_per_label=4), prompts)
     before = np.random.default_rng(0).integers(0, 255, (len(questions.prompts), 8, 8, 3), dtype=np.uint8)
     made = held_out_images(settings, evaluation, prompts, (), questions, before)
     assert (

@@ -10,8 +10,16 @@ from sklearn.svm import SVC
 from torch import nn
 
 from classification_ext.data import make_splits
-from classification_ext.evaluation import evaluate, read_metrics
-from classification_ext.metrics import attack_features, correct, gap, likelihood_ratio, log_odds, membership
+from classification_ext.metrics import (
+    attack_features,
+    correct,
+    evaluate,
+    gap,
+    likelihood_ratio,
+    log_odds,
+    membership,
+    read_metrics,
+)
 from classification_ext.settings import ClassifierEvaluationConfig, ForgetConfig
 
 

@@ -18,7 +18,11 @@ from barrier_diffusers.data.erased_concepts import (
     rows_about_others,
 )
 from barrier_diffusers.evaluation.accuracy import erasure_metrics
-from barrier_diffusers.evaluation.erasure import ImageEvaluationConfig, check_questions, make_questions
+from barrier_diffusers.evaluation.erasure import (
+    ImageEvaluationConfig,
+    check_evaluation_prompts,
+    make_evaluation_prompts,
+)
 from barrier_diffusers.models.generation import SamplingConfig
 
 SKETCHES = ErasedConcepts(["pencil sketch"], ["a pencil sketch of a red bag", "a pencil sketch of a red boot"])
@@ -142,11 +146,11 @@ def test_record_of_erased_concepts(tmp_path):
 
 def test_questions_about_what_was_erased_before():
     own = ConceptConfig(concept="bag", forget_prompts=["a bag"], retain_prompts=["a boot"])
-    asked = make_questions(ImageEvaluationConfig(images_per_label=2), own, [SKETCHES])
+    asked = make_evaluation_prompts(ImageEvaluationConfig(images_per_label=2), own, [SKETCHES])
     assert asked.labels == ["everything else"] * 2 + ["bag"] * 2 + ["pencil sketch"] * 2
     assert asked.erased_before == ["pencil sketch"] and asked.prompts[4:] == SKETCHES.captions
     with pytest.raises(ValueError, match="asks for anything that is retained: set retain_prompts"):
-        make_questions(
+        make_evaluation_prompts(
             ImageEvaluationConfig(classifier=str(FASHION.parent / "fashion_classifier")), ConceptConfig(concept="bag")
         )
 
@@ -157,7 +161,7 @@ def test_looking_at_the_questions_draws_no_random_number():
     torch.manual_seed(0)
     expected = torch.rand(())
     torch.manual_seed(0)
-    check_questions(evaluation, make_questions(evaluation, config))
+    check_evaluation_prompts(evaluation, make_evaluation_prompts(evaluation, config))
     assert torch.rand(()) == expected
 
 

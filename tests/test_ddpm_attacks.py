@@ -16,8 +16,8 @@ from barrier_diffusers.utils.run_records import module_hash
 from ddpm_ext import attacks
 from ddpm_ext import evaluate as evaluate_script
 from ddpm_ext.attacks import attack, attack_images
-from ddpm_ext.evaluation import Judge
 from ddpm_ext.loading import load_pipeline
+from ddpm_ext.metrics import Judge
 from ddpm_ext.settings import (
     EvaluateConfig,
     FineTuningConfig,

@@ -16,8 +16,8 @@ from barrier_diffusers.utils.command_line import parse_config
 from barrier_diffusers.utils.files import file_names
 from ddpm_ext import evaluate as evaluate_script
 from ddpm_ext import sample as sample_script
-from ddpm_ext.evaluation import Judge, evaluate, make_questions, real_images
 from ddpm_ext.loading import load_pipeline
+from ddpm_ext.metrics import Judge, evaluate, make_evaluation_labels, real_images
 from ddpm_ext.pipeline import ClassConditionalDDPMPipeline
 from ddpm_ext.settings import EvaluateConfig, LabelEvaluationConfig, LabelledDataConfig
 
@@ -75,7 +75,7 @@ def test_every_retained_label_is_compared(place):
     assert len(real_images(config, data, pipeline, ["boot"])) == 16
     assert len(real_images(config, data, pipeline, [])) == 24
     assert real_images(LabelEvaluationConfig(str(place.judge), split=None), data, pipeline, []) is None
-    questions = make_questions(
+    questions = make_evaluation_labels(
         LabelEvaluationConfig(images_per_label=3, images_per_retained_label=2), LABELS, ["boot"]
     )
     assert questions.labels == ["boot"] * 3 + ["bag"] * 2 + ["coat"] * 2
@@ -83,7 +83,7 @@ def test_every_retained_label_is_compared(place):
 
 def test_the_scores_of_known_answers(place, monkeypatch):
     config = LabelEvaluationConfig(str(place.judge), images_per_label=2, neighbours=1)
-    judge, questions = Judge(config, LABELS), make_questions(config, LABELS, ["boot"])
+    judge, questions = Judge(config, LABELS), make_evaluation_labels(config, LABELS, ["boot"])
     images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 1), dtype=np.uint8)
     # asked: boot boot bag bag coat coat; before all right, after boot is seen as bag once and coat as boot once
     answers = [[1, 1, 0, 0, 2, 2], [0, 1, 0, 0, 1, 2]]

@@ -13,10 +13,10 @@ from short_runs import BASE, ROOT, as_words
 
 from barrier_diffusers.data.erased_concepts import ERASED_NAME, ErasedConcepts, as_json
 from barrier_diffusers.evaluation.accuracy import erasure_metrics
-from barrier_diffusers.evaluation.post_attack import Judge
-from barrier_diffusers.evaluation.report import print_metrics
+from barrier_diffusers.evaluation.judge import Judge
+from barrier_diffusers.evaluation.judged_model import load_judged
 from barrier_diffusers.evaluation.settings import EvaluateConfig
-from barrier_diffusers.evaluation.subject import load_judged
+from barrier_diffusers.evaluation.tables import print_metrics
 from barrier_diffusers.models.loading import add_adapter
 from barrier_diffusers.models.publishing import save_adapter
 from barrier_diffusers.protection.config import BarrierConfig

@@ -8,8 +8,10 @@ from PIL import Image
 from barrier_diffusers.data.captions import labels_in_texts
 from barrier_diffusers.evaluation.accuracy import erasure_metrics, recognise, share
 from barrier_diffusers.evaluation.classifier import AttributeClassifier
-from barrier_diffusers.evaluation.erasure import ImageEvaluationConfig, forgotten_attribute
-from barrier_diffusers.evaluation.report import before_after_grid, image_rows, loss_curves, print_metrics, strip
+from barrier_diffusers.evaluation.erasure import ImageEvaluationConfig
+from barrier_diffusers.evaluation.judge import forgotten_attribute
+from barrier_diffusers.evaluation.pictures import before_after_grid, image_rows, loss_curves, strip
+from barrier_diffusers.evaluation.tables import print_metrics
 
 ATTRIBUTES = {"class": ["shirt", "t-shirt", "boot"], "colour": ["red", "blue"], "style": ["photo", "pencil sketch"]}
 

@@ -5,10 +5,11 @@ import torch
 from pipelines import build
 from test_attacks import forgotten
 
-from barrier_diffusers.evaluation.attacks import PromptSearchConfig, get_attack
+from barrier_diffusers.evaluation.attacks import ATTACKS
 from barrier_diffusers.evaluation.attacks.base import encode, frozen
 from barrier_diffusers.evaluation.attacks.prompt_search import (
     GAP,
+    PromptSearchConfig,
     Search,
     Speller,
     exchanges,
@@ -142,7 +143,7 @@ def test_a_search_ends_below_where_it_started_and_shares_its_checks(pipeline):
 
 def test_the_prompts_asked_are_those_of_the_best_search(pipeline):
     entry, budget = forgotten(), PromptSearchConfig(**SMALL)
-    attempt = get_attack("prompt_search").run(pipeline, entry, budget)
+    attempt = ATTACKS.find("prompt_search").run(pipeline, entry, budget)
     best = min(attempt.found["searches"], key=lambda found: found["loss"])
     assert attempt.prompts == [f"{best['words']} {prompt}" for prompt in entry.prompts]
     tokens = pipeline.tokenizer(best["words"], add_special_tokens=False).input_ids

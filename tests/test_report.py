@@ -1,4 +1,4 @@
-"""barrier_diffusers/evaluation/html.py: one self-contained page about one run or several."""
+"""barrier_diffusers/evaluation/report.py: one self-contained page about one run or several."""
 
 import base64
 import json
@@ -7,7 +7,7 @@ import re
 import pytest
 from report import ReportConfig, main
 
-from barrier_diffusers.evaluation.html import drop_interval, read_run, render
+from barrier_diffusers.evaluation.report import drop_interval, read_run, render
 from barrier_diffusers.utils.command_line import run_script
 
 PNG = base64.b64decode(

@@ -12,13 +12,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from barrier_diffusers.evaluation.attacks.running import run_attacks
 from barrier_diffusers.evaluation.certification import certify_saved, has_barrier, held_out_images
-from barrier_diffusers.evaluation.html import REPORT_NAME, write_report
-from barrier_diffusers.evaluation.post_attack import images_hash, run_attacks
-from barrier_diffusers.evaluation.protocols import ConceptProtocol, make_protocols
-from barrier_diffusers.evaluation.report import attacks_picture, print_attacks
+from barrier_diffusers.evaluation.evaluation_split import images_hash
+from barrier_diffusers.evaluation.judged_model import PICTURE_NAME, SECONDS_NAME, JudgedModel, claim_evaluation_dir
+from barrier_diffusers.evaluation.pictures import attacks_picture
+from barrier_diffusers.evaluation.protocols import make_protocols
+from barrier_diffusers.evaluation.protocols.concepts import ConceptProtocol
+from barrier_diffusers.evaluation.report import REPORT_NAME, write_report
 from barrier_diffusers.evaluation.settings import EvaluateConfig
-from barrier_diffusers.evaluation.subject import PICTURE_NAME, SECONDS_NAME, Subject, claim_evaluation_dir
+from barrier_diffusers.evaluation.tables import print_attacks
 from barrier_diffusers.utils.command_line import run_script
 from barrier_diffusers.utils.files import write_json
 from barrier_diffusers.utils.run_records import METRICS_NAME, manifest, module_hash
@@ -29,33 +32,33 @@ PLACES = ("output_dir", "overwrite_output_dir")  # settings that change no numbe
 def main(config: EvaluateConfig) -> None:
     """Load -> check -> protocols on plain prompts -> attacks -> JSON, picture."""
     output = claim_evaluation_dir(config)
-    subject = Subject(config, output)
-    protocols = make_protocols(config, subject)
+    judged_model = JudgedModel(config, output)
+    protocols = make_protocols(config, judged_model)
     concepts = next((entry for entry in protocols if isinstance(entry, ConceptProtocol)), None)
     forgotten = concepts.attackers_view() if concepts is not None and config.chosen_attacks else []
     for budget in config.budgets.values():
         for entry in forgotten:
-            budget.check(subject.pipeline, entry)
+            budget.check(judged_model.pipeline, entry)
 
     judged = (config.pretrained_model_name_or_path, config.lora_weights)
     if concepts is not None and has_barrier(*judged):
         held_out = held_out_images(config.certificate, config.evaluation, concepts.concepts, concepts.erased)
-        certify_saved(output, subject.pipeline, *judged, held_out, config.certificate, config.resolution)
+        certify_saved(output, judged_model.pipeline, *judged, held_out, config.certificate, config.resolution)
 
     metrics: dict[str, Any] = {}
     for protocol in protocols:
         metrics |= protocol.run()
-    hashes, seconds = dict(subject.hashes), {}
+    hashes, seconds = dict(judged_model.hashes), {}
     if forgotten:
         plain = {entry.concept: concepts.plain_images(entry.concept) for entry in forgotten}
-        attack = (subject.on_device(), forgotten, config.budgets, concepts.judge, plain)
+        attack = (judged_model.on_device(), forgotten, config.budgets, concepts.judge, plain)
         metrics["attacks"], seconds, attacked = run_attacks(*attack)
         print_attacks(metrics["attacks"], seconds)
         attacks_picture(plain, attacked, output / PICTURE_NAME, min(12, config.evaluation.images_per_label))
         hashes |= {f"images of {entry.concept}": images_hash(entry.images) for entry in forgotten}
     if concepts is not None and concepts.judge is not None:
         hashes |= {"classifier": module_hash(concepts.judge.classifier)}
-    record = manifest(config, hashes, **subject.facts, **metrics)
+    record = manifest(config, hashes, **judged_model.facts, **metrics)
     record["settings"] = {name: value for name, value in record["settings"].items() if name not in PLACES}
     write_json(output / SECONDS_NAME, seconds)
     write_json(output / METRICS_NAME, record)

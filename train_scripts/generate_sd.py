@@ -8,9 +8,9 @@ was stopped goes on with the images that it has.
 
 from __future__ import annotations
 
+from barrier_diffusers.evaluation.judged_model import IMAGES_NAME, JudgedModel, claim_evaluation_dir
 from barrier_diffusers.evaluation.protocols import make_protocols
 from barrier_diffusers.evaluation.settings import EvaluateConfig
-from barrier_diffusers.evaluation.subject import IMAGES_NAME, Subject, claim_evaluation_dir
 from barrier_diffusers.utils.command_line import run_script
 
 
@@ -19,8 +19,8 @@ def main(config: EvaluateConfig) -> None:
     if config.images_dir is not None:
         raise ValueError("images_dir holds finished images: there is nothing to generate")
     output = claim_evaluation_dir(config)
-    subject = Subject(config, output)
-    counts = [len(protocol.images().after) for protocol in make_protocols(config, subject)]
+    judged_model = JudgedModel(config, output)
+    counts = [len(protocol.images().after) for protocol in make_protocols(config, judged_model)]
     print(f"{sum(counts)} images after unlearning: {output / IMAGES_NAME}")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from barrier_diffusers.evaluation.html import REPORT_NAME, write_report
+from barrier_diffusers.evaluation.report import REPORT_NAME, write_report
 from barrier_diffusers.utils.command_line import run_script
 
 

@@ -14,7 +14,7 @@ from barrier_diffusers.data.concepts import cycle
 from barrier_diffusers.data.readers import load_image_text
 from barrier_diffusers.evaluation.accuracy import recognise, share
 from barrier_diffusers.evaluation.classifier import AttributeClassifier
-from barrier_diffusers.evaluation.report import image_rows
+from barrier_diffusers.evaluation.pictures import image_rows
 from barrier_diffusers.models.generation import SamplingConfig, generate
 from barrier_diffusers.utils.command_line import run_script
 

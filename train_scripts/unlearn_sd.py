@@ -24,14 +24,15 @@ from barrier_diffusers.data.concepts import encode_concepts, load_concepts
 from barrier_diffusers.data.erased_concepts import ERASED_NAME, ErasedConcepts, as_json, read_erased
 from barrier_diffusers.evaluation.certification import HeldOut, held_out_images, write_certificate
 from barrier_diffusers.evaluation.erasure import (
-    Questions,
-    check_questions,
+    EvaluationPrompts,
+    check_evaluation_prompts,
     evaluate_erasure,
     generate_cached,
-    make_questions,
+    make_evaluation_prompts,
 )
-from barrier_diffusers.evaluation.html import REPORT_NAME, write_report
-from barrier_diffusers.evaluation.report import before_after_grid, loss_curves, print_metrics, strip
+from barrier_diffusers.evaluation.pictures import before_after_grid, loss_curves, strip
+from barrier_diffusers.evaluation.report import REPORT_NAME, write_report
+from barrier_diffusers.evaluation.tables import print_metrics
 from barrier_diffusers.models.architectures import components, get_architecture
 from barrier_diffusers.models.denoiser import PipelineDenoiser
 from barrier_diffusers.models.generation import generate
@@ -72,7 +73,7 @@ class Job:
     pipeline: Any
     network: Any
     barrier: Barrier
-    questions: Questions
+    questions: EvaluationPrompts
     before: np.ndarray  # images (N, H, W, 3) of the questions' prompts
     base_hash: str
     erased: list[ErasedConcepts]  # by earlier runs and this one
@@ -173,8 +174,8 @@ def main(config: UnlearnConfig) -> None:
         erased = read_erased(config.pretrained_model_name_or_path, config.revision)
         kept = erased if config.protect_erased else []
         concepts = load_concepts(config, pipeline, cache, made_by, config.seed, needs, kept)
-        questions = make_questions(config.evaluation, config, erased)
-        check_questions(config.evaluation, questions)
+        questions = make_evaluation_prompts(config.evaluation, config, erased)
+        check_evaluation_prompts(config.evaluation, questions)
         data = None
         if objective.edit is None:
             anchors = (

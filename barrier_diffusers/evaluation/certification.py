@@ -20,8 +20,8 @@ from barrier_diffusers.data.concepts import ConceptConfig
 from barrier_diffusers.data.encoding import EncodedImages, NoisedBatches, encode_moments, encode_prompts
 from barrier_diffusers.data.erased_concepts import ErasedConcepts
 from barrier_diffusers.data.readers import take_evenly
-from barrier_diffusers.evaluation.erasure import ImageEvaluationConfig, Questions, image_text, load_rows, retained_rows
-from barrier_diffusers.evaluation.post_attack import images_hash
+from barrier_diffusers.evaluation.erasure import EvaluationPrompts, ImageEvaluationConfig
+from barrier_diffusers.evaluation.evaluation_split import image_text, images_hash, load_rows, retained_rows
 from barrier_diffusers.models.denoiser import PipelineDenoiser
 from barrier_diffusers.models.generation import autocast_denoiser
 from barrier_diffusers.models.loading import load_pipeline, module_hashes
@@ -71,7 +71,7 @@ def held_out_images(
     evaluation: ImageEvaluationConfig,
     concepts: ConceptConfig,
     erased: Sequence[ErasedConcepts] = (),
-    questions: Questions | None = None,
+    questions: EvaluationPrompts | None = None,
     before_NHWC: np.ndarray | None = None,
 ) -> HeldOut | None:
     """The retained rows of the evaluation split; without a data set, the base pipeline's own images of the retained
@@ -85,7 +85,7 @@ def held_out_images(
         if evaluation.split == concepts.train_split:
             print(f"no certificate: evaluation.split {evaluation.split!r} is what was trained on")
             return None
-        rows = image_text(retained_rows(load_rows(evaluation, concepts), concepts, erased), concepts)
+        rows = image_text(retained_rows(load_rows(concepts, evaluation.split), concepts, erased), concepts)
         where = f"split {evaluation.split!r} of {concepts.source}, without what is forgotten"
     elif questions is None or before_NHWC is None:
         print("no certificate: there is no data set, and no image of the pipeline before it was changed")

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 
 from barrier_diffusers.data.captions import labels_in_texts
 from barrier_diffusers.data.concepts import ConceptConfig, concepts_of, cycle
 from barrier_diffusers.data.encoding import cached_tensors
 from barrier_diffusers.data.erased_concepts import ErasedConcepts, rows_about_others
 from barrier_diffusers.data.images import Images
-from barrier_diffusers.data.readers import load_image_text, split_concepts
 from barrier_diffusers.evaluation.accuracy import erasure_metrics, recognise
 from barrier_diffusers.evaluation.classifier import AttributeClassifier
+from barrier_diffusers.evaluation.evaluation_split import load_rows
+from barrier_diffusers.evaluation.judge import forgotten_attribute
 from barrier_diffusers.models.generation import SamplingConfig, generate
 from barrier_diffusers.utils.checks import require_positive
 from barrier_diffusers.utils.run_records import fingerprint
@@ -42,7 +42,7 @@ class ImageEvaluationConfig:
 
 
 @dataclass(frozen=True)
-class Questions:
+class EvaluationPrompts:
     """Evaluation prompts, grouped by the label each belongs to."""
 
     prompts: list[str]
@@ -51,9 +51,9 @@ class Questions:
     erased_before: list[str] = field(default_factory=list)  # by earlier runs: asked for, but not retained
 
 
-def make_questions(
+def make_evaluation_prompts(
     evaluation: ImageEvaluationConfig, config: ConceptConfig, erased: Sequence[ErasedConcepts] = ()
-) -> Questions:
+) -> EvaluationPrompts:
     """`images_per_label` prompts for every label, cycling through that label's distinct captions.
 
     Raises:
@@ -67,7 +67,7 @@ def make_questions(
         for entry in erased:
             groups.setdefault(" and ".join(entry.concepts), []).extend(entry.captions)
     else:
-        rows = load_rows(evaluation, config)
+        rows = load_rows(config, evaluation.split)
         groups = {label: [] for label in sorted(set(rows[config.concept_column]))}
         for label, caption in zip(rows[config.concept_column], rows[config.caption_column], strict=True):
             groups[label].append(caption)
@@ -84,33 +84,12 @@ def make_questions(
     chosen = {label: cycle(captions, evaluation.images_per_label) for label, captions in groups.items()}
     prompts = [text for texts in chosen.values() for text in texts]
     labels = [label for label, texts in chosen.items() for _ in texts]
-    return Questions(prompts, labels, config.concepts, [concept for entry in erased for concept in entry.concepts])
+    return EvaluationPrompts(
+        prompts, labels, config.concepts, [concept for entry in erased for concept in entry.concepts]
+    )
 
 
-def load_rows(evaluation: ImageEvaluationConfig, config: ConceptConfig) -> Dataset:
-    """The evaluation split.
-
-    Raises:
-        ValueError: no such split or column.
-    """
-    assert config.source is not None
-    return load_image_text(config.source, evaluation.split, config.image_column, config.caption_column)
-
-
-def retained_rows(loaded: Dataset, config: ConceptConfig, erased: Sequence[ErasedConcepts] = ()) -> Dataset:
-    """The rows that are about none of the concepts and nothing `erased` before."""
-    _, others = split_concepts(loaded, config.concept_column, config.concepts)
-    return others.select(rows_about_others(list(others[config.caption_column]), erased))
-
-
-def image_text(rows: Dataset, config: ConceptConfig) -> Dataset:
-    """The rows with two columns, image and text, whatever the data calls them."""
-    columns = {config.image_column: "image", config.caption_column: "text"}
-    rows = rows.select_columns(list(columns))
-    return rows.rename_columns({old: new for old, new in columns.items() if old != new})
-
-
-def check_questions(evaluation: ImageEvaluationConfig, questions: Questions) -> None:
+def check_evaluation_prompts(evaluation: ImageEvaluationConfig, questions: EvaluationPrompts) -> None:
     """Make sure, before any long work, that the classifier can judge the answers; draws no random number.
 
     Raises:
@@ -131,15 +110,6 @@ def check_questions(evaluation: ImageEvaluationConfig, questions: Questions) -> 
         raise ValueError(f"no retain prompt of the evaluation names another {attribute}; the classifier knows {known}")
 
 
-def forgotten_attribute(attributes: Mapping[str, Sequence[str]], forgotten: Sequence[str]) -> str:
-    """The classifier's attribute whose labels include all forgotten concepts."""
-    for name, labels in attributes.items():
-        if set(forgotten) <= set(labels):
-            return name
-    known = "; ".join(f"{name}: {', '.join(labels)}" for name, labels in attributes.items())
-    raise ValueError(f"the evaluation classifier cannot recognise {', '.join(forgotten)}; it knows {known}")
-
-
 def generate_cached(
     pipeline: Any, prompts: list[str], sampling: SamplingConfig, cache: Path, model_hash: str
 ) -> np.ndarray:
@@ -153,7 +123,7 @@ def generate_cached(
 
 
 def evaluate_erasure(
-    evaluation: ImageEvaluationConfig, questions: Questions, before: Images | None, after: Images
+    evaluation: ImageEvaluationConfig, questions: EvaluationPrompts, before: Images | None, after: Images
 ) -> tuple[str, dict[str, Any]]:
     """(attribute, metrics of `erasure_metrics` with the sampler's settings and counts); before may be unknown."""
     assert evaluation.classifier is not None

@@ -77,7 +77,7 @@ class Extractor(nn.Module):
         return module_hash(self.network)
 
 
-def register(*names: str) -> Callable[[Callable], Callable]:
+def register_extractor(*names: str) -> Callable[[Callable], Callable]:
     """Make a function of (name, path) an extractor under these names."""
 
     def add(build: Callable[[str, str | None], Extractor]) -> Callable[[str, str | None], Extractor]:
@@ -122,7 +122,7 @@ def needed_path(name: str, path: str | None, what: str) -> Path:
     return Path(path).expanduser()
 
 
-@register("classifier")
+@register_extractor("classifier")
 def classifier_features(name: str, path: str | None) -> Extractor:
     """What the heads of a saved AttributeClassifier read."""
     folder = needed_path(name, path, "the folder of a saved AttributeClassifier")
@@ -137,7 +137,7 @@ def classifier_features(name: str, path: str | None) -> Extractor:
     )
 
 
-@register("efficientnet_lite0")
+@register_extractor("efficientnet_lite0")
 def efficientnet_features(name: str, path: str | None) -> Extractor:
     """EfficientNet-Lite0's 1280 pooled features; its ImageNet weights come with a package, or from `path` (.pth)."""
     try:
@@ -156,7 +156,7 @@ def efficientnet_features(name: str, path: str | None) -> Extractor:
     return Extractor(name, network, 1280, "antialiased bicubic to 224 x 224, (x - 127) / 128", embed)
 
 
-@register("inception2048", "inception768", "inception192", "inception64")
+@register_extractor("inception2048", "inception768", "inception192", "inception64")
 def inception_features(name: str, path: str | None) -> Extractor:
     """The Inception-v3 of the FID papers as torch-fidelity converted it; `path` is its weights (.pth)."""
     file = needed_path(name, path, "torch-fidelity's Inception weights (a .pth file; this package downloads nothing)")
@@ -170,7 +170,7 @@ def inception_features(name: str, path: str | None) -> Extractor:
     return Extractor(name, network, int(layer), "antialiased bilinear to 299 x 299, (x - 128) / 128", network)
 
 
-@register("clip")
+@register_extractor("clip")
 def clip_features(name: str, path: str | None) -> Extractor:
     """Projected image embeddings of a CLIP folder in transformers' layout, not normalised."""
     from barrier_diffusers.evaluation.clip_score import load_clip

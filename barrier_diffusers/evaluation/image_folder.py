@@ -29,7 +29,7 @@ PACKAGES = ("torch", "diffusers", "transformers")  # whose versions pixels depen
 
 
 @dataclass(frozen=True)
-class Job:
+class ImageRequest:
     """One image to be made."""
 
     name: str
@@ -38,15 +38,19 @@ class Job:
     guidance: float
 
 
-def batches_of(rows: Sequence[PromptRow], images_per_prompt: int, sampling: SamplingConfig) -> list[list[Job]]:
+def batches_of(
+    rows: Sequence[PromptRow], images_per_prompt: int, sampling: SamplingConfig
+) -> list[list[ImageRequest]]:
     """All images in batches of one guidance scale; a function of its arguments alone."""
-    by_guidance: dict[float, list[Job]] = {}
+    by_guidance: dict[float, list[ImageRequest]] = {}
     for row in rows:
         guidance = sampling.guidance_scale if row.guidance is None else row.guidance
         for index, name in enumerate(row.image_names(images_per_prompt)):
-            by_guidance.setdefault(guidance, []).append(Job(name, row.prompt, row.seed + index, guidance))
+            by_guidance.setdefault(guidance, []).append(ImageRequest(name, row.prompt, row.seed + index, guidance))
     size = sampling.batch_size
-    return [jobs[start : start + size] for jobs in by_guidance.values() for start in range(0, len(jobs), size)]
+    return [
+        requests[start : start + size] for requests in by_guidance.values() for start in range(0, len(requests), size)
+    ]
 
 
 def made_from(
@@ -104,10 +108,10 @@ def generate_folder(
     write_json(folder / MANIFEST_NAME, facts)
     write_prompts(folder / PROMPTS_NAME, rows)
     for batch in tqdm(batches_of(rows, images_per_prompt, sampling), desc=desc, leave=False):
-        missing = [index for index, job in enumerate(batch) if not (folder / job.name).is_file()]
+        missing = [index for index, request in enumerate(batch) if not (folder / request.name).is_file()]
         if not missing:
             continue
-        prompts, seeds = [job.prompt for job in batch], [job.seed for job in batch]
+        prompts, seeds = [request.prompt for request in batch], [request.seed for request in batch]
         images = sample(pipeline, prompts, seeds, sampling, batch[0].guidance)
         for index in missing:
             with written_whole(folder / batch[index].name) as temporary:

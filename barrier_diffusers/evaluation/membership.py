@@ -10,7 +10,7 @@ Shapes: N images, M members, H held-out images, R draws of noise and timestep, c
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -24,8 +24,8 @@ from barrier_diffusers.data.encoding import encode_moments, encode_prompts
 from barrier_diffusers.data.erased_concepts import ErasedConcepts
 from barrier_diffusers.data.readers import split_concepts, take_evenly
 from barrier_diffusers.evaluation.accuracy import share
-from barrier_diffusers.evaluation.erasure import ImageEvaluationConfig, image_text, load_rows, retained_rows
-from barrier_diffusers.evaluation.post_attack import images_hash
+from barrier_diffusers.evaluation.erasure import ImageEvaluationConfig
+from barrier_diffusers.evaluation.evaluation_split import image_text, images_hash, load_rows, retained_rows
 from barrier_diffusers.models.denoiser import PipelineDenoiser
 from barrier_diffusers.models.generation import autocast_denoiser
 from barrier_diffusers.utils.checks import require_positive
@@ -70,7 +70,7 @@ def membership_images(
         raise ValueError(f"membership.split and evaluation.split are both {options.split!r}: nothing is held out")
     groups: dict[str, dict[str, Dataset]] = {"forget": {}, "retain": {}}
     for side, split in (("members", options.split), ("held_out", evaluation.split)):
-        loaded = load_rows(replace(evaluation, split=split), concepts)
+        loaded = load_rows(concepts, split)
         mine, _ = split_concepts(loaded, concepts.concept_column, concepts.concepts)
         for role, rows in (("forget", mine), ("retain", retained_rows(loaded, concepts, erased))):
             if len(rows) == 0:

@@ -1,183 +1,177 @@
-"""Pictures and tables of a run: before / after grid, loss curves, the table that the script prints."""
+"""One self-contained HTML page about one run or several: numbers, pictures, attacks, certificate, manifest."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import base64
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy as np
-from rich.console import Console
-from rich.table import Table
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
-matplotlib.use("Agg")
+from barrier_diffusers.evaluation.certification import CERTIFICATE_NAME
+from barrier_diffusers.evaluation.pictures import drift_bars, label_bars, trade_off
+from barrier_diffusers.utils.checks import as_list
+from barrier_diffusers.utils.files import written_whole
+from barrier_diffusers.utils.run_records import MANIFEST_NAME, METRICS_NAME, numbers
 
-import matplotlib.pyplot as plt
+REPORT_NAME = "report.html"
+PICTURES = {  # file of a run -> what it shows
+    "before_after.png": "Images before and after, the same prompts and seeds",
+    "attacks.png": "Images of the plain prompts and under each attack, the same seeds",
+    "loss_curves.png": "Losses per training step",
+}
 
 
-def _draw_row(axis: Any, images_NHWC: np.ndarray) -> None:
-    axis.imshow(np.concatenate(list(images_NHWC), axis=1), interpolation="nearest")
-    axis.set_xticks([])
-    axis.set_yticks([])
+@dataclass
+class RunRecord:
+    """What a folder says of its run; every part may be missing but the numbers."""
+
+    name: str
+    metrics: dict[str, Any]
+    manifest: dict[str, Any]
+    certificate: dict[str, Any] | None
+    pictures: dict[str, bytes] = field(default_factory=dict)  # caption -> PNG
+
+    @property
+    def classes(self) -> dict[str, Any]:
+        """The numbers on plain prompts: of unlearn_sd.py, or of evaluate_sd.py's protocol."""
+        return self.metrics.get("classes", self.metrics)
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """Shares with counts and intervals."""
+        return self.classes.get("details", {})
+
+    @property
+    def erased(self) -> dict[str, Any] | None:
+        """Unlearning accuracy with its interval."""
+        return self.details.get("unlearning_accuracy")
+
+    @property
+    def retained(self) -> dict[str, Any] | None:
+        """Retain accuracy with its interval; an image classifier's own."""
+        return self.details.get("retain_accuracy_after", self.details.get("retain_accuracy"))
+
+    @property
+    def drop(self) -> float | None:
+        """Points of retain accuracy lost; None where the base is unknown."""
+        before = self.metrics.get("before")
+        if before:
+            return before["retain_accuracy"] - self.metrics["retain_accuracy"]
+        return self.classes.get("retain_accuracy_drop")
+
+    @property
+    def forgotten(self) -> list[str]:
+        """The concepts, as the settings name them."""
+        settings = self.manifest.get("settings", {})
+        named = settings.get("concept") or settings.get("forget_class")
+        return as_list(named)
+
+    def shares(self, when: str) -> dict[str, Any]:
+        """Label -> share, of the attribute that the concepts are values of; `when` is before or after."""
+        for name, entry in self.details.items():
+            if name.startswith("per_") and name.endswith(f"_{when}") and set(self.forgotten) <= set(entry):
+                return entry
+        return {}
+
+    def numbers(self) -> list[tuple[str, str]]:
+        """Every other number of the run, by dotted name."""
+        hidden = ("details", "attacks")  # which the page shows elsewhere
+        return [
+            (name, f"{value:,.6g}")
+            for name, value in numbers(self.metrics)
+            if not any(part in hidden or part.startswith("per_") for part in name.split("."))
+        ]
 
 
-def before_after_grid(
-    before_NHWC: np.ndarray,
-    after_NHWC: np.ndarray,
-    labels: Sequence[str],
-    forgotten: Sequence[str],
-    path: Path,
-    columns: int = 6,
-) -> None:
-    """One row per label: `columns` images before, drawn at random from the label's, and the same seeds after.
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is no readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(path)!r} holds no record of a run")
+    return content
 
-    Forgotten labels come first, in red.
+
+def read_run(folder: str | Path) -> RunRecord:
+    """The record in a folder that an unlearning or evaluation script wrote.
+
+    Raises:
+        ValueError: there is no such folder, no metrics.json in it, or a file that is damaged.
     """
-    order = sorted(dict.fromkeys(labels), key=lambda label: label not in forgotten)
-    figure, axes = plt.subplots(len(order), 2, figsize=(1.7 * columns, 0.92 * len(order) + 0.6), squeeze=False)
-    for row, label in enumerate(order):
-        mine = [index for index, value in enumerate(labels) if value == label]
-        chosen = sorted(np.random.default_rng(0).permutation(mine)[:columns])
-        for axis, images in zip(axes[row], (before_NHWC, after_NHWC), strict=True):
-            _draw_row(axis, images[chosen])
-        colour = "tab:red" if label in forgotten else "black"
-        axes[row, 0].set_ylabel(label, rotation=0, ha="right", va="center", color=colour)
-    axes[0, 0].set_title("before")
-    axes[0, 1].set_title("after (same prompts and seeds)")
-    figure.tight_layout(pad=0.4)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    path = Path(folder)
+    metrics = _read_json(path / METRICS_NAME)
+    if metrics is None:
+        raise ValueError(f"{str(folder)!r} holds no {METRICS_NAME}: name a folder that unlearning or evaluation wrote")
+    manifest = _read_json(path / MANIFEST_NAME)
+    if manifest is None:  # evaluate_sd.py writes one file with everything
+        manifest = {name: metrics[name] for name in ("settings", "hashes", "versions", "machine") if name in metrics}
+    pictures = {caption: (path / name).read_bytes() for name, caption in PICTURES.items() if (path / name).is_file()}
+    return RunRecord(str(folder), metrics, manifest, _read_json(path / CERTIFICATE_NAME), pictures)
 
 
-def image_rows(images_NHWC: np.ndarray, labels: Sequence[str], path: Path, columns: int = 12) -> None:
-    """One row per label with its first `columns` images."""
-    order = list(dict.fromkeys(labels))
-    figure, axes = plt.subplots(len(order), 1, figsize=(0.9 * columns + 1, 0.92 * len(order)), squeeze=False)
-    for axis, label in zip(axes[:, 0], order, strict=True):
-        _draw_row(axis, images_NHWC[[index for index, value in enumerate(labels) if value == label][:columns]])
-        axis.set_ylabel(label, rotation=0, ha="right", va="center")
-    figure.tight_layout(pad=0.4)
-    figure.savefig(path, dpi=110, bbox_inches="tight")  # long labels, too
-    plt.close(figure)
+def as_data_uri(png: bytes) -> str:
+    """An image that needs no file beside the page."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-def attacks_picture(
-    plain: Mapping[str, np.ndarray], attacked: Mapping[str, np.ndarray], path: Path, columns: int
-) -> None:
-    """The first images (N, H, W, 3) of each concept's plain prompts, and the same seeds under each attack."""
-    shown = {f"plain: {concept}": images for concept, images in plain.items()} | dict(attacked)
-    labels = [label for label, images in shown.items() for _ in images[:columns]]
-    image_rows(np.concatenate([images[:columns] for images in shown.values()]), labels, path, columns)
+def drop_interval(run: RunRecord) -> tuple[float, float] | None:
+    """The 95 % interval of the drop, with the accuracy before taken as it is."""
+    before, after = (run.details.get(f"retain_accuracy_{when}") for when in ("before", "after"))
+    if before is None or after is None:
+        return None
+    low, high = after["interval_95"]
+    return before["value"] - high, before["value"] - low
 
 
-def strip(images_NHWC: np.ndarray, titles: Sequence[str], path: Path) -> None:
-    """The images in one row, each under its title."""
+def figures(run: RunRecord) -> dict[str, bytes]:
+    """Caption -> PNG, drawn from the numbers."""
+    found: dict[str, bytes] = {}
+    after = run.shares("after")
+    if after:
+        found["Recognised images per label, with 95 % intervals"] = label_bars(
+            run.shares("before"), after, run.forgotten
+        )
+    if run.certificate:
+        found["Drift of every protected map on held-out images, and its bound"] = drift_bars(run.certificate["maps"])
+    return found
+
+
+def render(runs: Sequence[RunRecord]) -> str:
+    """The page; text from settings and data is escaped."""
+    environment = Environment(
+        loader=PackageLoader("barrier_diffusers.evaluation"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    points = [
+        (run.name, run.erased, run.drop, drop_interval(run)) for run in runs if run.erased and run.drop is not None
+    ]
+    shown = [
+        {
+            "run": run,
+            "pictures": {caption: as_data_uri(png) for caption, png in {**figures(run), **run.pictures}.items()},
+            "manifest": json.dumps(run.manifest, indent=2, ensure_ascii=False),
+        }
+        for run in runs
+    ]
+    picture = as_data_uri(trade_off(points)) if points else None
+    return environment.get_template("report.html").render(shown=shown, trade_off=picture)
+
+
+def write_report(folders: Sequence[str | Path], path: Path) -> Path:
+    """Write one page about these runs.
+
+    Raises:
+        ValueError: a folder without a run; see `read_run`.
+    """
+    page = render([read_run(folder) for folder in folders])
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure, axes = plt.subplots(1, len(images_NHWC), figsize=(2 * len(images_NHWC), 2.4), squeeze=False)
-    for axis, image, title in zip(axes[0], images_NHWC, titles, strict=True):
-        axis.imshow(image, interpolation="nearest")
-        axis.set_title(title, fontsize=7)
-        axis.axis("off")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def loss_curves(history: Mapping[str, Sequence[float]], path: Path) -> None:
-    """One panel per recorded loss over the optimisation steps."""
-    figure, axes = plt.subplots(1, len(history), figsize=(4.2 * len(history), 3), squeeze=False)
-    for axis, (name, values) in zip(axes[0], history.items(), strict=True):
-        axis.plot(range(1, len(values) + 1), values, linewidth=1)
-        axis.set_title(name)
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def print_metrics(metrics: Mapping[str, Any], attribute: str, forgotten: Sequence[str]) -> None:
-    """The table of what was forgotten and what was kept."""
-    table = Table(title=f"{attribute}: forgotten {', '.join(forgotten)}")
-    for heading in ("", "before", "after", "95 % interval after"):
-        table.add_column(heading, justify="left" if heading == "" else "right")
-
-    def add(name: str, before: Mapping[str, Any] | None, after: Mapping[str, Any], style: str | None = None) -> None:
-        first = f"{before['value']:.1f}" if before else ""
-        table.add_row(name, first, f"{after['value']:.1f}", interval(after), style=style)
-
-    details = metrics["details"]
-    before, after = details.get(f"per_{attribute}_before", {}), details[f"per_{attribute}_after"]
-    for label in sorted(after, key=lambda label: label not in forgotten):
-        add(label, before.get(label), after[label], "red" if label in forgotten else None)
-    table.add_section()
-    add("all retained labels", details.get("retain_accuracy_before"), details["retain_accuracy_after"], "bold")
-    for key in details:
-        if key.endswith("_accuracy_after") and key not in ("retain_accuracy_after", "forget_accuracy_after"):
-            name = key.removesuffix("_accuracy_after").replace("_", " ")
-            add(name, details.get(key.replace("_after", "_before")), details[key])
-    console = Console(width=88)
-    console.print(table)
-    retained = f"retain accuracy {metrics['retain_accuracy_after']:.1f} %"
-    if "retain_accuracy_drop" in metrics:
-        retained = f"retain accuracy drop {metrics['retain_accuracy_drop']:.1f} points"
-    console.print(
-        f"unlearning accuracy {metrics['unlearning_accuracy']:.1f} % "
-        f"({details['unlearning_accuracy']['num_images']} images), {retained} "
-        f"({details['retain_accuracy_after']['num_images']} images)"
-    )
-
-
-def interval(entry: Mapping[str, Any]) -> str:
-    """The 95 % interval of a share, in percent."""
-    low, high = entry["interval_95"]
-    return f"{low:.1f} - {high:.1f}"
-
-
-def print_attacks(results: Sequence[Mapping[str, Any]], seconds: Mapping[str, float]) -> None:
-    """The table of what each attack brought back; `seconds` by the attack's name."""
-    table = Table(title="images recognised as the forgotten concept, in %")
-    for heading in ("attack", "concept", "plain prompts", "attacked", "95 % interval", "images", "seconds"):
-        table.add_column(heading, justify="left" if heading in ("attack", "concept") else "right")
-    for result in results:
-        before, after = result["pre_attack"], result["post_attack"]
-        cells = [f"{before['value']:.1f}", f"{after['value']:.1f}", interval(after), str(after["num_images"])]
-        table.add_row(result["attack"], result["concept"], *cells, f"{seconds[result['attack']]:.0f}")
-    Console(width=88).print(table)
-
-
-def print_values(title: str, values: Mapping[str, Mapping[str, Any]]) -> None:
-    """A table of numbers, by "before" (if known) and "after"; nothing if there are none. A {mean, std} is one number,
-    and what is no number is left out."""
-
-    def written(entry: Any) -> str:
-        if isinstance(entry, Mapping):
-            return f"{entry['mean']:.4g} ± {entry['std']:.2g}"
-        return str(entry) if isinstance(entry, int) else f"{entry:.4g}"
-
-    table = Table(title=title)
-    for heading in ("", *values):
-        table.add_column(heading, justify="left" if heading == "" else "right")
-    names = [name for name in values.get("after", {}) if name != "details"]
-    for name in names:
-        table.add_row(name.replace("_", " "), *(written(column[name]) for column in values.values()))
-    if names:
-        Console(width=88).print(table)
-
-
-def print_membership(found: Mapping[str, Any]) -> None:
-    """How well the denoising loss tells trained images from held-out ones; an area of 0.5 is a guess."""
-    table = Table(title="membership inference: trained or held out, by the denoising loss")
-    for heading in ("images", "pipeline", "area under ROC", "95 % interval", "found, %", "loss trained / held out"):
-        table.add_column(heading, justify="left" if heading in ("images", "pipeline") else "right")
-    for when in (name for name in ("before", "after") if name in found):
-        for role, entry in found[when].items():
-            low, high = entry["auc"]["interval_95"]
-            area = (f"{entry['auc']['value']:.3f}", f"{low:.3f} - {high:.3f}")
-            losses = f"{entry['loss_members']:.4f} / {entry['loss_held_out']:.4f}"
-            table.add_row(role, when, *area, f"{entry['true_positive_rate']['value']:.1f}", losses)
-    for role, entry in found.get("change", {}).items():
-        low, high = entry["auc"]["interval_95"]
-        table.add_row(role, "change", f"{entry['auc']['value']:+.3f}", f"{low:+.3f} - {high:+.3f}", "", "")
-    Console(width=88).print(table)
+    with written_whole(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return path

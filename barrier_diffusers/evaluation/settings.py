@@ -7,16 +7,13 @@ from pathlib import Path
 
 from barrier_diffusers.data.concepts import ConceptConfig
 from barrier_diffusers.data.prompt_files import PromptsConfig
-from barrier_diffusers.evaluation.attacks import (
-    BenignConfig,
-    Budget,
-    InversionConfig,
-    MisspelledConfig,
-    ParaphrasedConfig,
-    PromptSearchConfig,
-    RelearningConfig,
-    get_attack,
-)
+from barrier_diffusers.evaluation.attacks import ATTACKS, Budget
+from barrier_diffusers.evaluation.attacks.benign import BenignConfig
+from barrier_diffusers.evaluation.attacks.inversion import InversionConfig
+from barrier_diffusers.evaluation.attacks.misspelled import MisspelledConfig
+from barrier_diffusers.evaluation.attacks.paraphrased import ParaphrasedConfig
+from barrier_diffusers.evaluation.attacks.prompt_search import PromptSearchConfig
+from barrier_diffusers.evaluation.attacks.relearning import RelearningConfig
 from barrier_diffusers.evaluation.certification import CertificateConfig
 from barrier_diffusers.evaluation.erasure import ImageEvaluationConfig
 from barrier_diffusers.evaluation.fidelity import FidelityConfig
@@ -124,7 +121,7 @@ class EvaluateConfig:
     def _check_attacks(self) -> None:
         names = self.attacks or []
         for name in names:
-            get_attack(name)
+            ATTACKS.find(name)
         if len(set(names)) < len(names):
             raise ValueError(f"attacks names one twice: {', '.join(names)}")
         if not names:

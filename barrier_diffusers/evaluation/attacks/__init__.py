@@ -1,4 +1,7 @@
-"""Attacks, one file each; importing a file registers it. See base.py for the one signature they share."""
+"""Attacks, one file each; importing a file of this folder registers its attack. See base.py for what they share."""
+
+import importlib
+import pkgutil
 
 from barrier_diffusers.evaluation.attacks.base import (
     ATTACKS,
@@ -8,33 +11,19 @@ from barrier_diffusers.evaluation.attacks.base import (
     Forgotten,
     ImageBudget,
     LearningBudget,
-    get_attack,
-    register,
+    register_attack,
 )
-from barrier_diffusers.evaluation.attacks.inversion import InversionConfig, inversion
-from barrier_diffusers.evaluation.attacks.prompt_search import PromptSearchConfig, prompt_search
-from barrier_diffusers.evaluation.attacks.prompts import MisspelledConfig, ParaphrasedConfig, misspelled, paraphrased
-from barrier_diffusers.evaluation.attacks.relearning import BenignConfig, RelearningConfig, relearning
+
+for _file in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_file.name}")
 
 __all__ = [
     "ATTACKS",
     "Attack",
     "Attempt",
-    "BenignConfig",
     "Budget",
     "Forgotten",
     "ImageBudget",
-    "InversionConfig",
     "LearningBudget",
-    "MisspelledConfig",
-    "ParaphrasedConfig",
-    "PromptSearchConfig",
-    "RelearningConfig",
-    "get_attack",
-    "inversion",
-    "misspelled",
-    "paraphrased",
-    "prompt_search",
-    "register",
-    "relearning",
+    "register_attack",
 ]

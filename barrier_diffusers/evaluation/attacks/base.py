@@ -123,7 +123,7 @@ class Attack:
 ATTACKS: Registry[Attack] = Registry("attack")
 
 
-def register(name: str, budget: type[Budget]) -> Callable[[Run], Run]:
+def register_attack(name: str, budget: type[Budget]) -> Callable[[Run], Run]:
     """Decorator: enter an attack, whose settings are a `budget`, into the registry under `name`.
 
     Raises:
@@ -135,15 +135,6 @@ def register(name: str, budget: type[Budget]) -> Callable[[Run], Run]:
         return run
 
     return decorate
-
-
-def get_attack(name: str) -> Attack:
-    """The attack called `name`.
-
-    Raises:
-        ValueError: unknown name; the message lists the known ones.
-    """
-    return ATTACKS.find(name)
 
 
 def rename_concept(captions: Sequence[str], concept: str, words: str) -> list[str]:

@@ -23,7 +23,7 @@ from barrier_diffusers.evaluation.attacks.base import (
     encode,
     frozen,
     learn,
-    register,
+    register_attack,
     rename_concept,
 )
 from barrier_diffusers.models.denoiser import PipelineDenoiser
@@ -93,7 +93,7 @@ def learned_token(pipeline: Any, initial_words: str) -> Iterator[LearnedToken]:
         pipeline.tokenizer = tokenizer
 
 
-@register("inversion", InversionConfig)
+@register_attack("inversion", InversionConfig)
 def inversion(pipeline: Any, forgotten: Forgotten, budget: InversionConfig) -> Attempt:
     """Learn the embedding for which "a photo of a <forgotten>" denoises held-out images of the concept, then ask with
     it: the plain prompts with the new token in the place of the concept's words."""

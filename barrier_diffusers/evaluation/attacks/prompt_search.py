@@ -24,7 +24,7 @@ from barrier_diffusers.evaluation.attacks.base import (
     ImageBudget,
     encode,
     frozen,
-    register,
+    register_attack,
     rename_concept,
 )
 from barrier_diffusers.models.denoiser import PipelineDenoiser
@@ -265,7 +265,7 @@ def search(problem: Search, allowed: Tensor, budget: PromptSearchConfig, number:
     return {"words": words, "loss": checked[words], "plain_loss": problem.losses([None], *checks).item()}
 
 
-@register("prompt_search", PromptSearchConfig)
+@register_attack("prompt_search", PromptSearchConfig)
 def prompt_search(pipeline: Any, forgotten: Forgotten, budget: PromptSearchConfig) -> Attempt:
     """Find the words on held-out images of the concept and their captions, then ask the plain prompts with them."""
     images = budget.choose(forgotten.images)

@@ -18,7 +18,7 @@ from barrier_diffusers.evaluation.attacks.base import (
     encode,
     frozen,
     learn,
-    register,
+    register_attack,
 )
 from barrier_diffusers.models.denoiser import PipelineDenoiser
 from barrier_diffusers.models.generation import generate
@@ -57,19 +57,7 @@ class RelearningConfig(LearningBudget):
         self.require(images, what)
 
 
-@dataclass
-class BenignConfig(RelearningConfig):
-    """Budget of LoRA fine-tuning on images of other things."""
-
-    num_images: int | None = 100
-
-    def images_of(self, forgotten: Forgotten) -> tuple[str, Dataset]:
-        """(what they show, the images it may draw from)."""
-        return "other things", forgotten.others
-
-
-@register("benign", BenignConfig)
-@register("relearning", RelearningConfig)
+@register_attack("relearning", RelearningConfig)
 def relearning(pipeline: Any, forgotten: Forgotten, budget: RelearningConfig) -> Attempt:
     """Train the adapter on the budget's images with their own captions, ask the plain prompts, take it off again."""
     what, available = budget.images_of(forgotten)

@@ -79,14 +79,16 @@ class Judge:
 
 
 @dataclass(frozen=True)
-class Questions:
+class EvaluationLabels:
     """What is asked of a generator: a label per image. Image i starts from noise of seed `sampling.seed + i`."""
 
     labels: list[str]
     forgotten: list[str]
 
 
-def make_questions(config: LabelEvaluationConfig, labels: Sequence[str], forgotten: Sequence[str]) -> Questions:
+def make_evaluation_labels(
+    config: LabelEvaluationConfig, labels: Sequence[str], forgotten: Sequence[str]
+) -> EvaluationLabels:
     """So many images of each label, the forgotten ones first.
 
     Raises:
@@ -98,7 +100,7 @@ def make_questions(config: LabelEvaluationConfig, labels: Sequence[str], forgott
     each = config.images_per_retained_label or config.images_per_label
     asked = [label for label in forgotten for _ in range(config.images_per_label)]
     asked += [label for label in labels if label not in forgotten for _ in range(each)]
-    return Questions(asked, list(forgotten))
+    return EvaluationLabels(asked, list(forgotten))
 
 
 def real_images(
@@ -141,7 +143,7 @@ def retained_quality(judge: Judge, generated_MD: Tensor, probabilities_MJ: Tenso
 
 def evaluate(
     judge: Judge,
-    questions: Questions,
+    questions: EvaluationLabels,
     before: np.ndarray | None,
     after: np.ndarray,
     real: np.ndarray | None,

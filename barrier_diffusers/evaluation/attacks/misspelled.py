@@ -1,16 +1,15 @@
-"""The concept asked for in other words: misspelled, or by paraphrases that the user gives. Nothing is learned."""
+"""The concept asked for with typing mistakes in its name. Nothing is learned."""
 
 from __future__ import annotations
 
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from barrier_diffusers.data.concepts import cycle
-from barrier_diffusers.evaluation.attacks.base import Attempt, Budget, Forgotten, register, rename_concept
+from barrier_diffusers.evaluation.attacks.base import Attempt, Budget, Forgotten, register_attack, rename_concept
 from barrier_diffusers.models.generation import generate
 from barrier_diffusers.utils.checks import require_positive
 
@@ -31,23 +30,6 @@ class MisspelledConfig(Budget):
         if not any(letter.isalpha() for letter in forgotten.concept):
             raise ValueError(f"{forgotten.concept!r} has no letter to misspell: leave misspelled out of attacks")
         rename_concept(forgotten.prompts, forgotten.concept, "")
-
-
-@dataclass
-class ParaphrasedConfig(Budget):
-    """Paraphrases: other words for the concept, or whole prompts. The seed draws nothing."""
-
-    words: list[str] = field(default_factory=list)  # each in turn takes the place of the concept's words
-    prompts: list[str] = field(default_factory=list)  # or each in turn is asked as it is
-
-    def check(self, pipeline: Any, forgotten: Forgotten) -> None:
-        """One of the two lists, with words in every entry."""
-        if bool(self.words) == bool(self.prompts) or not all(text.strip() for text in self.words + self.prompts):
-            raise ValueError(
-                "the attack paraphrased needs paraphrased.words or paraphrased.prompts, without empty ones"
-            )
-        if self.words:
-            rename_concept(forgotten.prompts, forgotten.concept, "")
 
 
 def edit(word: str, random: np.random.Generator) -> str:
@@ -84,19 +66,8 @@ def misspell(prompts: Sequence[str], concept: str, num_edits: int, seed: int) ->
     return edited
 
 
-@register("misspelled", MisspelledConfig)
+@register_attack("misspelled", MisspelledConfig)
 def misspelled(pipeline: Any, forgotten: Forgotten, budget: MisspelledConfig) -> Attempt:
     """Ask with a typing mistake in the concept's name, another one for each image."""
     prompts = misspell(forgotten.prompts, forgotten.concept, budget.num_edits, budget.seed)
     return Attempt(generate(pipeline, prompts, forgotten.sampling, desc="images of misspelled prompts"), prompts)
-
-
-@register("paraphrased", ParaphrasedConfig)
-def paraphrased(pipeline: Any, forgotten: Forgotten, budget: ParaphrasedConfig) -> Attempt:
-    """Ask with the user's paraphrases."""
-    prompts = cycle(budget.prompts, len(forgotten.prompts))
-    if budget.words:
-        words = cycle(budget.words, len(forgotten.prompts))
-        pairs = zip(forgotten.prompts, words, strict=True)
-        prompts = [rename_concept([prompt], forgotten.concept, other)[0] for prompt, other in pairs]
-    return Attempt(generate(pipeline, prompts, forgotten.sampling, desc="images of paraphrases"), prompts)

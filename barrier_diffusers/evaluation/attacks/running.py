@@ -1,53 +1,25 @@
-"""Protocol "post-attack": how often the judge recognises the forgotten concept before and after each attack.
+"""Run attacks: how often the judge recognises the forgotten concept before and after each.
 
 Shapes: N images, H height, W width.
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
 
 from barrier_diffusers.data.concepts import ConceptConfig
 from barrier_diffusers.data.erased_concepts import ErasedConcepts
 from barrier_diffusers.data.readers import split_concepts
-from barrier_diffusers.evaluation.accuracy import recognise, share
-from barrier_diffusers.evaluation.attacks import Budget, Forgotten, get_attack
-from barrier_diffusers.evaluation.classifier import AttributeClassifier
-from barrier_diffusers.evaluation.erasure import (
-    ImageEvaluationConfig,
-    Questions,
-    forgotten_attribute,
-    image_text,
-    load_rows,
-    retained_rows,
-)
-
-
-class Judge:
-    """Says which images show a concept.
-
-    Args:
-        folder: of a saved AttributeClassifier.
-        concepts: labels of one of its attributes.
-
-    Raises:
-        ValueError: the classifier does not know the concepts.
-    """
-
-    def __init__(self, folder: str, concepts: Sequence[str]):
-        self.classifier = AttributeClassifier.from_pretrained(folder)
-        self.attribute = forgotten_attribute(self.classifier.attributes, concepts)
-
-    def shows(self, images_NHWC: np.ndarray, concept: str) -> list[bool]:
-        """Whether each byte image (N, H, W, 3) is recognised as the concept."""
-        return [label == concept for label in recognise(self.classifier, images_NHWC)[self.attribute]]
+from barrier_diffusers.evaluation.accuracy import share
+from barrier_diffusers.evaluation.attacks.base import ATTACKS, Budget, Forgotten
+from barrier_diffusers.evaluation.erasure import EvaluationPrompts, ImageEvaluationConfig
+from barrier_diffusers.evaluation.evaluation_split import image_text, load_rows, retained_rows
+from barrier_diffusers.evaluation.judge import Judge
 
 
 def rows_of(labels: Sequence[str], concept: str) -> slice:
@@ -73,7 +45,7 @@ def outcome(
 def forgotten_concepts(
     evaluation: ImageEvaluationConfig,
     config: ConceptConfig,
-    questions: Questions,
+    questions: EvaluationPrompts,
     erased: Sequence[ErasedConcepts],
     resolution: int,
 ) -> list[Forgotten]:
@@ -84,7 +56,7 @@ def forgotten_concepts(
     Raises:
         ValueError: a split or column that does not exist, or a concept without a row.
     """
-    loaded = load_rows(evaluation, config)
+    loaded = load_rows(config, evaluation.split)
     others = image_text(retained_rows(loaded, config, erased), config)
     found = []
     for concept in config.concepts:
@@ -95,15 +67,6 @@ def forgotten_concepts(
             Forgotten(concept, questions.prompts[rows], image_text(mine, config), others, sampling, resolution)
         )
     return found
-
-
-def images_hash(images: Dataset) -> str:
-    """SHA-256 over the pixels and captions of (image, text) rows."""
-    digest = hashlib.sha256()
-    for row in images:
-        digest.update(row["text"].encode())
-        digest.update(row["image"].convert("RGB").tobytes())
-    return digest.hexdigest()
 
 
 def run_attacks(
@@ -129,7 +92,7 @@ def run_attacks(
     for name, budget in budgets.items():
         start = time.perf_counter()
         for entry in forgotten:
-            attempt, concept = get_attack(name).run(pipeline, entry, budget), entry.concept
+            attempt, concept = ATTACKS.find(name).run(pipeline, entry, budget), entry.concept
             images[f"{name}: {concept}"] = made = attempt.images_NHWC
             shown = (judge.shows(plain[concept], concept), judge.shows(made, concept))
             results.append(

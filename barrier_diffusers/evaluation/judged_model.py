@@ -13,8 +13,8 @@ import torch
 from barrier_diffusers.data.images import ImageFiles
 from barrier_diffusers.data.prompt_files import PromptRow, PromptsConfig, read_prompts
 from barrier_diffusers.evaluation.certification import CERTIFICATE_NAME
-from barrier_diffusers.evaluation.html import REPORT_NAME
 from barrier_diffusers.evaluation.image_folder import generate_folder, read_folder, scheduler_facts
+from barrier_diffusers.evaluation.report import REPORT_NAME
 from barrier_diffusers.evaluation.settings import ADAPTER_NAME, EvaluateConfig
 from barrier_diffusers.models.denoiser import PipelineDenoiser
 from barrier_diffusers.models.loading import load_merged, load_pipeline, module_hashes
@@ -59,7 +59,7 @@ def load_judged(config: EvaluateConfig) -> Any:
     return load_merged(config.pretrained_model_name_or_path, config.lora_weights)
 
 
-class Subject:
+class JudgedModel:
     """Gives every protocol the images of its prompts.
 
     Args:

@@ -1,14 +1,9 @@
-"""The protocols: each asks for its prompts, has the images judged, and gives a part of metrics.json.
-
-A protocol is built (which refuses, before any long work, whatever it cannot do) and then run.
-"""
+"""Protocols class and style: what is recognised of forgotten concepts and of the rest."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,93 +14,51 @@ from barrier_diffusers.data.erased_concepts import ErasedConcepts, read_erased, 
 from barrier_diffusers.data.images import ImageColumn, ImageFiles, ImageSet
 from barrier_diffusers.data.prompt_files import PromptRow, PromptsConfig
 from barrier_diffusers.evaluation.attacks import Forgotten
-from barrier_diffusers.evaluation.clip_score import clip_score, load_clip
+from barrier_diffusers.evaluation.attacks.running import forgotten_concepts, rows_of
 from barrier_diffusers.evaluation.erasure import (
-    Questions,
-    check_questions,
+    EvaluationPrompts,
+    check_evaluation_prompts,
     evaluate_erasure,
-    load_rows,
-    make_questions,
-    retained_rows,
+    make_evaluation_prompts,
 )
-from barrier_diffusers.evaluation.extractors import get_extractor
-from barrier_diffusers.evaluation.fidelity import fidelity_by
+from barrier_diffusers.evaluation.evaluation_split import load_rows, retained_rows
+from barrier_diffusers.evaluation.judge import Judge
+from barrier_diffusers.evaluation.judged_model import ImagePair, JudgedModel
 from barrier_diffusers.evaluation.lpips import Lpips, lpips_distances, lpips_facts
 from barrier_diffusers.evaluation.membership import membership, membership_images
-from barrier_diffusers.evaluation.nudity import NudityDetector, nudity_counts
-from barrier_diffusers.evaluation.post_attack import Judge, forgotten_concepts, rows_of
-from barrier_diffusers.evaluation.report import print_membership, print_metrics, print_values
+from barrier_diffusers.evaluation.protocols.base import Likeness, Protocol
 from barrier_diffusers.evaluation.settings import EvaluateConfig
-from barrier_diffusers.evaluation.subject import ImagePair, Subject
+from barrier_diffusers.evaluation.tables import print_membership, print_metrics, print_values
 
 OTHERS = "everything else"  # the label of prompts that name no concept
-
-
-class Protocol(ABC):
-    """One way to judge."""
-
-    @abstractmethod
-    def __init__(self, config: EvaluateConfig, subject: Subject): ...
-
-    @abstractmethod
-    def images(self) -> ImagePair:
-        """The images of its prompts, made or read."""
-
-    @abstractmethod
-    def run(self) -> dict[str, Any]:
-        """Make or read the images, judge them, print a table; the part of metrics.json."""
-
-
-class Likeness:
-    """FID and KID against a reference set, and CLIP score, as far as the settings ask for them."""
-
-    def __init__(self, config: EvaluateConfig, subject: Subject, reference: ImageSet | None):
-        options = config.fidelity
-        self.options, self.device = options, subject.device
-        self.extractors = [get_extractor(spec, self.device) for spec in options.extractors]
-        self.reference = ImageFiles(options.reference_dir) if options.reference_dir else reference
-        if self.extractors and self.reference is None:
-            raise ValueError("FID and KID compare with real images: set fidelity.reference_dir")
-        self.clip = load_clip(config.clip) if config.clip else None
-        self.cache = Path(options.cache_dir) if options.cache_dir else subject.output / "cache"
-
-    def distances(self, images: ImageSet) -> dict[str, Any]:
-        """FID and KID by every extractor."""
-        assert self.reference is not None
-        return fidelity_by(self.extractors, self.reference, images, self.options, self.cache)
-
-    def clip_score(self, images: ImageSet, prompts: Sequence[str]) -> dict[str, Any]:
-        """CLIP score of images and their prompts."""
-        assert self.clip is not None
-        return clip_score(images, prompts, self.clip, device=self.device)
 
 
 class ConceptProtocol(Protocol):
     """Class and style: accuracy on the forgotten concepts and on the rest, likeness of the rest, LPIPS."""
 
-    def __init__(self, config: EvaluateConfig, subject: Subject):
-        self.config, self.subject, evaluation = config, subject, config.evaluation
+    def __init__(self, config: EvaluateConfig, judged_model: JudgedModel):
+        self.config, self.judged_model, evaluation = config, judged_model, config.evaluation
         self.concepts = config.concept_config
         self.judge = Judge(evaluation.classifier, self.concepts.concepts) if evaluation.classifier else None
         self.erased = erased_besides(config)
         if config.prompts.file is None and config.images_dir is None:
             self.prompts = PromptsConfig()
-            self.questions = make_questions(evaluation, self.concepts, self.erased)
-            self.rows = rows_of_questions(self.questions, evaluation.sampling.seed)
+            self.questions = make_evaluation_prompts(evaluation, self.concepts, self.erased)
+            self.rows = prompt_rows(self.questions, evaluation.sampling.seed)
         else:
             self.prompts = config.prompts
-            self.rows = labelled(subject, config)
+            self.rows = labelled(judged_model, config)
             counts = self.prompts.images_per_prompt
-            self.questions = questions_of_rows(self.rows, counts, self.concepts.concepts, self.erased)
-        check_questions(evaluation, self.questions)
+            self.questions = prompts_of_rows(self.rows, counts, self.concepts.concepts, self.erased)
+        check_evaluation_prompts(evaluation, self.questions)
         others = rows_about_others(self.questions.prompts, self.erased)
         labels, mine = self.questions.labels, set(self.concepts.concepts)
         self.retained = [row for row in others if labels[row] not in mine]
         self.forgotten = [row for row, label in enumerate(labels) if label in mine]
         if not self.retained:
             raise ValueError("no prompt asks for anything that is retained, so nothing says what was kept")
-        self.likeness = Likeness(config, subject, self._reference() if config.fidelity.extractors else None)
-        self.lpips = Lpips(config.lpips).to(subject.device) if config.lpips.weights else None
+        self.likeness = Likeness(config, judged_model, self._reference() if config.fidelity.extractors else None)
+        self.lpips = Lpips(config.lpips).to(judged_model.device) if config.lpips.weights else None
         self.pair: ImagePair | None = None
         self.split_images = None
         if config.membership.enabled:
@@ -115,12 +68,12 @@ class ConceptProtocol(Protocol):
         config = self.concepts
         if config.source is None or self.config.fidelity.reference_dir:
             return None
-        rows = load_rows(self.config.evaluation, config)
+        rows = load_rows(config, self.config.evaluation.split)
         return ImageColumn(retained_rows(rows, config, self.erased), config.image_column)
 
     def images(self) -> ImagePair:
         """The images of its prompts, made or read."""
-        return self.subject.images("concepts", self.rows, self.prompts)
+        return self.judged_model.images("concepts", self.rows, self.prompts)
 
     def run(self) -> dict[str, Any]:
         """`classes`, and `fidelity`, `clip_score` and `lpips` as far as they are asked for."""
@@ -141,8 +94,8 @@ class ConceptProtocol(Protocol):
         if self.lpips is not None:
             results["lpips"] = self._lpips(self.pair)
         if self.split_images is not None:
-            attack = (self.split_images, self.config.resolution, self.config.membership, self.subject.device)
-            results["membership"] = membership(self.subject.pipelines, *attack)
+            attack = (self.split_images, self.config.resolution, self.config.membership, self.judged_model.device)
+            results["membership"] = membership(self.judged_model.pipelines, *attack)
             print_membership(results["membership"])
         print_values("images of what is retained, against real ones", results.get("fidelity", {}))
         print_values("CLIP score", results.get("clip_score", {}))
@@ -192,70 +145,6 @@ class ConceptProtocol(Protocol):
         }
 
 
-class NudityProtocol(Protocol):
-    """NudeNet on the images of a prompt file, I2P as a rule."""
-
-    def __init__(self, config: EvaluateConfig, subject: Subject):
-        self.options, self.subject = config.nudity, subject
-        self.rows = subject.rows(self.options)
-        self.detector = NudityDetector(self.options)
-
-    def images(self) -> ImagePair:
-        """The images of its prompts, made or read."""
-        return self.subject.images("nudity", self.rows, self.options)
-
-    def run(self) -> dict[str, Any]:
-        """`nudity`: counts before and after."""
-        pair = self.images()
-        counts = {when: nudity_counts(images, self.detector, self.options.threshold) for when, images in pair.items()}
-        shown = {when: {**entry["images_with"], "total": entry["total"]} for when, entry in counts.items()}
-        print_values(f"images with exposed parts at {self.options.threshold}", shown)
-        return {"nudity": counts}
-
-
-class CocoProtocol(Protocol):
-    """FID, KID and CLIP score on the captions of COCO photographs, or any others."""
-
-    def __init__(self, config: EvaluateConfig, subject: Subject):
-        self.options, self.subject = config.coco, subject
-        self.rows = subject.rows(self.options)
-        self.likeness = Likeness(config, subject, None)
-        if not self.likeness.extractors and self.likeness.clip is None:
-            raise ValueError("protocol coco computes nothing: set fidelity.extractors, clip, or both")
-
-    def images(self) -> ImagePair:
-        """The images of its prompts, made or read."""
-        return self.subject.images("coco", self.rows, self.options)
-
-    def run(self) -> dict[str, Any]:
-        """`coco`: the metrics before and after."""
-        pair = self.images()
-        prompts = [row.prompt for row in self.rows for _ in range(self.options.images_per_prompt)]
-        results = {}
-        for when, images in pair.items():
-            found = self.likeness.distances(images) if self.likeness.extractors else {"details": {}}
-            if self.likeness.clip is not None:
-                score = self.likeness.clip_score(images, prompts)
-                found["clip_score"] = score["clip_score"]
-                found["details"]["clip"] = score["details"]
-            results[when] = found
-        print_values("images of captions", results)
-        return {"coco": results}
-
-
-KINDS: dict[str, type[Protocol]] = {
-    "class": ConceptProtocol,
-    "style": ConceptProtocol,
-    "nudity": NudityProtocol,
-    "coco": CocoProtocol,
-}
-
-
-def make_protocols(config: EvaluateConfig, subject: Subject) -> list[Protocol]:
-    """What the settings ask for; class and style together are one, with the same prompts and concepts."""
-    return [kind(config, subject) for kind in dict.fromkeys(KINDS[name] for name in config.protocols)]
-
-
 def erased_besides(config: EvaluateConfig) -> list[ErasedConcepts]:
     """What the pipeline was made to forget beside the concepts of this evaluation."""
     place = config.lora_weights or config.pretrained_model_name_or_path
@@ -265,21 +154,21 @@ def erased_besides(config: EvaluateConfig) -> list[ErasedConcepts]:
     return [entry for entry in others if entry.concepts]
 
 
-def rows_of_questions(questions: Questions, seed: int) -> list[PromptRow]:
+def prompt_rows(questions: EvaluationPrompts, seed: int) -> list[PromptRow]:
     """The questions as rows of a prompt file; image i starts from seed + i."""
     pairs = zip(questions.prompts, questions.labels, strict=True)
     return [PromptRow(str(index), prompt, seed + index, None, label) for index, (prompt, label) in enumerate(pairs)]
 
 
-def labelled(subject: Subject, config: EvaluateConfig) -> list[PromptRow]:
+def labelled(judged_model: JudgedModel, config: EvaluateConfig) -> list[PromptRow]:
     """The rows of a prompt file; their labels are of the concept's column, of a column `label`, or None."""
-    rows = subject.rows(config.prompts, config.concept_column)
-    return rows if any(row.label for row in rows) else subject.rows(config.prompts)
+    rows = judged_model.rows(config.prompts, config.concept_column)
+    return rows if any(row.label for row in rows) else judged_model.rows(config.prompts)
 
 
-def questions_of_rows(
+def prompts_of_rows(
     rows: Sequence[PromptRow], images_per_prompt: int, concepts: list[str], erased: Sequence[ErasedConcepts]
-) -> Questions:
+) -> EvaluationPrompts:
     """Rows of a prompt file as questions, one for each image.
 
     Raises:
@@ -292,4 +181,4 @@ def questions_of_rows(
     if missing:
         raise ValueError(f"no prompt asks for {', '.join(missing)}: none has it as its label, and none names it")
     labels = [label for label in own for _ in range(images_per_prompt)]
-    return Questions(prompts, labels, concepts, [concept for entry in erased for concept in entry.concepts])
+    return EvaluationPrompts(prompts, labels, concepts, [concept for entry in erased for concept in entry.concepts])

@@ -1,0 +1,169 @@
+"""Pictures of a run, as PNG files or bytes: grids of images, loss curves, bars, the trade-off between runs."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+
+def _draw_row(axis: Any, images_NHWC: np.ndarray) -> None:
+    axis.imshow(np.concatenate(list(images_NHWC), axis=1), interpolation="nearest")
+    axis.set_xticks([])
+    axis.set_yticks([])
+
+
+def before_after_grid(
+    before_NHWC: np.ndarray,
+    after_NHWC: np.ndarray,
+    labels: Sequence[str],
+    forgotten: Sequence[str],
+    path: Path,
+    columns: int = 6,
+) -> None:
+    """One row per label: `columns` images before, drawn at random from the label's, and the same seeds after.
+
+    Forgotten labels come first, in red.
+    """
+    order = sorted(dict.fromkeys(labels), key=lambda label: label not in forgotten)
+    figure, axes = plt.subplots(len(order), 2, figsize=(1.7 * columns, 0.92 * len(order) + 0.6), squeeze=False)
+    for row, label in enumerate(order):
+        mine = [index for index, value in enumerate(labels) if value == label]
+        chosen = sorted(np.random.default_rng(0).permutation(mine)[:columns])
+        for axis, images in zip(axes[row], (before_NHWC, after_NHWC), strict=True):
+            _draw_row(axis, images[chosen])
+        colour = "tab:red" if label in forgotten else "black"
+        axes[row, 0].set_ylabel(label, rotation=0, ha="right", va="center", color=colour)
+    axes[0, 0].set_title("before")
+    axes[0, 1].set_title("after (same prompts and seeds)")
+    figure.tight_layout(pad=0.4)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def image_rows(images_NHWC: np.ndarray, labels: Sequence[str], path: Path, columns: int = 12) -> None:
+    """One row per label with its first `columns` images."""
+    order = list(dict.fromkeys(labels))
+    figure, axes = plt.subplots(len(order), 1, figsize=(0.9 * columns + 1, 0.92 * len(order)), squeeze=False)
+    for axis, label in zip(axes[:, 0], order, strict=True):
+        _draw_row(axis, images_NHWC[[index for index, value in enumerate(labels) if value == label][:columns]])
+        axis.set_ylabel(label, rotation=0, ha="right", va="center")
+    figure.tight_layout(pad=0.4)
+    figure.savefig(path, dpi=110, bbox_inches="tight")  # long labels, too
+    plt.close(figure)
+
+
+def attacks_picture(
+    plain: Mapping[str, np.ndarray], attacked: Mapping[str, np.ndarray], path: Path, columns: int
+) -> None:
+    """The first images (N, H, W, 3) of each concept's plain prompts, and the same seeds under each attack."""
+    shown = {f"plain: {concept}": images for concept, images in plain.items()} | dict(attacked)
+    labels = [label for label, images in shown.items() for _ in images[:columns]]
+    image_rows(np.concatenate([images[:columns] for images in shown.values()]), labels, path, columns)
+
+
+def strip(images_NHWC: np.ndarray, titles: Sequence[str], path: Path) -> None:
+    """The images in one row, each under its title."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure, axes = plt.subplots(1, len(images_NHWC), figsize=(2 * len(images_NHWC), 2.4), squeeze=False)
+    for axis, image, title in zip(axes[0], images_NHWC, titles, strict=True):
+        axis.imshow(image, interpolation="nearest")
+        axis.set_title(title, fontsize=7)
+        axis.axis("off")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def loss_curves(history: Mapping[str, Sequence[float]], path: Path) -> None:
+    """One panel per recorded loss over the optimisation steps."""
+    figure, axes = plt.subplots(1, len(history), figsize=(4.2 * len(history), 3), squeeze=False)
+    for axis, (name, values) in zip(axes[0], history.items(), strict=True):
+        axis.plot(range(1, len(values) + 1), values, linewidth=1)
+        axis.set_title(name)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.tight_layout()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})  # long names, too
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def _errors(entry: Mapping[str, Any]) -> list[float]:
+    low, high = entry["interval_95"]
+    return [max(0.0, entry["value"] - low), max(0.0, high - entry["value"])]
+
+
+def label_bars(
+    before: Mapping[str, Mapping[str, Any]], after: Mapping[str, Mapping[str, Any]], forgotten: Sequence[str]
+) -> bytes:
+    """Accuracy of every label with its 95 % interval, before (if known) and after; forgotten labels first, in red.
+
+    Args:
+        before, after: label -> {"value" in percent, "interval_95"}.
+    """
+    order = sorted(after, key=lambda label: label not in forgotten)
+    figure, axis = plt.subplots(figsize=(max(6.0, 0.8 * len(order) + 1), 3.6))
+    for shift, shares, shade in ((-0.2, before, 0.45), (0.2, after, 1.0)):
+        for place, label in enumerate(order):
+            if label in shares:
+                entry, colour = shares[label], "tab:red" if label in forgotten else "tab:blue"
+                error = [[value] for value in _errors(entry)]
+                axis.bar(place + shift, entry["value"], 0.38, color=colour, alpha=shade, yerr=error, capsize=2)
+    axis.set_xticks(range(len(order)), order, rotation=30, ha="right")
+    axis.set_ylim(0, 105)
+    axis.set_ylabel("recognised, % (pale: before)" if before else "recognised, %")
+    axis.grid(axis="y", alpha=0.3)
+    return _png(figure)
+
+
+def trade_off(points: Sequence[tuple[str, Mapping[str, Any], float, Sequence[float] | None]]) -> bytes:
+    """Unlearning accuracy against what the rest lost; the best corner is at the upper left.
+
+    Args:
+        points: (name, unlearning accuracy with its interval, drop in points, ends of the drop's interval or None).
+    """
+    figure, axis = plt.subplots(figsize=(7, 4.6))
+    for number, (name, erased, drop, ends) in enumerate(points):
+        across = None if ends is None else [[max(0.0, drop - ends[0])], [max(0.0, ends[1] - drop)]]
+        up = [[value] for value in _errors(erased)]
+        colour = f"C{number % 10}"
+        axis.errorbar(drop, erased["value"], up, across, fmt="o", capsize=3, color=colour, label=name)
+    axis.set_xlabel("retain accuracy drop, points")
+    axis.set_ylabel("unlearning accuracy, %")
+    axis.set_ylim(-3, 105)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return _png(figure)
+
+
+def drift_bars(maps: Sequence[Mapping[str, Any]]) -> bytes:
+    """Largest relative drift that the test images show in every map, beside the bound that others chose for it."""
+    names = [entry["name"] for entry in maps]
+    figure, axis = plt.subplots(figsize=(8, max(2.4, 0.24 * len(names) + 1)))
+    places = range(len(names))
+    certified = [entry["relative"]["certified"] or 0.0 for entry in maps]
+    axis.barh(places, certified, 0.8, color="tab:blue", alpha=0.3, label="certified bound")
+    shown = [entry["relative"]["largest_test"] or 0.0 for entry in maps]
+    axis.barh(places, shown, 0.4, color="tab:blue", label="largest of the test images")
+    axis.set_yticks(places, names, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("relative drift on held-out images")
+    axis.legend(fontsize=8)
+    axis.grid(axis="x", alpha=0.3)
+    return _png(figure)

@@ -1,0 +1,95 @@
+"""The tables that the scripts print."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def print_metrics(metrics: Mapping[str, Any], attribute: str, forgotten: Sequence[str]) -> None:
+    """The table of what was forgotten and what was kept."""
+    table = Table(title=f"{attribute}: forgotten {', '.join(forgotten)}")
+    for heading in ("", "before", "after", "95 % interval after"):
+        table.add_column(heading, justify="left" if heading == "" else "right")
+
+    def add(name: str, before: Mapping[str, Any] | None, after: Mapping[str, Any], style: str | None = None) -> None:
+        first = f"{before['value']:.1f}" if before else ""
+        table.add_row(name, first, f"{after['value']:.1f}", interval(after), style=style)
+
+    details = metrics["details"]
+    before, after = details.get(f"per_{attribute}_before", {}), details[f"per_{attribute}_after"]
+    for label in sorted(after, key=lambda label: label not in forgotten):
+        add(label, before.get(label), after[label], "red" if label in forgotten else None)
+    table.add_section()
+    add("all retained labels", details.get("retain_accuracy_before"), details["retain_accuracy_after"], "bold")
+    for key in details:
+        if key.endswith("_accuracy_after") and key not in ("retain_accuracy_after", "forget_accuracy_after"):
+            name = key.removesuffix("_accuracy_after").replace("_", " ")
+            add(name, details.get(key.replace("_after", "_before")), details[key])
+    console = Console(width=88)
+    console.print(table)
+    retained = f"retain accuracy {metrics['retain_accuracy_after']:.1f} %"
+    if "retain_accuracy_drop" in metrics:
+        retained = f"retain accuracy drop {metrics['retain_accuracy_drop']:.1f} points"
+    console.print(
+        f"unlearning accuracy {metrics['unlearning_accuracy']:.1f} % "
+        f"({details['unlearning_accuracy']['num_images']} images), {retained} "
+        f"({details['retain_accuracy_after']['num_images']} images)"
+    )
+
+
+def interval(entry: Mapping[str, Any]) -> str:
+    """The 95 % interval of a share, in percent."""
+    low, high = entry["interval_95"]
+    return f"{low:.1f} - {high:.1f}"
+
+
+def print_attacks(results: Sequence[Mapping[str, Any]], seconds: Mapping[str, float]) -> None:
+    """The table of what each attack brought back; `seconds` by the attack's name."""
+    table = Table(title="images recognised as the forgotten concept, in %")
+    for heading in ("attack", "concept", "plain prompts", "attacked", "95 % interval", "images", "seconds"):
+        table.add_column(heading, justify="left" if heading in ("attack", "concept") else "right")
+    for result in results:
+        before, after = result["pre_attack"], result["post_attack"]
+        cells = [f"{before['value']:.1f}", f"{after['value']:.1f}", interval(after), str(after["num_images"])]
+        table.add_row(result["attack"], result["concept"], *cells, f"{seconds[result['attack']]:.0f}")
+    Console(width=88).print(table)
+
+
+def print_values(title: str, values: Mapping[str, Mapping[str, Any]]) -> None:
+    """A table of numbers, by "before" (if known) and "after"; nothing if there are none. A {mean, std} is one number,
+    and what is no number is left out."""
+
+    def written(entry: Any) -> str:
+        if isinstance(entry, Mapping):
+            return f"{entry['mean']:.4g} ± {entry['std']:.2g}"
+        return str(entry) if isinstance(entry, int) else f"{entry:.4g}"
+
+    table = Table(title=title)
+    for heading in ("", *values):
+        table.add_column(heading, justify="left" if heading == "" else "right")
+    names = [name for name in values.get("after", {}) if name != "details"]
+    for name in names:
+        table.add_row(name.replace("_", " "), *(written(column[name]) for column in values.values()))
+    if names:
+        Console(width=88).print(table)
+
+
+def print_membership(found: Mapping[str, Any]) -> None:
+    """How well the denoising loss tells trained images from held-out ones; an area of 0.5 is a guess."""
+    table = Table(title="membership inference: trained or held out, by the denoising loss")
+    for heading in ("images", "pipeline", "area under ROC", "95 % interval", "found, %", "loss trained / held out"):
+        table.add_column(heading, justify="left" if heading in ("images", "pipeline") else "right")
+    for when in (name for name in ("before", "after") if name in found):
+        for role, entry in found[when].items():
+            low, high = entry["auc"]["interval_95"]
+            area = (f"{entry['auc']['value']:.3f}", f"{low:.3f} - {high:.3f}")
+            losses = f"{entry['loss_members']:.4f} / {entry['loss_held_out']:.4f}"
+            table.add_row(role, when, *area, f"{entry['true_positive_rate']['value']:.1f}", losses)
+    for role, entry in found.get("change", {}).items():
+        low, high = entry["auc"]["interval_95"]
+        table.add_row(role, "change", f"{entry['auc']['value']:+.3f}", f"{low:+.3f} - {high:+.3f}", "", "")
+    Console(width=88).print(table)
