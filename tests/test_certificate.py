@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from barrier_diffusers.protection.certificate import Certificate, MapObserver, moment_bound, sound_bound
+from barrier_diffusers.protection.certificate import Certificate, Guarantee, MapObserver, moment_bound, sound_bound
 from barrier_diffusers.protection.drift import FullDrift
 from barrier_diffusers.protection.order_statistics import Split
 from barrier_diffusers.protection.region import ForgetRegion
@@ -61,7 +61,7 @@ def test_observer_by_hand(base_is_current, tmp_path):
     images = [torch.randn(3, 5, D, generator=generator), torch.randn(2, 5, D, generator=generator)]
     for x in images:
         observer.update(x)
-    result = observer.result(0.5, 0.8, Split())
+    result = observer.result(Guarantee(0.5, 0.8, Split()))
     x = torch.cat(images)
     change = x @ delta.T + (0 if base_is_current else delta_bias)
     relative = (change.norm(dim=-1) / (x @ weight0.T + bias0).norm(dim=-1)).amax(1)
@@ -83,5 +83,5 @@ def test_a_broken_bound_is_reported():
     observer = MapObserver("m", FullDrift(torch.ones(O, D)), region, torch.ones(O, D), None, False)
     observer.fixed_O, observer.slope_O = torch.zeros(O), torch.zeros(O)  # a bound that is certainly wrong
     observer.update(region.mean.expand(2, 1, D) + 0.1)
-    result = observer.result(0.5, 0.5, Split())
+    result = observer.result(Guarantee(0.5, 0.5, Split()))
     assert not result.sound_holds and not Certificate([result], None, 0.5, 0.5, Split()).holds

@@ -87,3 +87,25 @@ def test_protection_needs_torch_alone():
     heavy, ours = (line.split() for line in done.stdout.split("\n")[:2])
     assert not heavy
     assert all(name.split(".")[1] in ("protection", "utils") for name in ours)
+
+
+BLOCKED = ("peft", "transformers", "accelerate", "datasets", "diffusers", "jsonargparse", "matplotlib")
+
+
+def test_protection_works_with_torch_alone():
+    """Protects a bare module where no other library can be imported."""
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({BLOCKED!r}))\n"
+        "import torch\n"
+        "from barrier_diffusers import Barrier, BarrierConfig\n"
+        "net = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3))\n"
+        "barrier = Barrier(net, BarrierConfig(targets=['Linear'], reduced_dim=2))\n"
+        "barrier.setup_protection([torch.randn(9, 6)], lambda model, batch: model(batch))\n"
+        "torch.nn.init.normal_(net[2].weight)\n"
+        "loss = barrier.compute_protection_loss()\n"
+        "loss.backward()\n"
+        "assert loss > 0 and net[2].weight.grad.any()\n"
+        "assert barrier.certify([torch.randn(9, 6)] * 40, lambda model, batch: model(batch)).holds\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from barrier_diffusers.protection.certificate import Certificate, certify
+from barrier_diffusers.protection.certificate import Certificate, Guarantee, TrainedMaps, certify
 from barrier_diffusers.protection.config import BarrierConfig
 from barrier_diffusers.protection.drift import Drift, LoraDrift, full_drift
 from barrier_diffusers.protection.fitting import ForwardFn, fit_protection, own_config
@@ -55,8 +55,8 @@ class Barrier:
             raise ValueError("the config names no targets: set targets=[...], e.g. ['attn2.to_q', 'attn2.to_k']")
         self.maps = resolve_targets(model, config.targets, config.blocks)
         if config.has_penalty:
-            for entry in self.maps:
-                check_reduced_dim(own_config(config, entry), entry.num_features, entry.name)
+            for linear_map in self.maps:
+                check_reduced_dim(own_config(config, linear_map), linear_map.num_features, linear_map.name)
         self.groups: list[MapGroup] = []
         self.projected: list[ProjectedGroup] = []
         self._snapshots: Snapshots = {}
@@ -65,9 +65,9 @@ class Barrier:
 
     def _freeze_the_rest(self) -> None:
         """Only the maps train, or their adapters if they carry any; also called when one may have been added since."""
-        adapted = [entry.has_adapter for entry in self.maps]
+        adapted = [linear_map.has_adapter for linear_map in self.maps]
         if any(adapted) and not all(adapted):
-            without = next(entry.name for entry in self.maps if not entry.has_adapter)
+            without = next(linear_map.name for linear_map in self.maps if not linear_map.has_adapter)
             raise ValueError(f"some targets carry an adapter, but {without} does not: adapt all targets, or none")
         trainable = set(self.trainable_parameters())
         self.uses_adapter = all(adapted)
@@ -77,28 +77,28 @@ class Barrier:
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The parameters the optimizer may change."""
-        return [parameter for entry in self.maps for parameter in self.trainable_of(entry)]
+        return [parameter for linear_map in self.maps for parameter in self.trainable_of(linear_map)]
 
-    def trainable_of(self, entry: ProtectedMap) -> list[nn.Parameter]:
-        """Those of one of the maps; a projection holds its bias."""
-        return entry.trainable(bias=not self.config.has_projection)
+    def trainable_of(self, linear_map: ProtectedMap) -> list[nn.Parameter]:
+        """Trainable parameters of one map; a projection freezes its bias."""
+        return linear_map.trainable(bias=not self.config.has_projection)
 
     @property
     def num_trainable(self) -> int:
-        """How many numbers train."""
+        """Number of trainable parameters."""
         return sum(parameter.numel() for parameter in self.trainable_parameters())
 
     @property
     def regions(self) -> dict[str, ForgetRegion]:
         """Map name -> region; maps that read the same input share one object. Empty with constraint "projection"."""
-        found = {entry.name: group.region for group in self.groups for entry in group.maps}
-        return {entry.name: found[entry.name] for entry in self.maps if entry.name in found}
+        found = {linear_map.name: group.region for group in self.groups for linear_map in group.maps}
+        return {linear_map.name: found[linear_map.name] for linear_map in self.maps if linear_map.name in found}
 
     @property
     def projections(self) -> dict[str, RetainProjection]:
         """Map name -> projection; maps that read the same retain input share one object. Empty without projection."""
-        found = {entry.name: group.projection for group in self.projected for entry in group.maps}
-        return {entry.name: found[entry.name] for entry in self.maps if entry.name in found}
+        found = {linear_map.name: group.projection for group in self.projected for linear_map in group.maps}
+        return {linear_map.name: found[linear_map.name] for linear_map in self.maps if linear_map.name in found}
 
     def setup_protection(
         self,
@@ -141,7 +141,9 @@ class Barrier:
         self._freeze_the_rest()
         require_zero_adapters(self.maps)
         fitted = fit_protection(self.model, self.maps, config, forget_loader, forward_fn, retain_loader, given)
-        snapshots = {} if self.uses_adapter else {entry.name: snapshot_of(entry.layer) for entry in self.maps}
+        snapshots = (
+            {} if self.uses_adapter else {linear_map.name: snapshot_of(linear_map.layer) for linear_map in self.maps}
+        )
         self._install(BarrierState(self._weights, fitted.regions, fitted.projections, snapshots))
         if self.uses_adapter:
             self.project()
@@ -161,7 +163,7 @@ class Barrier:
     def _device(self) -> torch.device:
         return self.maps[0].layer.weight.device
 
-    def drift(self, entry: ProtectedMap) -> Drift:
+    def drift(self, linear_map: ProtectedMap) -> Drift:
         """How far a map has drifted from its snapshot, with gradient.
 
         Raises:
@@ -169,21 +171,21 @@ class Barrier:
             ValueError: an adapter was added or removed since then.
         """
         self._require_setup()
-        self._require_same_adapter(entry)
+        self._require_same_adapter(linear_map)
         if self.uses_adapter:
-            factors = entry.lora()
+            factors = linear_map.lora()
             return LoraDrift(factors.lora_A_RD, factors.lora_B_OR, factors.scaling)
-        weight0, bias0 = self._snapshots[entry.name]
-        now, then = (entry.outputs_first(weight) for weight in (entry.layer.weight, weight0))
-        return full_drift(now, then, entry.bias, bias0)
+        weight0, bias0 = self._snapshots[linear_map.name]
+        now, then = (linear_map.outputs_first(weight) for weight in (linear_map.layer.weight, weight0))
+        return full_drift(now, then, linear_map.bias, bias0)
 
-    def _require_same_adapter(self, entry: ProtectedMap) -> None:
-        if entry.has_adapter != self.uses_adapter:
+    def _require_same_adapter(self, linear_map: ProtectedMap) -> None:
+        if linear_map.has_adapter != self.uses_adapter:
             change = "removed from" if self.uses_adapter else "added to"
-            raise ValueError(f"an adapter was {change} {entry.name} after setup_protection: call it again")
+            raise ValueError(f"an adapter was {change} {linear_map.name} after setup_protection: call it again")
 
     def compute_protection_loss(self) -> Tensor:
-        """lambda_interval * protection loss (METHOD section 2): a float32 scalar, 0 before any step.
+        """lambda_interval * protection loss (docs/method.md section 2): a float32 scalar, 0 before any step.
 
         With constraint "projection" it is an exact 0 without graph, whatever lambda_interval is.
 
@@ -192,8 +194,8 @@ class Barrier:
         """
         self._require_setup()
         device = self._follow_model()
-        for entry in self.maps:
-            self._require_same_adapter(entry)
+        for linear_map in self.maps:
+            self._require_same_adapter(linear_map)
         losses = [torch.zeros((), device=device)]
         with torch.autocast(device.type, enabled=False):
             for group in self.groups:
@@ -204,7 +206,7 @@ class Barrier:
             return self.config.lambda_interval * torch.stack(losses).sum()
 
     def project(self) -> None:
-        """Take the drift out of the retain inputs' span (METHOD section 7); call it after each optimizer step.
+        """Take the drift out of the retain inputs' span (docs/method.md section 7); call it after each optimizer step.
 
         dW <- dW (I - P P^T), or A <- A (I - P P^T) with LoRA, in place and in float32; see `project_out` for what
         half-precision weights leave. Does nothing with constraint "penalty".
@@ -219,14 +221,16 @@ class Barrier:
         device = self._follow_model()
         with torch.autocast(device.type, enabled=False):
             for group in self.projected:
-                for entry in group.maps:
-                    self._require_same_adapter(entry)
+                for linear_map in group.maps:
+                    self._require_same_adapter(linear_map)
                 if self.uses_adapter:
-                    factors = [entry.lora().parameters[0] for entry in group.maps]
+                    factors = [linear_map.lora().parameters[0] for linear_map in group.maps]
                     project_out(factors, [None] * len(factors), group.projection.basis)
                 else:
-                    weights = [entry.outputs_first(entry.layer.weight) for entry in group.maps]
-                    origins = [entry.outputs_first(self._snapshots[entry.name][0]) for entry in group.maps]
+                    weights = [linear_map.outputs_first(linear_map.layer.weight) for linear_map in group.maps]
+                    origins = [
+                        linear_map.outputs_first(self._snapshots[linear_map.name][0]) for linear_map in group.maps
+                    ]
                     project_out(weights, origins, group.projection.basis)
 
     def _follow_model(self) -> torch.device:
@@ -252,10 +256,10 @@ class Barrier:
         """Frobenius norm of each map's drift relative to its snapshot's, for logs."""
         self._require_setup()
         relative = []
-        for entry in self.maps:
-            base = self._snapshots[entry.name][0] if not self.uses_adapter else entry.layer.weight
-            relative.append(self.drift(entry).dense().norm() / base.float().norm().clamp_min(1e-30))
-        return dict(zip((entry.name for entry in self.maps), torch.stack(relative).tolist(), strict=True))
+        for linear_map in self.maps:
+            base = self._snapshots[linear_map.name][0] if not self.uses_adapter else linear_map.layer.weight
+            relative.append(self.drift(linear_map).dense().norm() / base.float().norm().clamp_min(1e-30))
+        return dict(zip((linear_map.name for linear_map in self.maps), torch.stack(relative).tolist(), strict=True))
 
     def certify(
         self,
@@ -265,9 +269,10 @@ class Barrier:
         confidence: float = 0.95,
         split: Split | None = None,
     ) -> Certificate:
-        """What is guaranteed on retain inputs like the held-out ones (METHOD section 6); these must not have been used
-        for fitting or training. With a projection its span takes the place of the forget region: the drift inside is
-        0, and the bounds speak of the part outside.
+        """What is guaranteed on retain inputs like the held-out ones (docs/method.md section 6).
+
+        The held-out inputs must not have been used for fitting or training. With a projection its span stands in for
+        the forget region: the drift inside is 0, and the bounds speak of the part outside.
 
         Args:
             split: which of the images choose the distribution-free bounds, and which check them.
@@ -280,18 +285,14 @@ class Barrier:
         self._follow_model()
         regions = [(group.maps, group.projection.as_region()) for group in self.projected]
         regions = regions or [(group.maps, group.region) for group in self.groups]
-        return certify(
-            self.model,
-            regions=[(entry, region) for maps, region in regions for entry in maps],
+        trained = TrainedMaps(
+            model=self.model,
+            regions=[(linear_map, region) for maps, region in regions for linear_map in maps],
             drift=self.drift,
             base_is_current=self.uses_adapter,
             snapshot_weights=self.snapshot_weights,
-            loader=held_out_loader,
-            forward_fn=forward_fn,
-            quantile=quantile,
-            confidence=confidence,
-            split=split or Split(),
         )
+        return certify(trained, held_out_loader, forward_fn, Guarantee(quantile, confidence, split or Split()))
 
     def snapshot_weights(self) -> AbstractContextManager[None]:
         """The model as it was at the snapshot, for the duration of a block."""

@@ -1,4 +1,4 @@
-"""What can be guaranteed about a map's drift on inputs it was not fitted on (METHOD section 6).
+"""What can be guaranteed about a map's drift on inputs it was not fitted on (docs/method.md section 6).
 
 Shapes: B images, L rows of an image, D input features, K kept directions, O outputs.
 """
@@ -60,6 +60,32 @@ def moment_bound(drift: Drift, region: ForgetRegion, probability: float) -> Tens
         return fixed_O
     variance_O = drift.energy(region.residual).clamp_min(0)
     return fixed_O + (variance_O / (1 - probability)).sqrt()
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """What the distribution-free bounds promise: the share `quantile` of new images, with `confidence`."""
+
+    quantile: float  # in (0, 1)
+    confidence: float  # in (0, 1)
+    split: Split  # of the held-out images, into those that choose the bounds and those that check them
+
+    def of(self, drift_per_image: Tensor) -> RelativeDrift:
+        """The bound on one drift per image, (images,)."""
+        return distribution_free(drift_per_image, self.quantile, self.confidence, self.split)
+
+
+@dataclass(frozen=True)
+class TrainedMaps:
+    """A model whose protected maps have drifted."""
+
+    model: nn.Module
+    # each map with the region of its input; two maps may share one that was fitted on given inputs, in whatever order
+    # they run, so each is watched on its own
+    regions: Sequence[tuple[ProtectedMap, ForgetRegion]]
+    drift: Callable[[ProtectedMap], Drift]
+    base_is_current: bool  # whether a layer's own weight is the snapshot, as it is under an adapter
+    snapshot_weights: Callable[[], AbstractContextManager[None]]  # the model as it was, for the duration of a block
 
 
 @dataclass(frozen=True)
@@ -149,8 +175,7 @@ class MapObserver:
         """Largest relative drift among the rows of each image, (images,)."""
         return torch.cat(self.largest_per_image)
 
-    def result(self, quantile: float, confidence: float, split: Split) -> MapCertificate:
-        """The certificate of this map."""
+    def result(self, guarantee: Guarantee) -> MapCertificate:
         inside = max(self.rows - int(self.outside), 1)
         return MapCertificate(
             name=self.name,
@@ -162,7 +187,7 @@ class MapObserver:
             radius=float(self.radius),
             moment=float(self.moment_O.max()),
             moment_violations=int(self.above) / inside,
-            relative=distribution_free(self.drift_per_image, quantile, confidence, split),
+            relative=guarantee.of(self.drift_per_image),
         )
 
 
@@ -180,15 +205,15 @@ class Certificate:
     @property
     def holds(self) -> bool:
         """Whether every observation kept the sound bound in every map."""
-        return all(entry.sound_holds for entry in self.maps)
+        return all(certificate.sound_holds for certificate in self.maps)
 
     @property
     def contradicted(self) -> list[str]:
         """What the test images speak against, at 5 % for all statements together (Bonferroni): names of maps,
         "every_map", "network"."""
-        entries: dict[str, RelativeDrift | None] = {entry.name: entry.relative for entry in self.maps}
-        entries |= {"every_map": self.every_map, "network": self.network}
-        chances = {name: entry.chance for name, entry in entries.items() if entry and entry.chance is not None}
+        drifts: dict[str, RelativeDrift | None] = {one.name: one.relative for one in self.maps}
+        drifts |= {"every_map": self.every_map, "network": self.network}
+        chances = {name: drift.chance for name, drift in drifts.items() if drift and drift.chance is not None}
         return [name for name, chance in chances.items() if chance < 0.05 / len(chances)]
 
     def to_dict(self) -> dict[str, Any]:
@@ -201,7 +226,7 @@ class Certificate:
         write_json(Path(path), self.to_dict())
 
     def __str__(self) -> str:
-        worst = max(self.maps, key=lambda entry: entry.relative.largest)
+        worst = max(self.maps, key=lambda certificate: certificate.relative.largest)
         images = worst.relative.num_images
         lines = [f"{len(self.maps)} maps, {images} held-out images; sound bound {'holds' if self.holds else 'BROKEN'}"]
         shown = {
@@ -209,88 +234,69 @@ class Certificate:
             "all maps at once": self.every_map,
             "network": self.network,
         }
-        lines += [f"{title}: {self._sentence(entry)}" for title, entry in shown.items() if entry is not None]
+        lines += [f"{title}: {self._sentence(drift)}" for title, drift in shown.items() if drift is not None]
         if self.contradicted:
             lines.append(f"the test images CONTRADICT the bound of {', '.join(self.contradicted)}")
         return "\n".join(lines)
 
-    def _sentence(self, entry: RelativeDrift) -> str:
-        if entry.certified is None:
+    def _sentence(self, drift: RelativeDrift) -> str:
+        if drift.certified is None:
             needed = samples_needed(self.quantile, self.confidence)
-            return f"largest observed {entry.largest:.4g}; a bound takes {needed} images, not {entry.num_calibration}"
+            return f"largest observed {drift.largest:.4g}; a bound takes {needed} images, not {drift.num_calibration}"
         promise = f"{self.quantile:.4g} of images with confidence {self.confidence:.4g}"
         checked = "not checked"
-        if entry.num_test:
-            kept = entry.num_test - entry.num_above
-            checked = f"{kept} of {entry.num_test} test images keep it, the largest has {entry.largest_test:.4g}"
-        return f"relative drift <= {entry.certified:.4g} for {promise}; {checked}"
+        if drift.num_test:
+            kept = drift.num_test - drift.num_above
+            checked = f"{kept} of {drift.num_test} test images keep it, the largest has {drift.largest_test:.4g}"
+        return f"relative drift <= {drift.certified:.4g} for {promise}; {checked}"
 
 
-def certify(
-    model: nn.Module,
-    regions: Sequence[tuple[ProtectedMap, ForgetRegion]],
-    drift: Callable[[ProtectedMap], Drift],
-    base_is_current: bool,
-    snapshot_weights: Callable[[], AbstractContextManager[None]],
-    loader: Any,
-    forward_fn: ForwardFn,
-    quantile: float,
-    confidence: float,
-    split: Split,
-) -> Certificate:
-    """Observe every map and the whole network on held-out batches; see `Barrier.certify`.
-
-    Args:
-        regions: every map with the region of its input. Each map is watched on its own: two maps may share a region
-            that was fitted on given inputs, in whatever order they run.
-        base_is_current: whether a layer's own weight is the snapshot, as it is under an adapter.
-        snapshot_weights: gives the model its snapshot's weights for the duration of a block.
-    """
-    order_statistic(1, quantile, confidence)
+def certify(trained: TrainedMaps, loader: Any, forward_fn: ForwardFn, guarantee: Guarantee) -> Certificate:
+    """Observe every map and the whole network on held-out batches; see `Barrier.certify`."""
+    order_statistic(1, guarantee.quantile, guarantee.confidence)  # refuses what lies outside (0, 1)
     observers: dict[str, MapObserver] = {}
-    for entry, region in regions:
-        weight, bias = entry.outputs_first(entry.layer.weight), entry.bias
-        observers[entry.name] = MapObserver(entry.name, drift(entry), region, weight, bias, base_is_current, quantile)
+    for linear_map, region in trained.regions:
+        observers[linear_map.name] = MapObserver(
+            linear_map.name,
+            drift=trained.drift(linear_map),
+            region=region,
+            weight=linear_map.outputs_first(linear_map.layer.weight),
+            bias=linear_map.bias,
+            base_is_current=trained.base_is_current,
+            quantile=guarantee.quantile,
+        )
 
     def observe(name: str, rows_BLD: Tensor) -> None:
         observers[name].update(rows_BLD)
 
-    maps, alone = [entry for entry, _ in regions], {name: name for name in observers}
-    with kept_random_state(model, loader):
-        record_inputs(model, maps, loader, forward_fn, observe, what="held-out", leader_of=alone)
-    network = _network_drift(model, snapshot_weights, loader, forward_fn, quantile, confidence, split)
+    maps, alone = [linear_map for linear_map, _ in trained.regions], {name: name for name in observers}
+    with kept_random_state(trained.model, loader):
+        record_inputs(trained.model, maps, loader, forward_fn, observe, what="held-out", leader_of=alone)
+    network = _network_drift(trained, loader, forward_fn)
     worst_per_image = torch.stack([observer.drift_per_image for observer in observers.values()]).amax(0)
     return Certificate(
-        maps=[observer.result(quantile, confidence, split) for observer in observers.values()],
-        network=network,
-        quantile=quantile,
-        confidence=confidence,
-        split=split,
-        every_map=distribution_free(worst_per_image, quantile, confidence, split),
+        maps=[observer.result(guarantee) for observer in observers.values()],
+        network=None if network is None else guarantee.of(network),
+        quantile=guarantee.quantile,
+        confidence=guarantee.confidence,
+        split=guarantee.split,
+        every_map=guarantee.of(worst_per_image),
     )
 
 
 @torch.no_grad()
-def _network_drift(
-    model: nn.Module,
-    snapshot_weights: Callable[[], AbstractContextManager[None]],
-    loader: Any,
-    forward_fn: ForwardFn,
-    quantile: float,
-    confidence: float,
-    split: Split,
-) -> RelativeDrift | None:
-    """Relative change ||f(x) - f0(x)|| / ||f0(x)|| of the network's output per sample; None without a tensor."""
+def _network_drift(trained: TrainedMaps, loader: Any, forward_fn: ForwardFn) -> Tensor | None:
+    """Relative change ||f(x) - f0(x)|| / ||f0(x)|| of the network's output per image; None without a tensor."""
     changes = []
-    with evaluation_mode(model):
+    with evaluation_mode(trained.model):
         for batch in loader:
-            with kept_random_state(model):
-                now = first_tensor(forward_fn(model, batch))
+            with kept_random_state(trained.model):
+                now = first_tensor(forward_fn(trained.model, batch))
             if now is None:
                 return None
-            with snapshot_weights():
-                before = first_tensor(forward_fn(model, batch))
+            with trained.snapshot_weights():
+                before = first_tensor(forward_fn(trained.model, batch))
             assert before is not None
-            change, size = ((now - before).float().flatten(1), before.float().flatten(1))
+            change, size = (now - before).float().flatten(1), before.float().flatten(1)
             changes.append((change.norm(dim=1) / size.norm(dim=1).clamp_min(1e-30)).cpu())
-    return distribution_free(torch.cat(changes), quantile, confidence, split)
+    return torch.cat(changes)

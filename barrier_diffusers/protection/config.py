@@ -87,7 +87,7 @@ class BarrierConfig:
 
     def _check_contradictions(self) -> None:
         none = self.decomposition == "none"
-        defaults = {entry.name: entry.default for entry in fields(self)}
+        defaults = {field.name: field.default for field in fields(self)}
         mean_and_residual_only = not self.interval or self.remove_top_directions
         contradictions = {
             "decomposition='none' has no leading directions, so remove_top_directions has nothing to remove": none
@@ -160,7 +160,7 @@ class BarrierConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> BarrierConfig:
         """The inverse of `to_dict`; an unknown key is a ValueError."""
-        known = [entry.name for entry in fields(cls)]
+        known = [field.name for field in fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise ValueError(

@@ -45,7 +45,7 @@ def kept_random_state(model: nn.Module, loader: Any = None) -> Iterator[None]:
     gpus = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     owners = (loader, getattr(loader, "sampler", None))
     found = [getattr(owner, "generator", None) for owner in owners]
-    generators = [(entry, entry.get_state()) for entry in found if isinstance(entry, torch.Generator)]
+    generators = [(owned, owned.get_state()) for owned in found if isinstance(owned, torch.Generator)]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(list(gpus)):
@@ -104,7 +104,7 @@ def into_sketches(sketches: dict[str, ProjectionSketch], directions: dict[str, D
 
 @dataclass
 class Fitted:
-    """One entry per distinct input: the maps that read it, the one that runs first in front, and what was fitted."""
+    """One element per distinct input: the maps that read it, the one that runs first in front, and what was fitted."""
 
     regions: list[tuple[list[ProtectedMap], ForgetRegion]] = field(default_factory=list)
     projections: list[tuple[list[ProtectedMap], RetainProjection]] = field(default_factory=list)
@@ -134,7 +134,7 @@ class Passes:
 
         def run() -> dict[str, str]:
             leaders = given.read(on_rows, leader_of)
-            recorded = [entry for entry in self.maps if entry.name not in leaders]
+            recorded = [linear_map for linear_map in self.maps if linear_map.name not in leaders]
             if recorded:
                 leaders |= self._record(recorded, loader, "retain", on_rows, leader_of)
             return leaders
@@ -153,15 +153,16 @@ class Passes:
     def readers(self, leader: str, leader_of: dict[str, str]) -> list[ProtectedMap]:
         """The maps that `leader` leads, itself in front."""
         return sorted(
-            (entry for entry in self.maps if leader_of[entry.name] == leader), key=lambda e: e.name != leader
+            (linear_map for linear_map in self.maps if leader_of[linear_map.name] == leader),
+            key=lambda e: e.name != leader,
         )
 
 
-def own_config(config: BarrierConfig, entry: ProtectedMap) -> BarrierConfig:
+def own_config(config: BarrierConfig, linear_map: ProtectedMap) -> BarrierConfig:
     """The config as it holds for one map: an embedding has few input features, so K is capped at their number."""
-    if not entry.is_table:
+    if not linear_map.is_table:
         return config
-    return replace(config, reduced_dim=min(config.reduced_dim, entry.num_features))
+    return replace(config, reduced_dim=min(config.reduced_dim, linear_map.num_features))
 
 
 def fit_protection(
@@ -189,7 +190,7 @@ def fit_protection(
         leader_of = passes.record(forget_loader, "forget", into_moments(moments, Moments))
         for seen in moments.values():
             seen.all_reduce()
-        by_name = {entry.name: entry for entry in maps}
+        by_name = {linear_map.name: linear_map for linear_map in maps}
         directions = {
             name: fit_directions(seen, own_config(config, by_name[name]), name) for name, seen in moments.items()
         }
@@ -211,8 +212,8 @@ def fit_protection(
         given = retain_inputs or RetainInputs({}, maps)
         retain_leader_of = passes.retain(retain_loader, given, update, leader_of)
     gathered: list[ProjectionSketch | SecondMoment] = [*forget.values(), *sketches.values(), *retain.values()]
-    for entry in gathered:
-        entry.all_reduce()
+    for statistic in gathered:
+        statistic.all_reduce()
     fitted = Fitted()
     if leader_of is not None:
         for name, seen in moments.items():

@@ -1,4 +1,4 @@
-"""The protection loss, one pure function per term of METHOD section 2, each returning one value per output.
+"""The protection loss, one pure function per term of docs/method.md section 2, each returning one value per output.
 
 A caller weighs each output with 1 / O of its map, so that maps of different size can be stacked. No function looks at
 a value on the host. Shapes: O outputs, D input features, K kept directions.

@@ -31,10 +31,10 @@ class MapGroup:
     def __init__(self, maps: Sequence[ProtectedMap], region: ForgetRegion, share: float):
         self.maps, self.region, self.share = list(maps), region, share
         self.frame = Frame.of(region)
-        sizes = [entry.num_outputs * entry.num_features for entry in maps]
+        sizes = [linear_map.num_outputs * linear_map.num_features for linear_map in maps]
         self._stacks = [[self.maps[place] for place in run] for run in chunks(sizes)]
         self._weights = [
-            torch.cat([torch.full((entry.num_outputs,), share / entry.num_outputs) for entry in stack])
+            torch.cat([torch.full((linear_map.num_outputs,), share / linear_map.num_outputs) for linear_map in stack])
             for stack in self._stacks
         ]
         self.to(region.mean.device)
@@ -51,18 +51,18 @@ class MapGroup:
         """Each stack's part of the protection loss, for maps that train their full weights."""
         losses = []
         for stack, weight_O in zip(self._stacks, self._weights, strict=True):
-            now = [entry.outputs_first(entry.layer.weight) for entry in stack]
-            then = [entry.outputs_first(snapshots[entry.name][0]) for entry in stack]
-            biases = [entry.bias for entry in stack]
-            drift = stacked_drift(now, then, biases, [snapshots[entry.name][1] for entry in stack])
+            now = [linear_map.outputs_first(linear_map.layer.weight) for linear_map in stack]
+            then = [linear_map.outputs_first(snapshots[linear_map.name][0]) for linear_map in stack]
+            biases = [linear_map.bias for linear_map in stack]
+            drift = stacked_drift(now, then, biases, [snapshots[linear_map.name][1] for linear_map in stack])
             losses.append(protection_terms(drift, self.region, config, self.frame) @ weight_O)
         return losses
 
     def lora_losses(self, config: BarrierConfig) -> list[Tensor]:
         """The same for maps whose adapter trains; those with the same O, R and scaling make a stack."""
         stacks: dict[tuple, list[LoraDrift]] = {}
-        for entry in self.maps:
-            factors = entry.lora()
+        for linear_map in self.maps:
+            factors = linear_map.lora()
             key = (len(factors.lora_B_OR), len(factors.lora_A_RD), factors.scaling)
             drift = LoraDrift(factors.lora_A_RD, factors.lora_B_OR, factors.scaling)
             stacks.setdefault(key, []).append(drift)

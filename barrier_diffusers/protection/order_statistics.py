@@ -1,4 +1,4 @@
-"""The distribution-free bound (METHOD section 6): chosen on one part of the held-out images, checked on the other.
+"""The distribution-free bound (docs/method.md section 6): chosen on some held-out images, checked on the rest.
 
 A bound that is an order statistic of some drifts says nothing when it is held against the largest of the same drifts;
 so the calibration images choose it, and only the test images, which had no part in that, show whether it is kept and

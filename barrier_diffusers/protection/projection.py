@@ -1,4 +1,4 @@
-"""Projection, the hard form of the bound (METHOD section 7): updates stay out of the directions retain inputs live in.
+"""Projection, the hard form of the bound (docs/method.md section 7): no update enters what the retain inputs span.
 
 Shapes: D input features, R spanned directions, O outputs, N rows.
 """
@@ -31,7 +31,7 @@ class RetainProjection:
 
     @property
     def num_features(self) -> int:
-        """D."""
+        """Number of input features, D."""
         return len(self.basis)
 
     @property
@@ -51,7 +51,7 @@ class RetainProjection:
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> RetainProjection:
         """The inverse of `to_tensors`."""
-        values: dict[str, Any] = {entry.name: tensors[entry.name] for entry in fields(cls)}
+        values: dict[str, Any] = {field.name: tensors[field.name] for field in fields(cls)}
         values |= {name: values[name].item() for name in NUMBERS}
         return cls(**{**values, "count": int(values["count"])})
 

@@ -46,13 +46,13 @@ class InputRecorder:
         self._readers: dict[tuple[Any, ...], tuple[weakref.ref, list[str]]] = {}
         self._finite: dict[str, Tensor] = {}
 
-    def observe(self, entry: ProtectedMap, value: Tensor) -> None:
-        """Note that `value` reached the map `entry`.
+    def observe(self, linear_map: ProtectedMap, value: Tensor) -> None:
+        """Note that `value` reached the map `linear_map`.
 
         Raises:
             ValueError: the map used to share another map's input, and does not now.
         """
-        name, layer = entry.name, entry.layer
+        name, layer = linear_map.name, linear_map.layer
         readers = self._readers_of(value, input_geometry(layer))
         leader = self._expected.setdefault(name, readers[0] if readers else name)
         self.leader_of[name] = leader
@@ -135,12 +135,12 @@ def hooked(maps: Sequence[ProtectedMap], recorder: InputRecorder) -> Iterator[No
     """Forward pre-hooks on the maps' current modules, removed at the end whatever happens."""
     handles: list[RemovableHandle] = []
     try:
-        for entry in maps:
+        for linear_map in maps:
 
-            def hook(module: nn.Module, args: tuple, kwargs: dict, entry: ProtectedMap = entry) -> None:
-                recorder.observe(entry, args[0] if args else next(iter(kwargs.values())))
+            def hook(module: nn.Module, args: tuple, kwargs: dict, linear_map: ProtectedMap = linear_map) -> None:
+                recorder.observe(linear_map, args[0] if args else next(iter(kwargs.values())))
 
-            handles.append(entry.module.register_forward_pre_hook(hook, with_kwargs=True))
+            handles.append(linear_map.module.register_forward_pre_hook(hook, with_kwargs=True))
         yield
     finally:
         for handle in handles:
@@ -152,14 +152,14 @@ def wrapped_processors(model: nn.Module, maps: Sequence[ProtectedMap], recorder:
     """Put a BarrierAttnProcessor around the processor of every attention that owns a map; hooks for all other maps."""
     by_parent: dict[str, list[ProtectedMap]] = {}
     bare: list[ProtectedMap] = []
-    for entry in maps:
-        parent = entry.path.rpartition(".")[0]
+    for linear_map in maps:
+        parent = linear_map.path.rpartition(".")[0]
         attention = model.get_submodule(parent)
         processor = getattr(attention, "processor", None)
         if hasattr(attention, "set_processor") and callable(processor) and not isinstance(processor, nn.Module):
-            by_parent.setdefault(parent, []).append(entry)
+            by_parent.setdefault(parent, []).append(linear_map)
         else:
-            bare.append(entry)
+            bare.append(linear_map)
     originals: list[tuple[Any, Any]] = []
     try:
         for parent, children in by_parent.items():
@@ -214,7 +214,7 @@ def record_inputs(
             recorder.end_batch(index)
     if index < 0:
         raise ValueError(f"zero {what} batches: the {what} loader is empty")
-    silent = [entry.name for entry in maps if entry.name not in recorder.leader_of]
+    silent = [linear_map.name for linear_map in maps if linear_map.name not in recorder.leader_of]
     if silent:
         raise ValueError(f"no input reached {', '.join(silent[:4])}: forward_fn must run the whole model")
     return recorder.leader_of

@@ -1,4 +1,4 @@
-"""ForgetRegion: where the forget inputs of a layer live (METHOD section 1), fitted from streamed statistics.
+"""ForgetRegion: where the forget inputs of a layer live (docs/method.md section 1), fitted from streamed statistics.
 
 Shapes: D input features, K kept directions.
 """
@@ -44,13 +44,13 @@ class ForgetRegion:
 
     def to(self, device: torch.device | str) -> ForgetRegion:
         """The same region on another device."""
-        tensors = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
         moved: dict[str, Any] = {k: v.to(device) for k, v in tensors.items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
     @property
     def num_features(self) -> int:
-        """D."""
+        """Number of input features, D."""
         return len(self.mean)
 
     @property
@@ -60,7 +60,7 @@ class ForgetRegion:
 
     def to_tensors(self) -> dict[str, Tensor]:
         """All fields as tensors, for safetensors."""
-        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
         tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
         numbers = {"count": torch.tensor(self.count), "residual_multiplier": torch.tensor(self.residual_multiplier)}
         return {**tensors, **{name: value.double() for name, value in numbers.items()}}
@@ -130,7 +130,7 @@ def fit_region(
     retain_moments: Moments | None = None,
     retain_sketch: ProjectionSketch | None = None,
 ) -> ForgetRegion:
-    """The region after the second pass (METHOD section 1).
+    """The region after the second pass (docs/method.md section 1).
 
     With `use_actual_bounds` the envelope is the min / max of z over forget and retain rows, in the mean and basis of
     the forget rows. `residual_source` "retain" takes the retain rows' covariance about their own mean, "both" that of

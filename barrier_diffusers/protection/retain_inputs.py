@@ -31,17 +31,17 @@ class RetainInputs:
         self.target_of: dict[str, str] = {}
         self._sources: list[tuple[Iterable[Tensor], list[ProtectedMap]]] = []
         for target, tensors in given.items():
-            named = [entry for entry in maps if matches(entry, target)]
+            named = [linear_map for linear_map in maps if matches(linear_map, target)]
             if not named:
-                known = ", ".join(entry.name for entry in maps[:6]) + (", ..." if len(maps) > 6 else "")
+                known = ", ".join(linear_map.name for linear_map in maps[:6]) + (", ..." if len(maps) > 6 else "")
                 raise ValueError(
                     f"retain_inputs names {target!r}, but no protected map is called so; they are {known}"
                 )
-            for entry in named:
-                if entry.name in self.target_of:
-                    first = self.target_of[entry.name]
-                    raise ValueError(f"retain_inputs gives {entry.name} twice, by {first!r} and by {target!r}")
-                self.target_of[entry.name] = target
+            for linear_map in named:
+                if linear_map.name in self.target_of:
+                    first = self.target_of[linear_map.name]
+                    raise ValueError(f"retain_inputs gives {linear_map.name} twice, by {first!r} and by {target!r}")
+                self.target_of[linear_map.name] = target
             shared = next((readers for source, readers in self._sources if source is tensors), None)
             if shared is None:
                 self._sources.append((tensors, named))
@@ -50,7 +50,7 @@ class RetainInputs:
 
     def covers(self, maps: Iterable[ProtectedMap]) -> bool:
         """Whether all of the maps have their inputs given."""
-        return all(entry.name in self.target_of for entry in maps)
+        return all(linear_map.name in self.target_of for linear_map in maps)
 
     def read(self, on_rows: OnRows, leader_of: Mapping[str, str] | None = None) -> dict[str, str]:
         """Pass the rows (B, L, D) of each distinct input to `on_rows(leader, rows)`.
@@ -83,18 +83,20 @@ class RetainInputs:
     ) -> dict[str, str]:
         leading: dict[tuple, ProtectedMap] = {}
         leaders: dict[str, str] = {}
-        for entry in readers:
-            first = leading.setdefault((*input_geometry(entry.layer), entry.num_features), entry)
-            leaders[entry.name] = first.name
+        for linear_map in readers:
+            first = leading.setdefault((*input_geometry(linear_map.layer), linear_map.num_features), linear_map)
+            leaders[linear_map.name] = first.name
         if leader_of is not None:
-            self._require_whole_groups({entry.name for entry in readers}, leader_of)
+            self._require_whole_groups({linear_map.name for linear_map in readers}, leader_of)
             leaders = {name: leader_of[name] for name in leaders}
-            leading = {(entry.name,): entry for entry in readers if leaders[entry.name] == entry.name}
+            leading = {
+                (linear_map.name,): linear_map for linear_map in readers if leaders[linear_map.name] == linear_map.name
+            }
         count = 0
         for tensor in [tensors] if isinstance(tensors, Tensor) else tensors:
             count += 1
-            for entry in leading.values():
-                on_rows(entry.name, self._rows(tensor, entry))
+            for linear_map in leading.values():
+                on_rows(linear_map.name, self._rows(tensor, linear_map))
         if count == 0:
             raise ValueError(f"retain_inputs[{self.target_of[readers[0].name]!r}] is empty")
         return leaders
@@ -108,21 +110,21 @@ class RetainInputs:
                     "inputs are given: give the same object for both in retain_inputs, or for neither"
                 )
 
-    def _rows(self, tensor: Tensor, entry: ProtectedMap) -> Tensor:
-        what, layer = f"retain_inputs[{self.target_of[entry.name]!r}]", entry.layer
+    def _rows(self, tensor: Tensor, linear_map: ProtectedMap) -> Tensor:
+        what, layer = f"retain_inputs[{self.target_of[linear_map.name]!r}]", linear_map.layer
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{what} has a {type(tensor).__name__} in it, but must be tensors")
         if isinstance(layer, torch.nn.Embedding):
             count, whole = len(layer.weight), not (tensor.is_floating_point() or tensor.is_complex())
             if not whole or tensor.numel() == 0 or not 0 <= int(tensor.min()) <= int(tensor.max()) < count:
-                raise ValueError(f"{what} must hold whole numbers from 0 to {count - 1}, rows of {entry.name}")
+                raise ValueError(f"{what} must hold whole numbers from 0 to {count - 1}, rows of {linear_map.name}")
             return input_rows(tensor.detach().to(layer.weight.device, torch.long), layer)
         is_image = isinstance(layer, torch.nn.Conv2d)
         width = tensor.shape[1] if is_image and tensor.dim() == 4 else tensor.shape[-1] if tensor.dim() else 0
         expected = layer.weight.shape[1] * getattr(layer, "groups", 1)
         if width != expected or (is_image and tensor.dim() != 4) or tensor.numel() == 0:
             raise ValueError(
-                f"{what} has a tensor of shape {tuple(tensor.shape)}, but {entry.name} reads "
+                f"{what} has a tensor of shape {tuple(tensor.shape)}, but {linear_map.name} reads "
                 f"{f'(B, {expected}, H, W)' if is_image else f'(..., {expected})'}"
             )
         rows = input_rows(tensor.detach().to(layer.weight.device, torch.float32), layer)

@@ -32,7 +32,7 @@ def is_distributed() -> bool:
 
 
 class Moments:
-    """Count, mean and covariance of rows (METHOD section 1): batches in float32, accumulated in float64.
+    """Count, mean and covariance of rows (docs/method.md section 1): batches in float32, accumulated in float64.
 
     Args:
         num_features: D.

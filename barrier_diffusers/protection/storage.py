@@ -84,7 +84,7 @@ def _save_groups(path: Path, groups: Groups[Any], weights: str) -> None:
     tensors = {
         f"{index}.{key}": value for index, (_, fit) in enumerate(groups) for key, value in fit.to_tensors().items()
     }
-    names = json.dumps([[entry.name for entry in maps] for maps, _ in groups])
+    names = json.dumps([[linear_map.name for linear_map in maps] for maps, _ in groups])
     save_tensors(path, tensors, {"maps": names, "weights": weights})
 
 
@@ -95,7 +95,7 @@ def _load_groups(
     tensors, metadata = load_tensors(path)
     if metadata["weights"] != weights:
         raise ValueError(f"{folder!r} was saved for {metadata['weights']} weights; this model trains {weights} ones")
-    by_name = {entry.name: entry for entry in maps}
+    by_name = {linear_map.name: linear_map for linear_map in maps}
     names: list[list[str]] = json.loads(metadata["maps"])
     if sorted(name for group in names for name in group) != sorted(by_name):
         raise ValueError(f"the {what}s in {folder!r} belong to other maps than the targets of this model")
@@ -116,11 +116,11 @@ def _load_groups(
 def _load_snapshots(folder: Path, maps: Sequence[ProtectedMap]) -> Snapshots:
     saved, _ = load_tensors(folder / SNAPSHOT_NAME)
     snapshots: Snapshots = {}
-    for entry in maps:
-        weight0, bias0 = saved.get(f"{entry.name}.weight"), saved.get(f"{entry.name}.bias")
+    for linear_map in maps:
+        weight0, bias0 = saved.get(f"{linear_map.name}.weight"), saved.get(f"{linear_map.name}.bias")
         shapes = [None if value is None else value.shape for value in (weight0, bias0)]
-        expected = [None if value is None else value.shape for value in (entry.layer.weight, entry.bias)]
+        expected = [None if value is None else value.shape for value in (linear_map.layer.weight, linear_map.bias)]
         if weight0 is None or shapes != expected:
-            raise ValueError(f"the snapshot in {str(folder)!r} does not fit {entry.name}")
-        snapshots[entry.name] = (weight0, bias0)
+            raise ValueError(f"the snapshot in {str(folder)!r} does not fit {linear_map.name}")
+        snapshots[linear_map.name] = (weight0, bias0)
     return snapshots

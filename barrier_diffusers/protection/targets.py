@@ -1,6 +1,6 @@
 """The linear maps a model has, which of them are protected, and the patches a convolution multiplies.
 
-An nn.Embedding is a linear map too, W x on one-hot rows x: row j of its table is W's column j, so the drift of entry j
+An nn.Embedding is a linear map too, W x on one-hot rows x: row j of its table is W's column j, so the drift of row j
 is dW e_j. A class-conditional UNet's class_embedding is one, with as many input features D as it has labels.
 
 Shapes: B batch, C channels, H and W image side, O output features, D input features, L positions, R LoRA rank.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,10 +18,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention
-from peft import PeftModel
-from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 PEFT_PREFIX = "base_model.model."  # of the module paths inside a PeftModel
@@ -33,6 +30,21 @@ TYPES = ("Linear", "Conv2d", "Conv2d1x1")
 
 
 Snapshots = dict[str, tuple[Tensor, Tensor | None]]  # map name -> its weight and bias
+
+
+def _is_of(module: nn.Module, library: str, name: str) -> bool:
+    """Whether a module is of a class of a library, which is not imported: without it there is no such module."""
+    found = sys.modules.get(library)
+    return found is not None and isinstance(module, getattr(found, name))
+
+
+def _is_adapter(module: nn.Module) -> bool:
+    return _is_of(module, "peft.tuners.tuners_utils", "BaseTunerLayer")
+
+
+def _prefix_of(model: nn.Module) -> str:
+    """What the paths of a model's modules have in front of their names."""
+    return PEFT_PREFIX if _is_of(model, "peft.peft_model", "PeftModel") else ""
 
 
 @dataclass(frozen=True)
@@ -50,6 +62,8 @@ class ProtectedMap:
 
     def __init__(self, model: nn.Module, path: str, name: str):
         self.model, self.path, self.name = model, path, name
+        parent, _, self._child = path.rpartition(".")
+        self._parent = model.get_submodule(parent)
 
     def __repr__(self) -> str:
         return f"ProtectedMap({self.name!r})"
@@ -57,22 +71,22 @@ class ProtectedMap:
     @property
     def module(self) -> nn.Module:
         """The module that is called: the layer itself, or the peft layer around it."""
-        return self.model.get_submodule(self.path)
+        return getattr(self._parent, self._child) if self._child else self.model
 
     @property
     def layer(self) -> nn.Linear | nn.Conv2d | nn.Embedding:
         """The Linear, Conv2d or Embedding that holds the base weight."""
         module = self.module
-        return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module  # type: ignore[return-value]
+        return module.get_base_layer() if _is_adapter(module) else module  # type: ignore[return-value, operator]
 
     @property
     def num_outputs(self) -> int:
-        """O."""
+        """Number of output features, O."""
         return self.outputs_first(self.layer.weight).shape[0]
 
     @property
     def num_features(self) -> int:
-        """D: input features, C_in / groups * kh * kw, or the number of embeddings."""
+        """Input features, D: C_in / groups * kh * kw for a convolution, rows of the table for an embedding."""
         return self.outputs_first(self.layer.weight)[0].numel()
 
     @property
@@ -82,7 +96,7 @@ class ProtectedMap:
 
     @property
     def bias(self) -> Tensor | None:
-        """b (O,); None for a map without."""
+        """The bias, (O,); None for a map without."""
         return bias_of(self.layer)
 
     def outputs_first(self, weight: Tensor) -> Tensor:
@@ -92,7 +106,7 @@ class ProtectedMap:
     @property
     def has_adapter(self) -> bool:
         """Whether a peft layer wraps the map."""
-        return isinstance(self.module, BaseTunerLayer)
+        return _is_adapter(self.module)
 
     def lora(self) -> LoraFactors:
         """The factors of the one active LoRA adapter; convolution factors are flattened.
@@ -100,6 +114,8 @@ class ProtectedMap:
         Raises:
             ValueError: another kind of adapter, DoRA, a LoRA bias, a merged adapter, or not exactly one active.
         """
+        from peft.tuners.lora.layer import LoraLayer  # here, as only a model with an adapter needs peft
+
         module = self.module
         if not isinstance(module, LoraLayer):
             raise ValueError(
@@ -134,7 +150,7 @@ class ProtectedMap:
 
 
 def _is_map(module: nn.Module) -> bool:
-    layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    layer: Any = module.get_base_layer() if _is_adapter(module) else module  # type: ignore[operator]
     return isinstance(layer, nn.Linear | nn.Conv2d | nn.Embedding)
 
 
@@ -147,31 +163,31 @@ def linear_maps(model: nn.Module) -> list[ProtectedMap]:
     """Every Linear, Conv2d and Embedding of the model (adapter factors excluded), in module order."""
     maps: list[ProtectedMap] = []
     inside_adapter: tuple[str, ...] = ()
-    prefix = PEFT_PREFIX if isinstance(model, PeftModel) else ""
+    prefix = _prefix_of(model)
     for path, module in model.named_modules():
         if inside_adapter and path.startswith(inside_adapter):
             continue
-        if isinstance(module, BaseTunerLayer):
+        if _is_adapter(module):
             inside_adapter = (*inside_adapter, path + ".")
         if _is_map(module):
             maps.append(ProtectedMap(model, path, path.removeprefix(prefix)))
     return maps
 
 
-def matches(entry: ProtectedMap, target: str) -> bool:
+def matches(linear_map: ProtectedMap, target: str) -> bool:
     """Whether a target names the map: a type, its full name, or a whole dotted suffix of it."""
     if target in TYPES:
-        layer = entry.layer
+        layer = linear_map.layer
         if target == "Conv2d1x1":
             return isinstance(layer, nn.Conv2d) and tuple(layer.kernel_size) == (1, 1)
         return type(layer).__name__ == target
-    return entry.name == target or entry.name.endswith("." + target)
+    return linear_map.name == target or linear_map.name.endswith("." + target)
 
 
 def resolve_targets(
     model: nn.Module, targets: Sequence[str], blocks: Sequence[int | str] | None = None
 ) -> list[ProtectedMap]:
-    """The maps that `targets` name, in module order; with `blocks` only those inside one of these (see blocks.py).
+    """The maps that `targets` name, in module order; with `blocks` only those inside one of them (`named_blocks`).
 
     A target is a whole dotted suffix ("attn2.to_q", "fc"), a full name, or a type: "Linear", "Conv2d", "Conv2d1x1".
 
@@ -180,12 +196,12 @@ def resolve_targets(
             the targets; a quantised or tied weight; fused q/k/v.
     """
     maps = linear_maps(model)
-    found = {target: [entry for entry in maps if matches(entry, target)] for target in targets}
+    found = {target: [linear_map for linear_map in maps if matches(linear_map, target)] for target in targets}
     for target, matched in found.items():
         if not matched:
             raise ValueError(_no_match(model, maps, target))
-    wanted = {entry.path for matched in found.values() for entry in matched}
-    resolved = [entry for entry in maps if entry.path in wanted]
+    wanted = {linear_map.path for matched in found.values() for linear_map in matched}
+    resolved = [linear_map for linear_map in maps if linear_map.path in wanted]
     if blocks is not None:
         resolved = maps_in_blocks(model, resolved, targets, blocks)
     _refuse_unsupported(model, resolved)
@@ -200,30 +216,36 @@ def maps_in_blocks(
     Raises:
         ValueError: a block that does not exist or holds none of the targets; a target that none of the blocks holds.
     """
-    names = named_blocks(model, blocks, PEFT_PREFIX if isinstance(model, PeftModel) else "")
+    names = named_blocks(model, blocks, _prefix_of(model))
     for block in names:
-        if not any(is_inside(entry.name, block) for entry in maps):
+        if not any(is_inside(linear_map.name, block) for linear_map in maps):
             inside = [
-                entry.name.rpartition(f"{block}.")[2] for entry in linear_maps(model) if is_inside(entry.name, block)
+                linear_map.name.rpartition(f"{block}.")[2]
+                for linear_map in linear_maps(model)
+                if is_inside(linear_map.name, block)
             ]
             listed = ", ".join(list(dict.fromkeys(inside))[:12]) or "no linear map"
             raise ValueError(f"block {block!r} holds none of the targets {', '.join(targets)}; it has {listed}")
-    kept = [entry for entry in maps if any(is_inside(entry.name, block) for block in names)]
+    kept = [linear_map for linear_map in maps if any(is_inside(linear_map.name, block) for block in names)]
     for target in targets:
-        if not any(matches(entry, target) for entry in kept):
+        if not any(matches(linear_map, target) for linear_map in kept):
             raise ValueError(f"target {target!r} lies in none of the blocks {', '.join(names)}")
     return kept
 
 
 def _no_match(model: nn.Module, maps: list[ProtectedMap], target: str) -> str:
-    inside = [f".{entry.name}".partition(f".{target}.")[2] for entry in maps if f".{target}." in f".{entry.name}"]
+    inside = [
+        f".{linear_map.name}".partition(f".{target}.")[2]
+        for linear_map in maps
+        if f".{target}." in f".{linear_map.name}"
+    ]
     if inside:
         children = ", ".join(f"{target}.{child}" for child in list(dict.fromkeys(inside))[:8])
         return f"{target!r} is a container, not a linear map; name its layers, e.g. {children}"
     for path, module in model.named_modules():
         if f".{path}".endswith(f".{target}"):
             return f"{target!r} is a {type(module).__name__}; only Linear, Conv2d and Embedding maps can be protected"
-    suffixes = list(dict.fromkeys(".".join(entry.name.split(".")[-2:]) for entry in maps))
+    suffixes = list(dict.fromkeys(".".join(linear_map.name.split(".")[-2:]) for linear_map in maps))
     near = difflib.get_close_matches(target, suffixes, n=6, cutoff=0.0)
     others = [suffix for suffix in suffixes if suffix not in near]
     listed = ", ".join((near + others)[:12]) + (", ..." if len(suffixes) > 12 else "")
@@ -237,39 +259,42 @@ def _is_fused(module: nn.Module) -> bool:
     """
     if not getattr(module, "fused_projections", False):
         return False
-    return not isinstance(module, Attention) or type(module.processor).__name__.startswith("Fused")
+    is_attention = _is_of(module, "diffusers.models.attention_processor", "Attention")
+    return not is_attention or type(module.processor).__name__.startswith("Fused")
 
 
 def require_zero_adapters(maps: Sequence[ProtectedMap]) -> None:
     """ValueError if a map carries a LoRA adapter that is not zero, or one that is not supported."""
-    for entry in maps:
-        if entry.has_adapter:
-            factors = entry.lora()
+    for linear_map in maps:
+        if linear_map.has_adapter:
+            factors = linear_map.lora()
             if factors.lora_B_OR.abs().max() * factors.lora_A_RD.abs().max() != 0:
                 raise ValueError(
-                    f"the LoRA adapter of {entry.name} already changes the model; the protection is measured from "
-                    "the base weights: merge the adapter first, or add a fresh one"
+                    f"the LoRA adapter of {linear_map.name} already changes the model; the protection is measured "
+                    "from the base weights: merge the adapter first, or add a fresh one"
                 )
 
 
 def _refuse_unsupported(model: nn.Module, maps: list[ProtectedMap]) -> None:
     seen: dict[int, str] = {}
     fused = {path for path, module in model.named_modules() if _is_fused(module)}
-    for entry in maps:
-        weight = entry.layer.weight
+    for linear_map in maps:
+        weight = linear_map.layer.weight
         if not weight.is_floating_point() or weight.element_size() < 2:  # float8 is storage, not arithmetic
-            raise ValueError(f"{entry.name} has a quantised weight ({weight.dtype}): load the model unquantised")
-        if getattr(entry.layer, "max_norm", None) is not None:
-            raise ValueError(f"{entry.name} renormalises its rows when it is read (max_norm), which is no linear map")
+            raise ValueError(f"{linear_map.name} has a quantised weight ({weight.dtype}): load the model unquantised")
+        if getattr(linear_map.layer, "max_norm", None) is not None:
+            raise ValueError(
+                f"{linear_map.name} renormalises its rows when it is read (max_norm), which is no linear map"
+            )
         if id(weight) in seen:
             raise ValueError(
-                f"{entry.name} and {seen[id(weight)]} share one weight: tied maps cannot be protected apart"
+                f"{linear_map.name} and {seen[id(weight)]} share one weight: tied maps cannot be protected apart"
             )
-        seen[id(weight)] = entry.name
-        parent = entry.path.rpartition(".")[0]
-        if parent in fused and entry.path.rpartition(".")[2] in PROJECTIONS:
+        seen[id(weight)] = linear_map.name
+        parent = linear_map.path.rpartition(".")[0]
+        if parent in fused and linear_map.path.rpartition(".")[2] in PROJECTIONS:
             raise ValueError(
-                f"{entry.name} never runs because the attention's projections are fused: "
+                f"{linear_map.name} never runs because the attention's projections are fused: "
                 "call unfuse_qkv_projections() before setting up the protection"
             )
 
@@ -330,9 +355,9 @@ def restore(layer: nn.Linear | nn.Conv2d | nn.Embedding, values: tuple[Tensor, T
 @contextmanager
 def at_snapshot(maps: Sequence[ProtectedMap], snapshots: Snapshots) -> Iterator[None]:
     """Give the maps their snapshots' values and switch their adapters off, for the duration of the block."""
-    layers = {entry.name: entry.layer for entry in maps if entry.name in snapshots}
+    layers = {linear_map.name: linear_map.layer for linear_map in maps if linear_map.name in snapshots}
     trained = {name: snapshot_of(layer) for name, layer in layers.items()}
-    adapted: list[Any] = [entry.module for entry in maps if entry.has_adapter]
+    adapted: list[Any] = [linear_map.module for linear_map in maps if linear_map.has_adapter]
     flags = {parameter: parameter.requires_grad for module in adapted for parameter in module.parameters()}
     try:
         for name, layer in layers.items():
@@ -384,7 +409,7 @@ def is_inside(name: str, block: str) -> bool:
 
 
 def named_blocks(model: nn.Module, blocks: Sequence[int | str], prefix: str = "") -> list[str]:
-    """The dotted name of every entry of `blocks`, numbers (also written as strings) looked up by `numbered_blocks`.
+    """The dotted name of every one of `blocks`, numbers (also written as strings) looked up by `numbered_blocks`.
 
     Raises:
         ValueError: a number or name that the model does not have; the message lists what it has.
