@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from barrier_diffusers.data.encoding import EncodedImages, NoisedBatches, encode_images
     from barrier_diffusers.models.architectures import Architecture, get_architecture, register_architecture
     from barrier_diffusers.models.denoiser import PipelineDenoiser
-    from barrier_diffusers.objectives import get_objective
+    from barrier_diffusers.objectives import DiffusionStep, get_objective, register_objective
     from barrier_diffusers.protection.barrier import Barrier
     from barrier_diffusers.protection.certificate import Certificate
     from barrier_diffusers.protection.config import BarrierConfig
@@ -27,6 +27,7 @@ _HOMES = {
     "Barrier": "protection.barrier",
     "BarrierConfig": "protection.config",
     "Certificate": "protection.certificate",
+    "DiffusionStep": "objectives",
     "EncodedImages": "data.encoding",
     "ForgetRegion": "protection.region",
     "NoisedBatches": "data.encoding",
@@ -37,6 +38,7 @@ _HOMES = {
     "get_architecture": "models.architectures",
     "get_objective": "objectives",
     "register_architecture": "models.architectures",
+    "register_objective": "objectives",
 }
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "Barrier",
     "BarrierConfig",
     "Certificate",
+    "DiffusionStep",
     "EncodedImages",
     "ForgetRegion",
     "NoisedBatches",
@@ -55,6 +58,7 @@ __all__ = [
     "get_architecture",
     "get_objective",
     "register_architecture",
+    "register_objective",
 ]
 
 

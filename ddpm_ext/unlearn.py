@@ -57,7 +57,7 @@ def unlearning_rows(
     forget = draw(data, forget_ids, config.max_forget_images, generator)
     null = pipeline.null_label if objective.needs_unconditional else None
     anchors = anchor_ids(config, forget.labels, forget_ids, retain_ids, data.names, generator)
-    with_images = not objective.own_samples or config.saliency_mask is not None
+    with_images = not objective.samples_from_model or config.saliency_mask is not None
     rows = LabelRows(
         forget.labels, forget.images if with_images else None, anchors if objective.needs_anchor else None, null
     )

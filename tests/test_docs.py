@@ -57,9 +57,19 @@ def check_script(words):
         read_sweep(config.sweep)
 
 
+def with_files_of(page, words, folder):
+    """The words with paths of the files that the page shows: Python that begins with \"\"\"NAME.py: ..."""
+    for block in fenced(page, "python"):
+        for name in re.findall(r'^"""(\w+\.py):', block):
+            (folder / name).write_text(block, encoding="utf-8")
+            words = [str(folder / name) if word == name else word for word in words]
+    return words
+
+
 @pytest.mark.parametrize(("page", "words"), COMMANDS, ids=[f"{p.stem}: {' '.join(w)[:60]}" for p, w in COMMANDS])
-def test_a_command_of_the_pages_is_valid(page, words, monkeypatch):
+def test_a_command_of_the_pages_is_valid(page, words, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
+    words = with_files_of(page, words, tmp_path)
     if words[0] == "make":
         targets = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.M)
         assert all(word in targets for word in words[1:] if "=" not in word and not word.startswith("-")), words

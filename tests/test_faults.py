@@ -124,16 +124,15 @@ def test_settings_that_decide_about_weights(name, whole):
 
 
 NAN = """import torch
-from barrier_diffusers.objectives import Objective, enter
+from barrier_diffusers.objectives import register
 
 calls = []
 
+@register("nan_at_4")
 def loss(step):
     calls.append(None)
     scale = float("nan") if len(calls) == 4 else -1.0
     return scale * step.ordinary_loss()
-
-enter(Objective(name="nan_at_4", loss=loss))
 """
 
 

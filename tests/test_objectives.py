@@ -1,7 +1,8 @@
 """Objectives against the formulas of docs/method.md section 5, the registry, and objectives of the user's own."""
 
 import re
-from dataclasses import replace
+from argparse import ArgumentError
+from dataclasses import asdict, make_dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,12 @@ from barrier_diffusers.objectives import (
     ObjectiveConfig,
     get_objective,
     load_module,
-    register,
+    load_objective,
+    register_objective,
 )
 from barrier_diffusers.objectives.base import Objective
+from barrier_diffusers.utils.command_line import config_from, parse_config
+from barrier_diffusers.workflow.settings import UnlearnConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -83,7 +87,7 @@ def test_kl_against_its_definition(step, network):
 
 def test_kl_is_zero_where_both_networks_agree(step, network):
     step = replace(step, reference=network)
-    assert get_objective("kl").loss(step).item() == pytest.approx(0, abs=1e-6)
+    assert get_objective("kl").loss_of(step).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_esd_turns_the_frozen_guidance_round(step, network):
@@ -108,12 +112,14 @@ def test_unknown_name_lists_the_known_ones():
 
 def test_registry():
     with pytest.raises(ValueError, match="'ga' is registered already"):
-        register("ga")(lambda step: step.target.sum())
+        register_objective("ga")(lambda step: step.target.sum())
     assert OBJECTIVES["rl"].needs_anchor and not OBJECTIVES["ga"].needs_anchor
-    assert OBJECTIVES["esd"].own_samples and OBJECTIVES["esd"].needs_unconditional
-    for wrong in ({"needs": ("images",)}, {"reads": ("momentum",)}):
-        with pytest.raises(ValueError, match="objective 'mine' asks for (images|momentum)"):
-            Objective("mine", loss=lambda step: step.target.sum(), **wrong)
+    assert OBJECTIVES["esd"].samples_from_model and OBJECTIVES["esd"].needs_unconditional
+    with pytest.raises(ValueError, match="objective 'mine' asks for images; needs are anchor, "):
+        Objective("mine", loss=lambda step: step.target.sum(), needs=("images",))
+    for settings in (dict, make_dataclass("Settings", [("momentum", float)])):
+        with pytest.raises(ValueError, match="settings of objective 'mine' must be a dataclass whose fields have def"):
+            Objective("mine", loss=lambda step: step.target.sum(), settings=settings)
     with pytest.raises(ValueError, match="needs a loss or an edit, and not both"):
         Objective("mine")
 
@@ -157,7 +163,7 @@ def example(tmp_path):
     """The file of docs/add_an_objective.md."""
     (code, *_) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/add_an_objective.md").read_text(), re.S)
     assert len(code.splitlines()) <= 30
-    path = tmp_path / "stopgrad_repel.py"
+    path = tmp_path / "repel.py"
     path.write_text(code)
     return path
 
@@ -165,8 +171,77 @@ def example(tmp_path):
 def test_documented_example(example, step):
     load_module(str(example))
     load_module(str(example))  # a second time changes nothing
-    loss = get_objective("repel").loss(step)
+    loss = get_objective("repel").loss_of(step)
     assert loss.item() > 0 and loss.requires_grad
+
+
+UNLEARN = {"concept": "sneaker", "pretrained_model_name_or_path": "base", "output_dir": "run"}
+
+
+def test_an_objective_brings_settings_of_its_own(example, tmp_path, step):
+    flags = [f"--{name}={value}" for name, value in UNLEARN.items()]
+    (tmp_path / "repel.yaml").write_text(f"objective: {{module: {example}, name: repel, margin: 50, anchor: boot}}\n")
+    told = {
+        "flags": [f"--objective.module={example}", "--objective.name", "repel", "--objective.margin", "50"],
+        "a file": [f"--config={tmp_path / 'repel.yaml'}"],
+        "a file and a flag": ["--config", str(tmp_path / "repel.yaml"), "--objective.margin=50"],
+        "one mapping": ["--objective", f"{{module: {example}, name: repel, margin: 50}}"],
+    }
+    for how, words in told.items():
+        config = parse_config(UnlearnConfig, [*flags, *words])
+        assert config.objective.margin == 50 and isinstance(config, UnlearnConfig), how
+        assert asdict(config)["objective"]["margin"] == 50
+    section = {"module": str(example), "name": "repel", "margin": 50}
+    options = config_from(UnlearnConfig, {**UNLEARN, "objective": section}).objective
+    objective = load_objective(options)
+    wide, narrow = (objective.loss_of(replace(step, options=value)).item() for value in (options, None))
+    distance = (step.prediction() - step.reference_prediction(step.condition)).square().flatten(1).mean(1)
+    expected = (50 - distance).relu().mean() - (0.05 - distance).relu().mean()  # without options the default, 0.05
+    assert wide - narrow == pytest.approx(expected.item(), rel=1e-5)
+    assert load_objective(ObjectiveConfig(name="repel", module=str(example))) is objective  # without the own fields
+
+
+OWN = """from __future__ import annotations
+from dataclasses import dataclass, field
+from typing import Literal
+from barrier_diffusers import register_objective
+
+@dataclass
+class Own:
+    kind: Literal["soft", "hard"] = "soft"
+    words: list[str] = field(default_factory=list)
+    eta: float = 3.0  # as esd has one, with another default
+
+    def __post_init__(self):
+        if self.eta < 0:
+            raise ValueError("objective.eta is below 0")
+
+@dataclass
+class Greedy:
+    alpha: float = 1.0
+
+register_objective("own", settings=Own)(lambda step: step.ordinary_loss())
+register_objective("greedy", settings=Greedy)(lambda step: step.ordinary_loss())
+"""
+
+
+def test_what_an_own_setting_may_be(tmp_path):
+    words = [f"--{name}={value}" for name, value in UNLEARN.items()]
+    (tmp_path / "own.py").write_text(OWN)
+    words += [f"--objective.module={tmp_path / 'own.py'}"]
+    options = parse_config(UnlearnConfig, [*words, "--objective.name=own", "--objective.words", "a", "b"]).objective
+    assert (options.kind, options.words, options.eta, options.temperature) == ("soft", ["a", "b"], 3.0, 0.1)
+    for flags, message in {
+        ("--objective.name=own", "--objective.kind=loud"): "kind",
+        ("--objective.name=own", "--objective.eta=-1"): "objective.eta is below 0",
+        ("--objective.name=rl", "--objective.kind=hard"): "kind",  # not the chosen one's
+        ("--objective.name=greedy",): "declares alpha, which all objectives share",
+    }.items():
+        with pytest.raises((ValueError, ArgumentError), match=message):
+            parse_config(UnlearnConfig, [*words, *flags])
+    unread = parse_config(UnlearnConfig, [*words, "--objective.name=own", "--objective.temperature=1"]).objective
+    with pytest.raises(ValueError, match="'own' does not read objective.temperature"):
+        load_objective(unread)
 
 
 def test_module_that_failed_leaves_no_entry(tmp_path, example):

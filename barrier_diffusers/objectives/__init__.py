@@ -6,12 +6,13 @@ from barrier_diffusers.objectives.base import (
     DiffusionStep,
     Objective,
     PromptEdit,
-    enter,
     get_objective,
-    register,
+    register_objective,
 )
 from barrier_diffusers.objectives.config import ObjectiveConfig
 from barrier_diffusers.objectives.plugin import load_module, load_objective
+
+register = register_objective  # its name in earlier versions, which users' own files import
 
 __all__ = [
     "OBJECTIVES",
@@ -20,7 +21,6 @@ __all__ = [
     "ObjectiveConfig",
     "PromptEdit",
     "concept",
-    "enter",
     "esd",
     "ga",
     "get_objective",
@@ -28,6 +28,7 @@ __all__ = [
     "load_module",
     "load_objective",
     "register",
+    "register_objective",
     "rl",
     "uce",
 ]

@@ -1,4 +1,4 @@
-"""What every base objective gets, and the registry that maps a name to it.
+"""What every base objective gets and declares, and the registry that maps a name to it.
 
 Shapes: B batch, c latent channels, h and w latent side, L tokens, D embedding features, N prompts.
 """
@@ -6,13 +6,13 @@ Shapes: B batch, c latent channels, h and w latent side, L tokens, D embedding f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from barrier_diffusers.objectives.config import ObjectiveConfig
 from barrier_diffusers.protection.targets import ProtectedMap
 from barrier_diffusers.utils.registry import Registry
 
@@ -34,7 +34,7 @@ class DiffusionStep:
     anchor: Condition | None = None  # of the anchor prompts c'; None if the objective needs none
     unconditional: Condition | None = None  # of the empty prompt, for every sample; None if the objective needs none
     reference: Predict | None = None  # the network before training, no graph; None if the objective needs none
-    options: ObjectiveConfig = field(default_factory=ObjectiveConfig)  # temperature, eta, ...
+    options: Any = None  # the objective's own settings, an instance of its `settings` class
 
     def __len__(self) -> int:
         return len(self.noisy)
@@ -85,14 +85,14 @@ def _given(condition: Condition | None) -> Condition:
 
 @dataclass(frozen=True)
 class PromptEdit:
-    """What a closed-form edit gets: it changes the maps' weights in place and no training step runs."""
+    """What a closed-form edit gets: it changes the maps' weights and no training step runs."""
 
     maps: list[ProtectedMap]
     pairs: list[tuple[str, str]]  # (forget prompt, anchor prompt; without needs=("anchor",) the prompt itself)
     preserve: list[str]  # retain prompts
     tokenize: Callable[[str], list[int]]  # a prompt's token ids, start and end included, no padding
     embed: Callable[[Sequence[str]], Tensor]  # prompts -> what cross-attention reads (N, L, D)
-    options: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    options: Any = None  # the objective's own settings, an instance of its `settings` class
 
 
 NEEDS = {
@@ -100,36 +100,44 @@ NEEDS = {
     "named_anchor": "the same, but one of the anchor settings must be given",
     "unconditional": "step.unconditional",
     "reference": "step.reference",
-    "own_samples": "x_t sampled by the model itself from prompts alone, instead of noised images",
+    "samples_from_model": "x_t sampled by the model itself from prompts alone, instead of noised images",
 }
-READ_BY_NEED = {
+READ_BY_NEED = {  # fields of ObjectiveConfig
     "anchor": ("anchor", "anchor_prompt"),
     "named_anchor": ("anchor", "anchor_prompt"),
-    "own_samples": ("guidance_scale", "num_inference_steps"),
+    "samples_from_model": ("guidance_scale", "num_inference_steps"),
 }
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A base objective: its loss on a forget batch, or its closed-form edit, and what it needs."""
+    """A base objective: its loss on a forget batch, or its closed-form edit, what it needs, and its own settings.
+
+    Raises:
+        ValueError: neither or both of loss and edit, or an unknown need.
+    """
 
     name: str
     loss: Callable[[DiffusionStep], Tensor] | None = None
     edit: Callable[[PromptEdit], None] | None = None
     check_maps: Callable[[Sequence[ProtectedMap]], None] | None = None  # ValueError for maps an edit cannot change
     needs: tuple[str, ...] = ()  # keys of NEEDS; nothing else is prepared
-    reads: tuple[str, ...] = ()  # fields of ObjectiveConfig, beside those that a need brings along
+    settings: type[Any] | None = None  # dataclass, every field with a default: flags --objective.FIELD
 
     def __post_init__(self) -> None:
-        unknown = [need for need in self.needs if need not in NEEDS]
-        unknown += [name for name in self.reads if name not in {entry.name for entry in fields(ObjectiveConfig)}]
         if (self.loss is None) == (self.edit is None):
             raise ValueError(f"objective {self.name!r} needs a loss or an edit, and not both")
+        unknown = [need for need in self.needs if need not in NEEDS]
         if unknown:
-            raise ValueError(
-                f"objective {self.name!r} asks for {', '.join(unknown)}; needs are {', '.join(NEEDS)}, "
-                "reads are fields of ObjectiveConfig"
-            )
+            raise ValueError(f"objective {self.name!r} asks for {', '.join(unknown)}; needs are {', '.join(NEEDS)}")
+        if self.settings is not None:
+            try:
+                fields(self.settings)
+                self.settings()
+            except TypeError as error:
+                raise ValueError(
+                    f"the settings of objective {self.name!r} must be a dataclass whose fields have defaults: {error}"
+                ) from error
 
     @property
     def needs_anchor(self) -> bool:
@@ -137,23 +145,35 @@ class Objective:
         return "anchor" in self.needs or "named_anchor" in self.needs
 
     @property
-    def own_samples(self) -> bool:
+    def samples_from_model(self) -> bool:
         """Whether x_t is sampled by the model itself, so that the loss needs no forget image."""
-        return "own_samples" in self.needs
+        return "samples_from_model" in self.needs
 
     @property
     def needs_unconditional(self) -> bool:
         """Whether the empty prompt's embedding is read, by the loss or for guidance."""
-        return "unconditional" in self.needs or self.own_samples
+        return "unconditional" in self.needs or self.samples_from_model
+
+    @property
+    def own_fields(self) -> tuple[str, ...]:
+        """Names of the objective's own settings."""
+        return tuple(item.name for item in fields(self.settings)) if self.settings is not None else ()
+
+    def own_settings(self, options: Any) -> Any:
+        """`options` if they hold the objective's own settings, else its `settings` with whatever of them is given."""
+        if self.settings is None or isinstance(options, self.settings):
+            return options
+        return self.settings(**{name: getattr(options, name) for name in self.own_fields if hasattr(options, name)})
 
     def loss_of(self, step: DiffusionStep) -> Tensor:
-        """The loss on a step.
+        """The loss on a step; a step without the objective's settings is given their defaults.
 
         Raises:
             ValueError: the function returned anything but a scalar tensor with gradient.
         """
         assert self.loss is not None
-        value = self.loss(step)
+        options = self.own_settings(step.options)
+        value = self.loss(step if options is step.options else replace(step, options=options))
         if not isinstance(value, Tensor) or value.dim() != 0 or not value.requires_grad:
             found = f"{tuple(value.shape)} without gradient" if isinstance(value, Tensor) else type(value).__name__
             if isinstance(value, Tensor) and value.dim() != 0:
@@ -161,19 +181,21 @@ class Objective:
             raise ValueError(f"objective {self.name!r} must return a scalar tensor with gradient, not {found}")
         return value
 
-    def check(self, options: ObjectiveConfig) -> None:
+    def check(self, options: Any) -> None:
         """Refuse a setting that this objective never reads, and a missing anchor.
+
+        Args:
+            options: an `ObjectiveConfig`.
 
         Raises:
             ValueError: says which setting, and what to do.
         """
-        read = {"name", "module", *self.reads, *(name for need in self.needs for name in READ_BY_NEED.get(need, ()))}
-        if self.loss is not None:
-            read.add("alpha")
-        for entry in fields(options):
-            if entry.name not in read and getattr(options, entry.name) != entry.default:
+        by_need = {name for need in self.needs for name in READ_BY_NEED.get(need, ())}
+        read = {"name", "module", *self.own_fields, *by_need} | ({"alpha"} if self.loss is not None else set())
+        for item in fields(options):
+            if item.name not in read and getattr(options, item.name) != item.default:
                 raise ValueError(
-                    f"objective {self.name!r} does not read objective.{entry.name}: leave it at {entry.default}"
+                    f"objective {self.name!r} does not read objective.{item.name}: leave it at {item.default}"
                 )
         if "named_anchor" in self.needs and options.anchor is None and options.anchor_prompt is None:
             raise ValueError(
@@ -185,24 +207,22 @@ class Objective:
 OBJECTIVES: Registry[Objective] = Registry("objective")
 
 
-def enter(objective: Objective) -> None:
-    """Put an objective into the registry; a second one of the same name is a ValueError."""
-    OBJECTIVES.register(objective)
-
-
-def register(name: str, needs: Sequence[str] = (), reads: Sequence[str] = ()) -> Callable[[Callable], Callable]:
-    """Decorator: enter a loss function (DiffusionStep -> scalar) into the registry under `name`.
+def register_objective(
+    name: str, needs: Sequence[str] = (), settings: type[Any] | None = None
+) -> Callable[[Callable[[DiffusionStep], Tensor]], Callable[[DiffusionStep], Tensor]]:
+    """Decorator: register a loss function (DiffusionStep -> scalar) under `name`.
 
     Args:
         needs: keys of NEEDS; what is not named is not prepared and is None in the step.
-        reads: fields of ObjectiveConfig that the loss reads from `step.options`.
+        settings: a dataclass with the objective's own settings, which the loss reads from `step.options`; its fields
+            are the flags --objective.FIELD.
 
     Raises:
-        ValueError: a name that is taken, or an unknown need or field.
+        ValueError: a name that is taken, an unknown need, or settings without defaults.
     """
 
     def decorate(loss: Callable[[DiffusionStep], Tensor]) -> Callable[[DiffusionStep], Tensor]:
-        enter(Objective(name, loss, needs=tuple(needs), reads=tuple(reads)))
+        OBJECTIVES.register(Objective(name, loss, needs=tuple(needs), settings=settings))
         return loss
 
     return decorate

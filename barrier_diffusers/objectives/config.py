@@ -1,20 +1,24 @@
-"""ObjectiveConfig: which base objective runs, and the settings that objectives may read."""
+"""ObjectiveConfig: which base objective runs, with the settings that every objective shares and those of each."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import functools
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
+from typing import Any
 
+from barrier_diffusers.objectives.base import OBJECTIVES
+from barrier_diffusers.objectives.esd import EsdSettings
+from barrier_diffusers.objectives.kl import KlSettings
+from barrier_diffusers.objectives.plugin import load_module
+from barrier_diffusers.objectives.uce import UceSettings
 from barrier_diffusers.utils.checks import require_positive
 
 
 @dataclass
-class ObjectiveConfig:
-    """The base objective that does the erasing. One that the chosen objective does not read must keep its default.
-
-    Raises:
-        ValueError: a value out of range, or both kinds of anchor.
-    """
+class SharedSettings:
+    """Settings that the trainer reads, whatever the objective."""
 
     name: str = "rl"  # see barrier_diffusers/objectives, or your own
     module: str | None = None  # .py file or importable module that registers an objective of yours: it is run
@@ -22,23 +26,29 @@ class ObjectiveConfig:
     # words that replace the concept's in each caption, or a list, one per concept; None: another label at random
     anchor: str | list[str] | None = None
     anchor_prompt: str | None = None  # or one whole prompt for every forget image
-    temperature: float = 0.1  # > 0; kl: of both softmaxes
-    eta: float = 1.0  # esd: how far the target lies beyond the empty prompt's prediction, away from the concept
     guidance_scale: float = 3.0  # esd: classifier-free guidance while the model samples its own x_t
     num_inference_steps: int = 50  # >= 1; esd: steps of that sampling, of which a random number is run
-    preserve_weight: float = 1.0  # >= 0; uce: of each token of a retain prompt, against 1 of a forget prompt
-    ridge: float = 0.1  # > 0; uce: weight of ||W - W0||^2
 
     def __post_init__(self) -> None:
         if self.anchor is not None and self.anchor_prompt is not None:
             raise ValueError("set objective.anchor (words) or objective.anchor_prompt (a whole prompt), not both")
-        for name in ("alpha", "preserve_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"objective.{name} is {getattr(self, name)}, but must be >= 0")
-        for name in ("temperature", "ridge"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"objective.{name} is {getattr(self, name)}, but must be > 0")
+        if not self.alpha >= 0:
+            raise ValueError(f"objective.alpha is {self.alpha}, but must be >= 0")
         require_positive(self, ("num_inference_steps",), "objective.{}")
+
+
+@dataclass
+class ObjectiveConfig(UceSettings, EsdSettings, KlSettings, SharedSettings):
+    """The base objective that does the erasing. One that the chosen objective does not read must keep its default.
+
+    Raises:
+        ValueError: a value out of range, or both kinds of anchor.
+    """
+
+    def __post_init__(self) -> None:
+        for part in type(self).__mro__:  # each objective checks its own
+            if is_dataclass(part) and not issubclass(part, ObjectiveConfig):
+                part(**{item.name: getattr(self, item.name) for item in fields(part)})
 
     def anchors_of(self, concepts: Sequence[str]) -> list[str | None]:
         """`anchor` for each of these concepts.
@@ -52,3 +62,36 @@ class ObjectiveConfig:
         for word in set(words) & set(concepts):
             raise ValueError(f"objective.anchor {word!r} is to be forgotten itself: choose something that is retained")
         return list(words)
+
+    @classmethod
+    def class_for(cls, values: Mapping[str, Any]) -> type[ObjectiveConfig]:
+        """The class that also has the own settings of the objective that `values` names, of the user's module if they
+        name one; `cls` itself for an objective that has none or is built in.
+
+        Raises:
+            ValueError: a module that does not load, or an own setting that is called like a shared one.
+        """
+        if values.get("module"):
+            load_module(str(values["module"]))
+        objective = OBJECTIVES.get(str(values.get("name")))
+        settings: Any = objective.settings if objective is not None else None
+        if settings is None or issubclass(cls, settings):
+            return cls
+        shared = {item.name for item in fields(SharedSettings)} & {item.name for item in fields(settings)}
+        if shared:
+            raise ValueError(f"objective {values['name']!r} declares {', '.join(shared)}, which all objectives share")
+        base: Any = cls
+        return _with_settings(base, settings)
+
+
+@functools.cache
+def _with_settings(config_class: Any, settings: Any) -> type[ObjectiveConfig]:
+    kinds = typing.get_type_hints(settings)
+    own = []
+    for item in fields(settings):
+        default: Any = {"default": item.default}
+        if item.default_factory is not MISSING:
+            default = {"default_factory": item.default_factory}
+        own.append((item.name, kinds[item.name], field(**default)))
+    members = {"__post_init__": config_class.__post_init__}
+    return make_dataclass(config_class.__name__, own, bases=(settings, config_class), namespace=members)

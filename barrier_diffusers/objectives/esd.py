@@ -1,13 +1,25 @@
-"""Erased Stable Diffusion (METHOD: esd; Gandikota et al., arXiv 2303.07345): the concept's prompt is answered with the
-guidance turned round. It needs prompts only, no image: x_t is sampled by the model that trains."""
+"""Erased Stable Diffusion (docs/method.md section 5; Gandikota et al., arXiv 2303.07345).
+
+The concept's prompt is answered with the guidance turned round. It needs prompts only, no image: x_t is sampled by the
+model that trains.
+"""
+
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from barrier_diffusers.objectives.base import DiffusionStep, register
+from barrier_diffusers.objectives.base import DiffusionStep, register_objective
 
 
-@register("esd", needs=("own_samples", "unconditional", "reference"), reads=("eta",))
+@dataclass
+class EsdSettings:
+    """Own settings of objective esd."""
+
+    eta: float = 1.0  # esd: how far the target lies beyond the empty prompt's prediction, away from the concept
+
+
+@register_objective("esd", needs=("samples_from_model", "unconditional", "reference"), settings=EsdSettings)
 def erased_guidance(step: DiffusionStep) -> Tensor:
     """MSE(eps(x_t, c), e0 - eta (ec - e0)), e0 and ec the frozen model's predictions without and with the prompt."""
     empty, prompted = (step.reference_prediction(condition) for condition in (step.unconditional, step.condition))

@@ -1,11 +1,14 @@
-"""Gradient ascent (METHOD: ga): raise the ordinary loss on the forget batch. It has no floor; stop early."""
+"""Gradient ascent (docs/method.md section 5): raise the ordinary loss on the forget batch.
+
+It has no floor: stop early.
+"""
 
 from torch import Tensor
 
-from barrier_diffusers.objectives.base import DiffusionStep, register
+from barrier_diffusers.objectives.base import DiffusionStep, register_objective
 
 
-@register("ga")
+@register_objective("ga")
 def gradient_ascent(step: DiffusionStep) -> Tensor:
     """- MSE(eps(x_t, c), noise)."""
     return -step.ordinary_loss()

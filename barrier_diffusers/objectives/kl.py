@@ -1,12 +1,25 @@
-"""KL divergence (METHOD: kl): move the prediction's distribution away from the frozen model's."""
+"""KL divergence (docs/method.md section 5): move the prediction's distribution away from the frozen model's."""
+
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from barrier_diffusers.objectives.base import DiffusionStep, register
+from barrier_diffusers.objectives.base import DiffusionStep, register_objective
 
 
-@register("kl", needs=("reference",), reads=("temperature",))
+@dataclass
+class KlSettings:
+    """Own settings of objective kl."""
+
+    temperature: float = 0.1  # > 0; kl: of both softmaxes
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"objective.temperature is {self.temperature}, but must be > 0")
+
+
+@register_objective("kl", needs=("reference",), settings=KlSettings)
 def divergence(step: DiffusionStep) -> Tensor:
     """- mean_B KL(softmax(eps_ref / T) || softmax(eps / T)), in nats.
 

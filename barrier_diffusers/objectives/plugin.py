@@ -6,13 +6,13 @@ import importlib
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 from barrier_diffusers.objectives.base import OBJECTIVES, Objective, get_objective
-from barrier_diffusers.objectives.config import ObjectiveConfig
 
 
 def load_module(module: str) -> None:
-    """Run the .py file, or import the dotted module name, so that its `@register` lines take effect; once a process.
+    """Run the .py file, or import the dotted module name, so that it registers its objectives; once a process.
 
     Raises:
         ValueError: there is no such file or module, or running it fails.
@@ -36,13 +36,13 @@ def load_module(module: str) -> None:
             importlib.import_module(name)
     except Exception as error:
         sys.modules.pop(name, None)
-        for entry in set(OBJECTIVES) - known:  # a second try may register them again
-            del OBJECTIVES[entry]
+        for name_of_new in set(OBJECTIVES) - known:  # a second try may register them again
+            del OBJECTIVES[name_of_new]
         what = "a .py file or an importable module is needed" if isinstance(error, ImportError) else "it failed"
         raise ValueError(f"objective.module {module!r}: {what} ({type(error).__name__}: {error})") from error
 
 
-def load_objective(options: ObjectiveConfig) -> Objective:
+def load_objective(options: Any) -> Objective:
     """The objective that the settings name, from the user's module if they name one, checked against the others.
 
     Raises:

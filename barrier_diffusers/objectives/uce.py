@@ -7,13 +7,28 @@ Shapes: N forget tokens, M preserved tokens, L tokens of a padded prompt, D embe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from barrier_diffusers.objectives.base import Objective, PromptEdit, enter
+from barrier_diffusers.objectives.base import OBJECTIVES, Objective, PromptEdit
 from barrier_diffusers.protection.targets import ProtectedMap
+
+
+@dataclass
+class UceSettings:
+    """Own settings of objective uce."""
+
+    preserve_weight: float = 1.0  # >= 0; uce: of each token of a retain prompt, against 1 of a forget prompt
+    ridge: float = 0.1  # > 0; uce: weight of ||W - W0||^2
+
+    def __post_init__(self) -> None:
+        if not self.preserve_weight >= 0:
+            raise ValueError(f"objective.preserve_weight is {self.preserve_weight}, but must be >= 0")
+        if not self.ridge > 0:
+            raise ValueError(f"objective.ridge is {self.ridge}, but must be > 0")
 
 
 def ridge_edit(
@@ -61,17 +76,17 @@ def check_maps(maps: Sequence[ProtectedMap]) -> None:
     Raises:
         ValueError: a map that is no to_k or to_v of a cross-attention, or that carries an adapter.
     """
-    for entry in maps:
-        parent, _, leaf = entry.path.rpartition(".")
-        attention = entry.model.get_submodule(parent)
+    for linear_map in maps:
+        parent, _, leaf = linear_map.path.rpartition(".")
+        attention = linear_map.model.get_submodule(parent)
         reads_text = isinstance(attention, Attention) and attention.is_cross_attention
         if leaf not in ("to_k", "to_v") or not reads_text:
             raise ValueError(
-                f"objective 'uce' edits the keys and values of cross-attention only, not {entry.name}: "
+                f"objective 'uce' edits the keys and values of cross-attention only, not {linear_map.name}: "
                 "set barrier.targets to [attn2.to_k, attn2.to_v]"
             )
-        if entry.has_adapter:
-            raise ValueError(f"objective 'uce' edits full weights, but {entry.name} carries an adapter")
+        if linear_map.has_adapter:
+            raise ValueError(f"objective 'uce' edits full weights, but {linear_map.name} carries an adapter")
 
 
 @torch.no_grad()
@@ -92,8 +107,8 @@ def edit_keys_and_values(task: PromptEdit) -> None:
         anchor.append(embeddings[target][positions])
     forget_ND, anchor_ND = torch.cat(forget), torch.cat(anchor)
     preserve_MD = torch.cat([embeddings[prompt] for prompt in preserve] or [forget_ND[:0]])
-    for entry in task.maps:
-        weight_OD = entry.layer.weight
+    for linear_map in task.maps:
+        weight_OD = linear_map.layer.weight
         forget_ND, anchor_ND, preserve_MD = (rows.to(weight_OD.device) for rows in (forget_ND, anchor_ND, preserve_MD))
         edited = ridge_edit(
             weight_OD, forget_ND, anchor_ND, preserve_MD, task.options.preserve_weight, task.options.ridge
@@ -101,12 +116,12 @@ def edit_keys_and_values(task: PromptEdit) -> None:
         weight_OD.copy_(edited)
 
 
-enter(
+OBJECTIVES.register(
     Objective(
         "uce",
         edit=edit_keys_and_values,
         check_maps=check_maps,
         needs=("anchor",),
-        reads=("preserve_weight", "ridge"),
+        settings=UceSettings,
     )
 )

@@ -97,7 +97,7 @@ def sampler_and_reference(
 ) -> tuple[PartialSampler | None, FrozenReference | None]:
     """The model's own sampling process and the model as it is now, each None if the objective does not need it."""
     sampler = reference = None
-    if objective.own_samples:
+    if objective.samples_from_model:
         shape = denoiser.latent_shape(resolution)
         sampler = PartialSampler(denoiser, shape, options.guidance_scale, options.num_inference_steps)
     if "reference" in objective.needs:

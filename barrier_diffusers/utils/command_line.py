@@ -18,6 +18,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from barrier_diffusers.utils.installation import require_assets, resolve_named_files
+from barrier_diffusers.utils.open_settings import class_with_open_sections
 
 
 def run_script(main: Callable[[Any], None], config_class: type | Callable[[list[str]], Any]) -> None:
@@ -82,6 +83,7 @@ def join_lists(config_class: type, arguments: list[str]) -> list[str]:
 
 def parse_config(config_class: type, arguments: list[str]) -> Any:
     """An instance of a settings dataclass from `--config FILE.yaml` and dotted flags; lists are `[A, B]` or `A B`."""
+    config_class = class_with_open_sections(config_class, arguments)
     parser = ArgumentParser(exit_on_error=False, description=config_class.__doc__)
     parser.add_argument("--config", action="config", help="YAML file with any of the fields below")
     parser.add_class_arguments(config_class)
@@ -103,6 +105,7 @@ def config_from(config_class: type, values: dict[str, Any]) -> Any:
     Raises:
         ValueError: an unknown field, or a value that the dataclass refuses.
     """
+    config_class = class_with_open_sections(config_class, values)
     parser = _parser_of(config_class)
     try:
         return config_class(**vars(parser.instantiate_classes(parser.parse_object(values))))

@@ -108,8 +108,8 @@ def data_needs(config: UnlearnConfig, objective: Objective, prompts_suffice: boo
 
     `prompts_suffice` says that text embeddings are all the retain statistics of all maps need.
     """
-    forget_images = not objective.own_samples or config.saliency_mask is not None
-    recorded = config.needs_retain and not objective.own_samples and not prompts_suffice
+    forget_images = not objective.samples_from_model or config.saliency_mask is not None
+    recorded = config.needs_retain and not objective.samples_from_model and not prompts_suffice
     retain_images = config.objective.alpha > 0 or recorded
     return DataNeeds(
         forget_images=forget_images and objective.edit is None,

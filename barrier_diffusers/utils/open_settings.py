@@ -1,0 +1,76 @@
+"""Settings whose fields depend on a choice made in them: a section's class is looked up before it is parsed.
+
+A settings dataclass is open if it has a class method `class_for(values)`, which gives the class that holds these
+values (`ObjectiveConfig` does: the objective's own settings are its fields).
+"""
+
+from __future__ import annotations
+
+import functools
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def class_with_open_sections(config_class: type, values: Mapping[str, Any] | Sequence[str]) -> type:
+    """`config_class`, or a subclass of it whose open sections have the fields that these values call for.
+
+    Args:
+        values: nested mappings, or the words of a command line.
+
+    Raises:
+        ValueError: what `class_for` refuses.
+    """
+    for name, kind in typing.get_type_hints(config_class).items():
+        if not hasattr(kind, "class_for"):
+            continue
+        section = values.get(name) if isinstance(values, Mapping) else section_of(values, name)
+        found = kind.class_for(section if isinstance(section, Mapping) else {})
+        if found is not kind:
+            config_class = _with_section(config_class, name, found)
+    return config_class
+
+
+@functools.cache  # one class and one parser for all trials of a sweep
+def _with_section(config_class: type, name: str, kind: type) -> type:
+    members = {
+        "__annotations__": {name: kind},
+        name: field(default_factory=kind),
+        "__doc__": config_class.__doc__,
+        "__module__": config_class.__module__,
+    }
+    return dataclass(kw_only=True)(type(config_class.__name__, (config_class,), members))
+
+
+def section_of(arguments: Sequence[str], section: str) -> dict[str, Any]:
+    """What the words of a command line, `--config` files included, say about one section; a later word wins.
+
+    Whatever cannot be read is left to the parser, which says so.
+    """
+    values: dict[str, Any] = {}
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if not word.startswith("--"):
+            continue
+        flag, assigned, value = word[2:].partition("=")
+        value = value if assigned else following
+        if flag == "config":
+            values |= _mapping(_mapping(value, is_file=True).get(section))
+        elif flag == section:
+            values |= _mapping(value)
+        elif flag.startswith(f"{section}."):
+            values[flag.removeprefix(f"{section}.")] = value
+    return values
+
+
+def _mapping(content: Any, is_file: bool = False) -> dict[str, Any]:
+    try:
+        if is_file:
+            content = Path(content).expanduser().read_text(encoding="utf-8")
+        found = yaml.safe_load(content) if isinstance(content, str) else content
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return dict(found) if isinstance(found, Mapping) else {}
