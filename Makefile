@@ -44,10 +44,10 @@ evaluate: $(READY) ## judge what `make unlearn` left, on plain prompts and under
 		--overwrite_output_dir true
 
 table: $(READY) ## all rows of the README's tables; finished rows are not run again
-	$(BIN)/python benchmarks/erasure_table.py
+	$(BIN)/python -m benchmarks.tables --tables classes objectives projection concepts
 
 attack-table: $(READY) ## what attacks bring back after five ways to erase; finished rows are not run again
-	$(BIN)/python benchmarks/attack_table.py
+	$(BIN)/python -m benchmarks.tables --tables attacks --workers 1 --output_dir runs/attack_table
 
 BENCH = $(BIN)/python benchmarks/$(1).py --page docs/performance.md --json docs/tables/$(2).json $(3)
 
@@ -69,7 +69,7 @@ unlearn-classifier: $(READY) ## make the embedded image classifier forget a clas
 	$(LAUNCH) -m classification_ext.unlearn --config classification_ext/configs/fashion_class.yaml --overwrite_output_dir true
 
 classifier-table: $(READY) ## all rows of classification_ext's table; finished rows are not run again
-	$(BIN)/python benchmarks/classifier_table.py --workers $(CORES)
+	$(BIN)/python -m benchmarks.tables --tables classifier --workers $(CORES) --output_dir runs/classifier_table
 
 embedded-resnet: $(READY) ## train assets/fashion_resnet again
 	$(LAUNCH) -m classification_ext.train --config classification_ext/configs/fashion_train.yaml --overwrite_output_dir true
@@ -78,7 +78,7 @@ unlearn-ddpm: $(READY) ## erase a label from the embedded DDPM
 	$(LAUNCH) -m ddpm_ext.unlearn --config ddpm_ext/configs/unlearn_fashion.yaml --overwrite_output_dir true
 
 ddpm-table: $(READY) ## all rows of ddpm_ext's table; finished rows are not run again
-	$(BIN)/python benchmarks/ddpm_table.py
+	$(BIN)/python -m benchmarks.tables --tables ddpm --output_dir runs/ddpm_table
 
 embedded-ddpm: $(READY) ## train assets/fashion_ddpm again and judge it (Debian package dataset-fashion-mnist needed)
 	test -d runs/fashion_mnist_labelled || $(BIN)/python train_scripts/prepare_fashion_mnist.py

@@ -1,17 +1,16 @@
-"""The README's tables: rows that parse, and a runner that does not run a finished row again."""
+"""The documentation's tables: rows that parse, and a runner that does not run a finished row again."""
 
 import json
 from pathlib import Path
 
-import attack_table
-import erasure_table
 import pytest
-from rows import TABLES, Row, Table
-from running import run_rows, words_of
 from short_runs import ROOT, SHORT
 
-from barrier_diffusers.utils.command_line import parse_config
-from barrier_diffusers.workflow.settings import UnlearnConfig, chosen_objective
+from barrier_diffusers.workflow.settings import chosen_objective
+from benchmarks.tables import TABLES
+from benchmarks.tables.__main__ import TableConfig, main, run_all
+from benchmarks.tables.stable_diffusion import UNLEARN, AttackTable, ErasureTable
+from benchmarks.tables.table import MeansTable, Row
 
 
 @pytest.fixture(autouse=True)
@@ -20,13 +19,29 @@ def in_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
+ROWS = {"classes": 80, "objectives": 13, "projection": 8, "concepts": 6, "attacks": 5, "classifier": 660, "ddpm": 38}
+
+
 @pytest.mark.parametrize("name", TABLES)
+def test_no_row_of_the_committed_tables_has_to_run_again(name, tmp_path):
+    table = TABLES[name]()
+    results = table.finished(ROOT / f"docs/tables/{name}.json")
+    assert len(table.rows) == len(results) == ROWS[name]
+    assert not any(table.missing(results, tmp_path))
+    for page, text in table.markdown(results).items():
+        assert (ROOT / f"docs/tables/{page}.md").read_text(encoding="utf-8") == text
+    for changed in (table.rows[0], table.rows[-1]):  # a row with another flag is not finished
+        changed.flags["seed"] = 7
+    assert len(table.finished(ROOT / f"docs/tables/{name}.json")) == ROWS[name] - 2
+
+
+@pytest.mark.parametrize("name", ["classes", "objectives", "projection", "concepts", "attacks"])
 def test_every_row_is_a_valid_run_with_a_name_of_its_own(name):
-    rows = [row for chain in TABLES[name]().chains for row in chain]
-    assert len({row.name for row in rows}) == len(rows) > 0
-    for row in rows:
+    table = TABLES[name]()
+    assert len({row.name for row in table.rows}) == len(table.rows) > 0
+    for row in table.rows:
         assert json.loads(json.dumps(row.flags)) == row.flags  # else the row would never count as finished
-        chosen_objective(parse_config(UnlearnConfig, words_of(erasure_table.CONFIG, row.flags)))
+        chosen_objective(UNLEARN.parse(table.config, row.flags))
 
 
 def tiny_table():
@@ -35,62 +50,78 @@ def tiny_table():
     style = {**few, "concept": "pencil sketch", "concept_column": "style", "objective.anchor": "photo"}
     style["evaluation.images_per_label"] = 8  # in the order of captions, the eighth is about sneakers
     chain = [Row({"erased": "sneaker"}, few), Row({"erased": "then sketches"}, style)]
-    return Table([chain], {"UA": "unlearning_accuracy", "drop": "retain_accuracy_before - retain_accuracy_after"})
+    columns = {"UA": "unlearning_accuracy", "drop": "retain_accuracy_before - retain_accuracy_after"}
+    return ErasureTable(name="tiny", chains=[chain], metrics=columns, pages=("page.md",))
 
 
-def test_finished_rows_are_not_run_again(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def in_a_copy(tmp_path, monkeypatch):
+    """The working folder is an empty one that has what the rows read."""
+    for name in ("assets", "train_scripts"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+
+
+def must_not_run(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a finished row ran again")
+
+    monkeypatch.setattr(ErasureTable, "run", refuse)
+    monkeypatch.setattr(AttackTable, "run", refuse)
+
+
+def test_finished_rows_are_not_run_again(tmp_path, monkeypatch, capsys, in_a_copy):
     monkeypatch.setitem(TABLES, "tiny", tiny_table)
     page = tmp_path / "page.md"
     page.write_text("Above.\n<!-- table tiny -->\nold\n<!-- end of table tiny -->\nBelow.\n")
-    folders = {"docs": str(tmp_path / "docs"), "output_dir": str(tmp_path / "runs"), "readme": str(page)}
-    config = erasure_table.TableConfig(["tiny"], workers=1, **folders)
-    erasure_table.build(config)
-    entries = json.loads((tmp_path / "docs/tiny.json").read_text())
-    assert [entry["name"] for entry in entries] == ["sneaker", "then_sketches"]
-    assert "erased_before_unlearning_accuracy_after" in entries[1]["metrics"]
+    config = TableConfig(["tiny"], docs="docs", output_dir="runs", workers=1)
+    main(config)
+    found = json.loads((tmp_path / "docs/tiny.json").read_text())
+    assert [result["name"] for result in found] == ["sneaker", "then_sketches"]
+    assert "erased_before_unlearning_accuracy_after" in found[1]["metrics"]
     table = (tmp_path / "docs/tiny.md").read_text()
     assert table.splitlines()[0] == "| erased | UA | drop | seconds |" and table in capsys.readouterr().out
     begin, end = "<!-- table tiny -->\n", "<!-- end of table tiny -->"
     assert page.read_text() == f"Above.\n{begin}{table}{end}\nBelow.\n"
     assert not (tmp_path / "runs/sneaker/unet").exists() and (tmp_path / "runs/sneaker/before_after.png").is_file()
-    monkeypatch.setattr(erasure_table, "run_chain", lambda *_: pytest.fail("a finished row ran again"))
-    erasure_table.build(config)
-    assert json.loads((tmp_path / "docs/tiny.json").read_text()) == entries
+    must_not_run(monkeypatch)
+    main(config)
+    assert json.loads((tmp_path / "docs/tiny.json").read_text()) == found
     other = Path(tmp_path / "other.yaml")
-    other.write_text(erasure_table.CONFIG.read_text() + "seed: 1\n")
-    monkeypatch.setattr(erasure_table, "CONFIG", other)
-    assert erasure_table.finished(tmp_path / "docs/tiny.json") == {}
+    other.write_text(Path(ErasureTable.config).read_text() + "seed: 1\n")
+    monkeypatch.setattr(ErasureTable, "config", str(other))
+    assert tiny_table().finished(tmp_path / "docs/tiny.json") == {}
 
 
-def share(row, output_dir, threads):
+def share(row):
     """A row that fails for 0."""
-    return 12 // row, threads > 0
+    return 12 // row
 
 
-def test_a_row_that_fails_leaves_the_others_alone(tmp_path):
+def test_a_row_that_fails_leaves_the_others_alone():
     failed = []
-    found = dict(run_rows(share, {"three": 3, "none": 0, "four": 4}, str(tmp_path), 1, failed))
-    assert found == {"three": (4, True), "four": (3, True)}
+    found = dict(run_all(share, {"three": (3,), "none": (0,), "four": (4,)}, 1, failed))
+    assert found == {"three": 4, "four": 3}
     assert len(failed) == 1 and failed[0].startswith("none: ")
 
 
 def test_means():
     rows = [Row({"class": name, "kind": kind}, {}) for kind in "ab" for name in ("bag", "boot")]
-    table = Table([[row] for row in rows], {"UA": "ua"}, mean_over="class")
-    entries = {
+    table = MeansTable(name="t", chains=[[row] for row in rows], metrics={"UA": "ua"}, mean_over="class")
+    results = {
         row.name: {"metrics": {"ua": float(index), "seconds_training": 2.0}} for index, row in enumerate(rows[:3])
     }
-    lines = erasure_table.markdown(table, entries).splitlines()
+    lines = table.markdown(results)["t"].splitlines()
     assert lines[2] == "| bag | a | 0.0 | 2 |"
     assert lines[5:] == ["| **mean of 2** | a | 0.5 | 2 |"]  # no mean of one row
 
 
 def test_short_form():
     rows = [Row({"class": name, "alpha": alpha}, {}) for alpha in "01" for name in ("bag", "boot")]
-    table = Table([[row] for row in rows], mean_over="class", across=("alpha",))
+    table = MeansTable(name="t", chains=[[row] for row in rows], mean_over="class", across=("alpha",))
     numbers = {"unlearning_accuracy": 90.0, "retain_accuracy_before": 97.0, "retain_accuracy_after": 96.0}
-    entries = {row.name: {"metrics": {**numbers, "unlearning_accuracy": 80.0 + i}} for i, row in enumerate(rows[:3])}
-    assert erasure_table.short_form(table, entries).splitlines() == [
+    results = {row.name: {"metrics": {**numbers, "unlearning_accuracy": 80.0 + i}} for i, row in enumerate(rows[:3])}
+    assert table.short_forms(results)["t"].splitlines() == [
         "| class | retain before | alpha 0 | alpha 1 |",
         "|---|---:|---:|---:|",
         "| bag | 97.0 | 80.0 / 96.0 | 82.0 / 96.0 |",
@@ -99,38 +130,43 @@ def test_short_form():
     ]
 
 
-def test_unknown_table():
+def test_bad_settings():
     with pytest.raises(ValueError, match="unknown table 'all'; known are classes"):
-        erasure_table.TableConfig(["all"])
+        TableConfig(["all"])
+    with pytest.raises(ValueError, match="workers is 0"):
+        TableConfig(workers=0)
+    with pytest.raises(ValueError, match="rows is no regular expression"):
+        TableConfig(rows="(")
 
 
-def test_attack_rows_are_valid_runs():
-    rows = attack_table.attack_rows()
-    assert len({row.name for row in rows}) == len(rows) == 5
-    for row in rows:
-        assert json.loads(json.dumps(row.flags)) == row.flags
-        chosen_objective(parse_config(UnlearnConfig, words_of(erasure_table.CONFIG, row.flags)))
+def test_rows_can_be_chosen_by_name(tmp_path):
+    (chains,) = TABLES["classes"]().missing({}, tmp_path, "bag-.*-projection")
+    assert [row.name for chain in chains for row in chain] == [
+        f"bag-{how}-0-projection" for how in ("rl-full", "rl-LoRA_16", "ga-full")
+    ]
 
 
-def test_the_attack_table_judges_each_row_once(tmp_path, monkeypatch):
+def test_the_attack_table_judges_each_row_once(tmp_path, monkeypatch, in_a_copy):
     few = {**SHORT, "objective.name": "uce", "objective.alpha": 0, "barrier.lambda_interval": 0}
     few |= {"barrier.use_actual_bounds": False, "barrier.targets": "[attn2.to_k,attn2.to_v]"}
     for name in ("report_to", "max_train_steps", "barrier.reduced_dim"):
         del few[name]
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- table attacks -->\nold\n<!-- end of table attacks -->\nafter\n")
-    config = attack_table.AttackTableConfig(str(tmp_path), [str(page)], str(tmp_path / "runs"), 1, threads=1)
-    changes = {"attacks": "[misspelled]", "fidelity.extractors": "[]", "evaluation.sampling.num_inference_steps": 1}
-    rows = [Row({"erased by": "a"}, few)]
-    attack_table.build(config, rows, changes)
-    text, content = (tmp_path / "attacks.md").read_text(), page.read_text()
-    assert (
-        "| erased by | UA | retain drop | FID (EfficientNet-Lite0) | after misspelled |" in text
-        and text.count("\n") == 3
-    )
+    (tmp_path / "page.md").write_text("before\n<!-- table attacks -->\nold\n<!-- end of table attacks -->\nafter\n")
+    judged = {"attacks": "[misspelled]", "fidelity.extractors": "[]", "evaluation.sampling.num_inference_steps": 1}
+    judged |= {"evaluation.images_per_label": 1}
+    chains = [[Row({"erased by": "a"}, few)]]
+    table = AttackTable(name="attacks", chains=chains, judged=judged, pages=("page.md",))
+    monkeypatch.setitem(TABLES, "attacks", lambda: table)
+    config = TableConfig(["attacks"], docs="docs", output_dir="runs", workers=1)
+    main(config)
+    text, content = (tmp_path / "docs/attacks.md").read_text(), (tmp_path / "page.md").read_text()
+    heading = "| erased by | UA | retain drop | FID (EfficientNet-Lite0) | after misspelled |"
+    assert heading in text and text.count("\n") == 3
     assert text in content and content.startswith("before") and content.endswith("after\n") and "old" not in content
-    entry = json.loads((tmp_path / "attacks.json").read_text())[0]
-    assert entry["numbers"]["attacks"]["misspelled"]["post_attack"]["num_images"] == 1
-    monkeypatch.setattr(attack_table, "run_chain", lambda *_, **__: pytest.fail("the row was run again"))
-    attack_table.build(config, rows, changes)
-    assert (tmp_path / "attacks.md").read_text() == text
+    (result,) = json.loads((tmp_path / "docs/attacks.json").read_text())
+    assert result["metrics"]["attacks"]["misspelled"]["post_attack"]["num_images"] == 1
+    must_not_run(monkeypatch)
+    main(config)
+    assert (tmp_path / "docs/attacks.md").read_text() == text
+    table.judged = {**judged, "evaluation.images_per_label": 2}
+    assert table.finished(tmp_path / "docs/attacks.json") == {}
