@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from barrier_diffusers.data.labelled_images import LabelledImages, as_pixels, load_labelled
+from barrier_diffusers.data.labelled_images import LabelledImages, LabelledSource, as_pixels, load_labelled
 from classification_ext.settings import DataConfig, ForgetConfig
 
 Batch = dict[str, Tensor]  # images (B, C, H, W) in bytes, labels (B,)
@@ -99,17 +99,22 @@ def pixels_of(batch: Batch) -> Tensor:
 
 
 @lru_cache(maxsize=4)  # a table's rows read the same data hundreds of times
-def _load(source: str, split: str, image: str, label: str, side: int, channels: int, names: Any, subset: str | None):
-    return load_labelled(source, split, image, label, side, channels, names, subset)
+def _load(source: LabelledSource, resolution: int, num_channels: int, names: tuple[str, ...] | None) -> LabelledImages:
+    return load_labelled(source, resolution, num_channels, names)
 
 
 def load_split(
     config: DataConfig, split: str, resolution: int, num_channels: int, names: Sequence[str] | None = None
 ) -> LabelledImages:
     """A split as a model reads it; with `names` its labels are in that order."""
-    columns = (config.image_column, config.label_column)
-    order = tuple(names) if names is not None else None
-    return _load(config.train_data_dir, split, *columns, resolution, num_channels, order, config.dataset_subset)
+    source = LabelledSource(
+        source=config.train_data_dir,
+        split=split,
+        image_column=config.image_column,
+        label_column=config.label_column,
+        subset=config.dataset_subset,
+    )
+    return _load(source, resolution, num_channels, tuple(names) if names is not None else None)
 
 
 def forget_rows(train: LabelledImages, config: ForgetConfig) -> Tensor:

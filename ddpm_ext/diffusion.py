@@ -32,7 +32,7 @@ class LabelDenoiser:
     def __init__(self, pipeline: ClassConditionalDDPMPipeline):
         self.pipeline = pipeline
         self.network: Any = pipeline.unet
-        self.facts = CallContext(vae_scale_factor=pipeline.config.patch_size, guidance=None)
+        self.context = CallContext(vae_scale_factor=pipeline.config.patch_size, guidance=None)
         self.noising: Noising = DiffusionNoising(pipeline.scheduler, 1)
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from barrier_diffusers.data.labelled_images import LabelledImages, load_labelled
+from barrier_diffusers.data.labelled_images import LabelledImages, LabelledSource, load_labelled
 from ddpm_ext.pipeline import ClassConditionalDDPMPipeline
 from ddpm_ext.settings import LabelledDataConfig
 
@@ -38,6 +38,5 @@ def load_rows(
     Raises:
         ValueError: data that cannot be read, or with labels that the pipeline does not have.
     """
-    columns = (data.image_column, data.label_column)
-    shape = (pipeline.resolution, pipeline.num_channels)
-    return load_labelled(data.source, split or data.split, *columns, *shape, pipeline.labels)
+    source = LabelledSource(data.source, split or data.split, data.image_column, data.label_column)
+    return load_labelled(source, pipeline.resolution, pipeline.num_channels, pipeline.labels)

@@ -19,7 +19,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from barrier_diffusers.data.labelled_images import LabelledImages, as_pixels, load_labelled
+from barrier_diffusers.data.labelled_images import LabelledImages, LabelledSource, as_pixels, load_labelled
 from barrier_diffusers.evaluation.pictures import loss_curves
 from barrier_diffusers.models.loading import module_hashes
 from barrier_diffusers.training.checkpoints import Checkpoints
@@ -58,9 +58,8 @@ def training_rows(config: TrainConfig) -> LabelledImages:
         ValueError: an excluded label that there is not, or nothing left to train on.
     """
     data = config.data
-    rows = load_labelled(
-        data.source, data.split, data.image_column, data.label_column, config.resolution, config.num_channels
-    )
+    source = LabelledSource(data.source, data.split, data.image_column, data.label_column)
+    rows = load_labelled(source, config.resolution, config.num_channels)
     excluded = torch.tensor([rows.index_of(label) for label in config.exclude_labels], dtype=torch.long)
     kept = rows[(~torch.isin(rows.labels, excluded)).nonzero().flatten()]
     if len(kept) < config.train_batch_size:

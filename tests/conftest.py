@@ -11,6 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
+from barrier_diffusers.models.architectures import ARCHITECTURES
 from barrier_diffusers.objectives import OBJECTIVES
 
 torch.set_num_threads(1)
@@ -101,12 +102,13 @@ def interruptible():
 
 
 @pytest.fixture(autouse=True)
-def own_objectives():
-    """What a test registers leaves the registry with it."""
-    before = dict(OBJECTIVES)
+def own_registrations():
+    """What a test registers leaves the registries with it."""
+    before = [(registry, dict(registry)) for registry in (OBJECTIVES, ARCHITECTURES)]
     yield
-    OBJECTIVES.clear()
-    OBJECTIVES.update(before)
+    for registry, items in before:
+        registry.clear()
+        registry.update(items)
 
 
 @pytest.fixture

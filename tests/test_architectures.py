@@ -1,17 +1,20 @@
 """Every architecture: training calls the denoiser as its pipeline does."""
 
 import inspect
+import re
 import warnings
 
 import pytest
 import torch
-from diffusers import FluxPipeline, StableDiffusionImg2ImgPipeline
+from diffusers import FluxPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPAGPipeline
 from pipelines import BUILDERS, build
+from short_runs import ROOT
 
-from barrier_diffusers import Barrier, BarrierConfig
+from barrier_diffusers import Barrier, BarrierConfig, register_architecture
 from barrier_diffusers.data.encoding import encode_prompts
 from barrier_diffusers.models.architectures import get_architecture, image_ids, pack, unpack
 from barrier_diffusers.models.denoiser import PipelineDenoiser
+from barrier_diffusers.objectives import ObjectiveConfig, load_objective
 from barrier_diffusers.training.steps import StepMaker
 
 PROMPTS = ["a photo of a red boot", "a sneaker"]
@@ -82,6 +85,27 @@ def test_training_calls_the_denoiser_as_the_pipeline_does(name):
     if isinstance(pipeline, FluxPipeline):
         output = FluxPipeline._unpack_latents(output, 32, 48, 4)
     torch.testing.assert_close(predictions[0], output, rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_of_the_users_own(tmp_path):
+    """The file of docs/add_an_architecture.md, named as the script takes it."""
+    text = (ROOT / "docs/add_an_architecture.md").read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "register_architecture(" in block]
+    (tmp_path / "pag.py").write_text(code, encoding="utf-8")
+    pipeline = StableDiffusionPAGPipeline(**build("sd").components, requires_safety_checker=False)
+    with pytest.raises(ValueError, match="a StableDiffusionPAGPipeline cannot be unlearned"):
+        PipelineDenoiser(pipeline)
+    load_objective(ObjectiveConfig(module=str(tmp_path / "pag.py")))
+    assert get_architecture("StableDiffusionPAGPipeline").pipeline_class is StableDiffusionPAGPipeline
+    plain = build("sd")
+    noisy, timesteps = torch.randn(2, 4, 8, 8), torch.tensor([900, 100])
+    own, wanted = (
+        denoiser.predict(denoiser.network, noisy, timesteps, encode_prompts(model, PROMPTS))
+        for model, denoiser in ((pipeline, PipelineDenoiser(pipeline)), (plain, PipelineDenoiser(plain)))
+    )
+    torch.testing.assert_close(own, wanted)
+    with pytest.raises(ValueError, match="pipeline class 'StableDiffusionPAGPipeline' is registered already"):
+        register_architecture(get_architecture("StableDiffusionPAGPipeline"))
 
 
 def test_packing_is_the_pipelines_own():

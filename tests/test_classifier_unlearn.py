@@ -14,7 +14,7 @@ from classifiers import TRAIN, UNLEARN, run_train, run_unlearn, words, write_dat
 from safetensors.torch import load_file
 
 from barrier_diffusers import Barrier
-from barrier_diffusers.data.labelled_images import load_labelled
+from barrier_diffusers.data.labelled_images import LabelledSource, load_labelled
 from classification_ext import evaluate
 from classification_ext.methods import METHODS
 from classification_ext.metrics import predict
@@ -92,7 +92,7 @@ def test_projection_keeps_the_retained_images_logits(base, data, tmp_path):
     metrics, _ = run_unlearn(base, data, tmp_path / "run", **changes)
     assert metrics["num_trained"] == 64 * 4  # no bias
     assert metrics["drift"]["network.fc"] > 0.01
-    read = load_labelled(str(data), "train", "image", "label", 8, 1)
+    read = load_labelled(LabelledSource(str(data), "train"), 8, 1)
     kept = read[(read.labels != 1).nonzero().flatten()]
     before, after = (predict(load_classifier(str(path)), kept, 64) for path in (base, tmp_path / "run"))
     torch.testing.assert_close(before, after, atol=0.3, rtol=0)

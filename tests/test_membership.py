@@ -174,7 +174,7 @@ def test_places_of_the_schedule():
         latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
         drawn = noising(latents, torch.Generator().manual_seed(1))
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
-        every = torch.arange(noising.num_places)
+        every = torch.arange(noising.num_train_timesteps)
         table = noising.at(latents[:1].expand(len(every), -1, -1, -1), noise[:1], every).timesteps
         places = torch.stack([(table == step).nonzero()[0, 0] for step in drawn.timesteps])
         again = noising.at(latents, noise, places)

@@ -153,7 +153,7 @@ def test_half_precision_beside_full_weights(name, folders, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
-def test_own_samples_and_projection(name, folders, tmp_path):
+def test_samples_from_the_model_and_projection(name, folders, tmp_path):
     """ESD needs no forget image; at SDXL's keys and values prompts are all the retain statistics need."""
     settings = {"objective.name": "esd", "objective.num_inference_steps": 2, "objective.anchor": "null"}
     settings |= {"objective.alpha": 0, "barrier.constraint": "both", "barrier.projection_energy": 0.9}

@@ -43,7 +43,14 @@ from barrier_diffusers.models.loading import (
     load_pipeline,
     module_hashes,
 )
-from barrier_diffusers.models.publishing import claim_repo, push_folder, save_adapter, save_model_card, save_pipeline
+from barrier_diffusers.models.publishing import (
+    ModelCardFacts,
+    claim_repo,
+    push_folder,
+    save_adapter,
+    save_model_card,
+    save_pipeline,
+)
 from barrier_diffusers.training.checkpoints import Checkpoints
 from barrier_diffusers.training.preparation import apply_edit, maps_of_prompts, prompt_inputs, rates_of_maps
 from barrier_diffusers.training.runs import open_run
@@ -114,7 +121,17 @@ def finish(job: Job, results: dict[str, Any]) -> None:
     base, adapter = config.pretrained_model_name_or_path, config.rank > 0
     absent = [part for part in get_architecture(type(pipeline).__name__).optional if getattr(pipeline, part) is None]
     where = job.repo_id or str(output)
-    save_model_card(output, where, base, questions.forgotten, objective, protection, adapter, metrics, absent)
+    card = ModelCardFacts(
+        where=where,
+        base=base,
+        forgotten=questions.forgotten,
+        objective=objective,
+        protection=protection,
+        adapter=adapter,
+        metrics=metrics,
+        absent=absent,
+    )
+    save_model_card(output, card)
     hashes = {"base_denoiser": job.base_hash, **module_hashes(pipeline)}
     write_json(output / MANIFEST_NAME, manifest(config, hashes, **results))
     print(f"{'adapter' if adapter else 'pipeline'}: {output}\npicture:  {output / 'before_after.png'}")

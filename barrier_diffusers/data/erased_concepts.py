@@ -43,23 +43,23 @@ def read_erased(pipeline: str, revision: str | None = None) -> list[ErasedConcep
     if not path.is_file():
         return []
     try:
-        return [ErasedConcepts(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
+        return [ErasedConcepts(**erasure) for erasure in json.loads(path.read_text(encoding="utf-8"))]
     except (TypeError, ValueError) as error:
         raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
 
 
 def as_json(erased: Sequence[ErasedConcepts]) -> list[dict[str, list[str]]]:
     """Plain values, as they stand in the file."""
-    return [asdict(entry) for entry in erased]
+    return [asdict(erasure) for erasure in erased]
 
 
 def captions_of(erased: Sequence[ErasedConcepts], now: ErasedConcepts | None = None) -> list[str]:
     """All distinct captions, without those about what is to be forgotten `now`."""
-    captions = list(dict.fromkeys(caption for entry in erased for caption in entry.captions))
+    captions = list(dict.fromkeys(caption for erasure in erased for caption in erasure.captions))
     return captions if now is None else [captions[row] for row in rows_about_others(captions, [now])]
 
 
 def rows_about_others(captions: Sequence[str], erased: Sequence[ErasedConcepts]) -> list[int]:
     """Numbers of the rows that are about nothing erased."""
-    about = [entry.is_named_by(captions) for entry in erased]
+    about = [erasure.is_named_by(captions) for erasure in erased]
     return [index for index in range(len(captions)) if not any(column[index] for column in about)]

@@ -41,7 +41,7 @@ class LabelledImages:
         return (self.labels == self.index_of(label)).nonzero().flatten()
 
     def index_of(self, label: str) -> int:
-        """The label's place in `names`; a ValueError that lists the known ones if there is none."""
+        """Position of the label in `names`; a ValueError that lists the known ones if there is none."""
         if label not in self.names:
             raise ValueError(f"no label {label!r}; the data has {', '.join(self.names)}")
         return self.names.index(label)
@@ -59,39 +59,42 @@ def as_pixels(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
+@dataclass(frozen=True)
+class LabelledSource:
+    """Where labelled images are read from."""
+
+    source: str  # folder (parquet, Arrow, image folder) or hub name of `datasets`
+    split: str
+    image_column: str = "image"
+    label_column: str = "label"
+    subset: str | None = None  # one of a hub data set's configurations, e.g. cropped_digits of SVHN
+
+
 def load_labelled(
-    source: str,
-    split: str,
-    image_column: str = "image",
-    label_column: str = "label",
-    resolution: int = 32,
-    num_channels: int = 3,
-    names: Sequence[str] | None = None,
-    subset: str | None = None,
+    data: LabelledSource, resolution: int = 32, num_channels: int = 3, names: Sequence[str] | None = None
 ) -> LabelledImages:
-    """A split of a labelled data set, from a folder (parquet, Arrow, image folder) or a hub name of `datasets`.
+    """A split of a labelled data set.
 
     Images of another size are scaled (bilinear) and cropped at the centre; with one channel colours become grey.
 
     Args:
         names: the labels in order, e.g. those of the training split; None: the data's own, sorted if they are plain
             values rather than a ClassLabel.
-        subset: one of a hub data set's configurations, e.g. cropped_digits of SVHN.
 
     Raises:
         ValueError: a source, split or column that does not exist, a damaged image (the row is named), or a label that
             is not in `names`.
     """
-    rows = load_image_text(source, split, image_column, label_column, subset)
-    known, labels = _labels(rows, label_column, names)
+    rows = load_image_text(data.source, data.split, data.image_column, data.label_column, data.subset)
+    known, labels = _labels(rows, data.label_column, names)
     images = np.empty((len(rows), resolution, resolution, num_channels), np.uint8)
-    column = rows.select_columns([image_column])
+    column = rows.select_columns([data.image_column])
     for index in range(len(rows)):
         try:
-            images[index] = _to_bytes(column[index][image_column], resolution, num_channels)
+            images[index] = _to_bytes(column[index][data.image_column], resolution, num_channels)
         except (OSError, SyntaxError, ValueError, AttributeError) as error:
             raise ValueError(
-                f"row {index} of split {split!r} of {source!r} holds no readable image: {error}"
+                f"row {index} of split {data.split!r} of {data.source!r} holds no readable image: {error}"
             ) from error
     return LabelledImages(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels), known)
 
@@ -107,8 +110,8 @@ def _labels(rows: Dataset, column: str, names: Sequence[str] | None) -> tuple[li
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise ValueError(f"the data has labels {', '.join(unknown)}; expected are {', '.join(known)}")
-    place = {name: index for index, name in enumerate(known)}
-    return known, [place[value] for value in values]
+    position = {name: index for index, name in enumerate(known)}
+    return known, [position[value] for value in values]
 
 
 def _to_bytes(image: Any, resolution: int, num_channels: int) -> np.ndarray:

@@ -65,12 +65,12 @@ def read_prompts(path: str | Path, first_seed: int = 0, label_column: str = "lab
         ValueError: no such file, no prompt column, no rows, or a row (named by its line) with an empty prompt, a case
             number that is taken or no file name, or a seed or guidance that is no number.
     """
-    place = Path(path).expanduser()
-    if not place.is_file():
+    file_path = Path(path).expanduser()
+    if not file_path.is_file():
         raise ValueError(f"prompt file {str(path)!r} does not exist")
     rows: list[PromptRow] = []
     taken: set[str] = set()
-    with place.open(newline="", encoding="utf-8-sig") as file:
+    with file_path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         columns = reader.fieldnames or []
         if "prompt" not in columns:

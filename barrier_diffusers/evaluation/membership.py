@@ -97,18 +97,18 @@ def denoising_losses(pipeline: Any, images: Dataset, resolution: int, options: M
     ids_N = torch.tensor([distinct.index(caption) for caption in captions])
     conditions = encode_prompts(pipeline, distinct)
     steps = (torch.arange(options.num_timesteps) + 0.5) / options.num_timesteps
-    places_R = (steps * denoiser.noising.num_places).long().repeat(options.num_noises)
+    positions_R = (steps * denoiser.noising.num_train_timesteps).long().repeat(options.num_noises)
     generator = torch.Generator().manual_seed(options.seed)
-    noises_R = torch.randn(len(places_R), *latents.shape[1:], generator=generator)
+    noises_R = torch.randn(len(positions_R), *latents.shape[1:], generator=generator)
     losses_N = torch.zeros(len(images), dtype=torch.float64)
     with autocast_denoiser(pipeline):
         for rows in tqdm(torch.arange(len(images)).split(options.batch_size), desc="denoising losses", leave=False):
             condition = {key: value[ids_N[rows]].to(device) for key, value in conditions.items()}
-            for noise, place in zip(noises_R, places_R, strict=True):
-                drawn = denoiser.noising.at(latents[rows], noise.expand_as(latents[rows]), place.expand(len(rows)))
+            for noise, position in zip(noises_R, positions_R, strict=True):
+                drawn = denoiser.noising.at(latents[rows], noise.expand_as(latents[rows]), position.expand(len(rows)))
                 inputs = (drawn.noisy.to(device), drawn.timesteps.to(device), condition)
                 error = denoiser.predict(denoiser.network, *inputs).float().cpu() - drawn.target
-                losses_N[rows] += error.square().flatten(1).mean(1).double() / len(places_R)
+                losses_N[rows] += error.square().flatten(1).mean(1).double() / len(positions_R)
     if not torch.isfinite(losses_N).all():
         raise FloatingPointError("membership: a denoising loss is not finite: the pipeline's weights are damaged")
     return losses_N

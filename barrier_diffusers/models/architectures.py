@@ -43,7 +43,7 @@ class Architecture:
     denoiser: str  # name of the component that is trained
     targets: Mapping[str, str]  # maps trained by default -> what they read: image, prompt, or the text stream
     encode: Encode  # (pipeline, prompts) -> condition, every tensor with one row per prompt (P, ...)
-    call: Call  # (denoiser, noisy, timesteps, condition, facts) -> prediction (B, c, h, w)
+    call: Call  # (denoiser, noisy, timesteps, condition, context) -> prediction (B, c, h, w)
     noising: MakeNoising = DiffusionNoising
     tokenizers: Mapping[str, int | None] = field(  # component -> tokens it is cut to; None: the tokenizer's own length
         default_factory=lambda: {"tokenizer": None}
@@ -69,7 +69,7 @@ def encode_sd(pipeline: Any, prompts: list[str]) -> Condition:
     return {"encoder_hidden_states": embeddings}
 
 
-def call_sd(unet: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Condition, facts: CallContext) -> Tensor:
+def call_sd(unet: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Condition, context: CallContext) -> Tensor:
     """A cross-attention UNet."""
     return unet(noisy, timesteps, **condition).sample
 
@@ -81,9 +81,9 @@ def encode_sdxl(pipeline: Any, prompts: list[str]) -> Condition:
     return {"encoder_hidden_states": embeddings, "text_embeds": pooled}
 
 
-def call_sdxl(unet: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Condition, facts: CallContext) -> Tensor:
+def call_sdxl(unet: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Condition, context: CallContext) -> Tensor:
     """A UNet that is also told the image's size, as an uncropped image of the size it is trained at."""
-    height, width = (side * facts.vae_scale_factor for side in noisy.shape[-2:])
+    height, width = (side * context.vae_scale_factor for side in noisy.shape[-2:])
     embeddings = condition["encoder_hidden_states"]
     sizes = torch.tensor([height, width, 0, 0, height, width], device=noisy.device, dtype=embeddings.dtype)
     added = {"text_embeds": condition["text_embeds"], "time_ids": sizes.expand(len(noisy), -1)}
@@ -100,7 +100,7 @@ def encode_sd3(pipeline: Any, prompts: list[str]) -> Condition:
 
 
 def call_sd3(
-    transformer: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Condition, facts: CallContext
+    transformer: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Condition, context: CallContext
 ) -> Tensor:
     """A joint-attention transformer on unpacked latents."""
     return transformer(noisy, timestep=timesteps, **condition).sample
@@ -124,18 +124,18 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
 
 def image_ids(height: int, width: int, like: Tensor) -> Tensor:
     """(h/2 * w/2, 3): 0, row and column of every packed position."""
-    places = [torch.arange(side // 2).to(like) for side in (height, width)]
-    rows, columns = torch.meshgrid(*places, indexing="ij")
+    sides = [torch.arange(side // 2).to(like) for side in (height, width)]
+    rows, columns = torch.meshgrid(*sides, indexing="ij")
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
 
 
 def call_flux(
-    transformer: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Condition, facts: CallContext
+    transformer: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Condition, context: CallContext
 ) -> Tensor:
-    """A transformer on packed latents, told the tokens' places, the time in [0, 1] and, if distilled, the guidance."""
+    """A transformer on packed latents, told the tokens' positions, the time in [0, 1] and any embedded guidance."""
     embeddings = condition["encoder_hidden_states"]
     height, width = noisy.shape[-2:]
-    guidance = None if facts.guidance is None else torch.full((len(noisy),), facts.guidance, device=noisy.device)
+    guidance = None if context.guidance is None else torch.full((len(noisy),), context.guidance, device=noisy.device)
     tokens = transformer(
         pack(noisy),
         timestep=timesteps / 1000,

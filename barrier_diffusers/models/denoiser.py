@@ -37,7 +37,7 @@ class PipelineDenoiser:
         self.network: Any = getattr(pipeline, self.architecture.denoiser)
         config = self.network.config
         guidance = guidance_scale if config.get("guidance_embeds") else None
-        self.facts = CallContext(pipeline.vae_scale_factor, guidance)
+        self.context = CallContext(pipeline.vae_scale_factor, guidance)
         self.shift, self.scale = latent_normalisation(pipeline.vae)
         self.latent_channels: int = pipeline.vae.config.latent_channels
         self.tokens_side = self.architecture.packing * (config.get("patch_size") or 1)
@@ -45,7 +45,7 @@ class PipelineDenoiser:
 
     def check_resolution(self, resolution: int) -> None:
         """A ValueError if images of this side cannot be cut into whole latent positions and tokens."""
-        unit = self.facts.vae_scale_factor * self.tokens_side
+        unit = self.context.vae_scale_factor * self.tokens_side
         if resolution % unit:
             name = self.architecture.pipeline_class.__name__
             raise ValueError(f"resolution is {resolution}, but must be a multiple of {unit} for this {name}")
@@ -64,7 +64,7 @@ class PipelineDenoiser:
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(c, h, w) of the latents of square images."""
-        side = resolution // self.facts.vae_scale_factor
+        side = resolution // self.context.vae_scale_factor
         return self.latent_channels, side, side
 
     def noised(self, moments: Tensor, generator: torch.Generator | None = None) -> Noised:
@@ -74,7 +74,7 @@ class PipelineDenoiser:
 
     def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """The prediction (B, c, h, w) of `model`, the denoiser or what wraps it."""
-        return self.architecture.call(model, noisy, timesteps, condition, self.facts)
+        return self.architecture.call(model, noisy, timesteps, condition, self.context)
 
     def predict_batch(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """One forward pass on a recorded batch: the forward function of the protection."""
@@ -88,7 +88,7 @@ class Denoiser(Protocol):
     """
 
     network: Any
-    facts: CallContext
+    context: CallContext
     noising: Noising
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:

@@ -156,7 +156,7 @@ def _try_attention(device: torch.device, dtype: torch.dtype) -> None:
 def add_adapter(network: Any, config: BarrierConfig, rank: int) -> None:
     """A LoRA adapter on exactly the maps that the config's targets and blocks name, its factors in float32."""
     assert config.targets is not None
-    names = [entry.name for entry in resolve_targets(network, config.targets, config.blocks)]
+    names = [linear_map.name for linear_map in resolve_targets(network, config.targets, config.blocks)]
     network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=names))
     cast_training_params(network, dtype=torch.float32)
 

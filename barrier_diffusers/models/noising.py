@@ -31,12 +31,12 @@ class Noising(Protocol):
 
     def __call__(self, latents: Tensor, generator: torch.Generator | None = None) -> Noised: ...
 
-    def at(self, latents: Tensor, noise: Tensor, places: Tensor) -> Noised:
-        """The latents under this noise (B, c, h, w) at places (B,) of the schedule, whole numbers below T."""
+    def at(self, latents: Tensor, noise: Tensor, positions: Tensor) -> Noised:
+        """The latents under this noise (B, c, h, w) at positions (B,) of the schedule, whole numbers below T."""
         ...
 
     @property
-    def num_places(self) -> int:
+    def num_train_timesteps(self) -> int:
         """T."""
         ...
 
@@ -64,17 +64,19 @@ class DiffusionNoising:
 
     def __call__(self, latents: Tensor, generator: torch.Generator | None = None) -> Noised:
         noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
-        timesteps = torch.randint(self.num_places, (len(latents),), generator=generator, device=latents.device)
+        timesteps = torch.randint(
+            self.num_train_timesteps, (len(latents),), generator=generator, device=latents.device
+        )
         return self.at(latents, noise, timesteps)
 
-    def at(self, latents: Tensor, noise: Tensor, places: Tensor) -> Noised:
-        """A place is a timestep; see `Noising`."""
+    def at(self, latents: Tensor, noise: Tensor, positions: Tensor) -> Noised:
+        """A position is a timestep; see `Noising`."""
         velocity = self.prediction_type == "v_prediction"
-        target = self.scheduler.get_velocity(latents, noise, places) if velocity else noise
-        return Noised(self.scheduler.add_noise(latents, noise, places), places, target)
+        target = self.scheduler.get_velocity(latents, noise, positions) if velocity else noise
+        return Noised(self.scheduler.add_noise(latents, noise, positions), positions, target)
 
     @property
-    def num_places(self) -> int:
+    def num_train_timesteps(self) -> int:
         """T."""
         return self.scheduler.config.num_train_timesteps
 
@@ -89,8 +91,8 @@ class FlowNoising:
     """x_t = (1 - sigma) x_0 + sigma noise with target noise - x_0 (flow matching, SD3: arXiv 2403.03206).
 
     The sigmas are the scheduler's own table of T steps, shifted as it shifts them when it samples: by its constant, or
-    (dynamic shifting, Flux) by the number of image tokens. The place in the table is logit-normal, T * sigmoid(n) with
-    n standard normal, counted from the noisy end.
+    (dynamic shifting, Flux) by the number of image tokens. The position in the table is logit-normal, T * sigmoid(n)
+    with n standard normal, counted from the noisy end.
 
     Args:
         scheduler: a FlowMatchEulerDiscreteScheduler.
@@ -128,18 +130,18 @@ class FlowNoising:
     def __call__(self, latents: Tensor, generator: torch.Generator | None = None) -> Noised:
         noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
         normal = torch.randn(len(latents), generator=generator, device=latents.device)
-        places = (normal.sigmoid() * self.num_places).long().clamp(max=self.num_places - 1)
-        return self.at(latents, noise, places)
+        positions = (normal.sigmoid() * self.num_train_timesteps).long().clamp(max=self.num_train_timesteps - 1)
+        return self.at(latents, noise, positions)
 
-    def at(self, latents: Tensor, noise: Tensor, places: Tensor) -> Noised:
-        """A place is a row of the table, the noisiest first; see `Noising`."""
+    def at(self, latents: Tensor, noise: Tensor, positions: Tensor) -> Noised:
+        """A position is a row of the table, the noisiest first; see `Noising`."""
         sigmas, timesteps = self.table(latents.shape[-2] * latents.shape[-1] // self.tokens_side**2)
-        sigma = sigmas.to(latents)[places].view(-1, 1, 1, 1)
+        sigma = sigmas.to(latents)[positions].view(-1, 1, 1, 1)
         noisy = (1 - sigma) * latents + sigma * noise
-        return Noised(noisy, timesteps.to(latents)[places], noise - latents)
+        return Noised(noisy, timesteps.to(latents)[positions], noise - latents)
 
     @property
-    def num_places(self) -> int:
+    def num_train_timesteps(self) -> int:
         """T."""
         return self.scheduler.config.num_train_timesteps
 

@@ -35,7 +35,7 @@ class PartialSampler:
         self, denoiser: Denoiser, latent_shape: tuple[int, int, int], guidance_scale: float, num_inference_steps: int
     ):
         self.denoiser, self.latent_shape, self.num_inference_steps = denoiser, latent_shape, num_inference_steps
-        self.guidance_scale = 1.0 if denoiser.facts.guidance is not None else guidance_scale
+        self.guidance_scale = 1.0 if denoiser.context.guidance is not None else guidance_scale
 
     def _predict(self, x: Tensor, t_B: Tensor, condition: Condition) -> Tensor:
         return self.denoiser.predict(self.denoiser.network, x, t_B, condition).float()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -130,37 +131,39 @@ def licence_of(base: str) -> str | None:
         return None
 
 
-def save_model_card(
-    output: Path,
-    where: str,
-    base: str,
-    forgotten: list[str],
-    objective: str,
-    protection: str,
-    adapter: bool,
-    metrics: dict[str, Any],
-    absent: Sequence[str] = (),
-) -> None:
-    """Write README.md with the metadata the hub reads and the numbers of this run.
+@dataclass(frozen=True)
+class ModelCardFacts:
+    """What a run's model card says of it."""
 
-    `where` is what a user loads, a folder or hub repository; `absent` parts load as None.
-    """
+    where: str  # what a user loads: folder or hub repository
+    base: str  # the pipeline that was unlearned: folder or hub repository
+    forgotten: list[str]
+    objective: str
+    protection: str  # in a few words
+    adapter: bool  # whether the folder holds a LoRA instead of a pipeline
+    metrics: dict[str, Any]  # content of metrics.json
+    absent: Sequence[str] = ()  # parts of the pipeline that load as None
+
+
+def save_model_card(output: Path, facts: ModelCardFacts) -> None:
+    """Write README.md with the metadata the hub reads and the numbers of this run."""
+    base, metrics = facts.base, facts.metrics
     licence = licence_of(base)
     data = ModelCardData(
         license=licence,
         base_model=base if not Path(base).exists() else None,
         library_name="diffusers",
-        tags=["text-to-image", "machine-unlearning", "barrier", *(["lora"] if adapter else [])],
+        tags=["text-to-image", "machine-unlearning", "barrier", *(["lora"] if facts.adapter else [])],
     )
-    loading = (LOAD_ADAPTER if adapter else LOAD_PIPELINE).format(
-        folder=where, base=base, absent="".join(f", {part}=None" for part in absent)
+    loading = (LOAD_ADAPTER if facts.adapter else LOAD_PIPELINE).format(
+        folder=facts.where, base=base, absent="".join(f", {part}=None" for part in facts.absent)
     )
     body = CARD.format(
-        title=f"{Path(base).name} without {', '.join(forgotten)}",
+        title=f"{Path(base).name} without {', '.join(facts.forgotten)}",
         base=base,
-        forgotten=", ".join(forgotten),
-        objective=objective,
-        protection=protection,
+        forgotten=", ".join(facts.forgotten),
+        objective=facts.objective,
+        protection=facts.protection,
         loading=loading,
         results=results_table(metrics),
         count=metrics.get("num_images", 0),
