@@ -17,7 +17,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from barrier_diffusers.utils.installation import require_assets, resolve_named_files
+from barrier_diffusers.utils.installation import require_assets, resolve_named_files, where_assets_are
 from barrier_diffusers.utils.open_settings import class_with_open_sections
 
 
@@ -118,5 +118,6 @@ def _message(error: BaseException) -> str:
 
 
 def _fail(error: BaseException, status: int, where: str = "") -> int:
-    print("error: " + " ".join(_message(error).split()) + where, file=sys.stderr)
+    message = _message(error)
+    print("error: " + " ".join(message.split()) + where + where_assets_are(message), file=sys.stderr)
     return status

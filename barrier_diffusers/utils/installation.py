@@ -60,20 +60,28 @@ def resolve_named_files(arguments: list[str], folder: Path) -> list[str]:
     return resolved
 
 
+NO_ASSETS = (
+    "; there is no folder 'assets' here: the embedded models and images belong to the repository and are too large for "
+    "the package, so run this in a clone, or copy its assets folder here"
+)
+
+
+def where_assets_are(message: str) -> str:
+    """What to add to an error message about one of the embedded models or images, where there are none."""
+    return NO_ASSETS if "'assets/" in message and not Path("assets").exists() else ""
+
+
 def require_assets(config: Any) -> None:
     """Refuse settings that name the embedded models or images where there are none.
 
     Raises:
-        ValueError: says which setting, and where they come from.
+        ValueError: says which setting.
     """
     if Path("assets").exists():
         return
     for name, value in _strings(config):
         if value.startswith("assets/") and not name.rpartition(".")[2].startswith("output"):
-            raise ValueError(
-                f"{name} is {value!r}, but there is no folder 'assets' here: the embedded models and images belong to "
-                "the repository and are too large for the package; run this in a clone, or copy its assets folder here"
-            )
+            raise ValueError(f"{name} is {value!r}")
 
 
 def _strings(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
