@@ -8,14 +8,11 @@ complete, or depends on something that changed: settings, data, weights, code, v
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from barrier_diffusers.utils.command_line import run_script
+from barrier_diffusers.utils.installation import ROOT
 from barrier_diffusers.workflow.processes import Stopped
 from barrier_diffusers.workflow.tracking import RESULTS_NAME
 from barrier_diffusers.workflow.workflow import Workflow, parse_workflow, run_workflow, stop_message
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def parse(arguments: list[str]) -> Workflow:

@@ -9,17 +9,15 @@ in output_dir holds them. The last worker leaves results.csv, results.md, import
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 
 from barrier_diffusers.utils.command_line import run_script
 from barrier_diffusers.utils.files import require_writable
+from barrier_diffusers.utils.installation import ROOT, shipped
 from barrier_diffusers.workflow.processes import Stopped
 from barrier_diffusers.workflow.sweep_file import read_sweep
 from barrier_diffusers.workflow.sweep_report import MARKDOWN_NAME, report
 from barrier_diffusers.workflow.sweeps import SweepConfig, Worker, check_sweep
 from barrier_diffusers.workflow.workflow import stop_message
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def main(config: SweepConfig) -> None:
@@ -29,7 +27,7 @@ def main(config: SweepConfig) -> None:
     if config.dry_run:
         points = sweep.grid() if sweep.method == "grid" else []
         for point in points:
-            print(shlex.join([str(ROOT / "train_scripts/run_pipeline.py"), *sweep.command_line(point)]))
+            print(shlex.join([str(shipped("train_scripts/run_pipeline.py")), *sweep.command_line(point)]))
         print(f"{len(points) or 'no fixed'} trials; {len(workflows)} of them checked in full")
         return
     worker = Worker(config, sweep, ROOT)

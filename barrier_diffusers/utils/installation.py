@@ -16,12 +16,16 @@ SCRIPTS = "train_scripts"
 FOLDERS = {"--config": "configs", "--sweep": "sweeps"}  # flag -> folder beside a script with files of that kind
 
 
-def shipped(path: str) -> Path:
-    """A file or folder by its path in the repository ("train_scripts/unlearn_sd.py"), wherever the package lies."""
+def shipped(path: str, root: Path = ROOT) -> Path:
+    """A file or folder by its path in the repository ("train_scripts/unlearn_sd.py"), wherever the package lies.
+
+    Args:
+        root: of the clone, or the folder that holds the installed packages.
+    """
     first, _, rest = path.partition("/")
-    if first == SCRIPTS and not (ROOT / SCRIPTS).is_dir():
-        return ROOT / "barrier_diffusers" / "scripts" / rest
-    return ROOT / path
+    if first == SCRIPTS and not (root / SCRIPTS).is_dir():
+        return root / "barrier_diffusers" / "scripts" / rest
+    return root / path
 
 
 def named_file(value: str, folder: Path) -> str:
@@ -61,8 +65,8 @@ def resolve_named_files(arguments: list[str], folder: Path) -> list[str]:
 
 
 NO_ASSETS = (
-    "; there is no folder 'assets' here: the embedded models and images belong to the repository and are too large for "
-    "the package, so run this in a clone, or copy its assets folder here"
+    "; there is no folder 'assets' here: the embedded models and images belong to the repository and are too large "
+    "for the package, so run this in a clone, or copy its assets folder here"
 )
 
 

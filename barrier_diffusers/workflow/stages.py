@@ -16,6 +16,7 @@ from typing import Any
 
 from barrier_diffusers.utils.checks import flat
 from barrier_diffusers.utils.files import file_hash, remove, write_json
+from barrier_diffusers.utils.installation import shipped
 from barrier_diffusers.utils.run_records import package_versions
 
 SKIPPED = ("cache", "logs", "checkpoints")  # folders in a result that are no part of it
@@ -96,8 +97,8 @@ def code_hash(root: Path, script: str) -> str:
     """SHA-256 of the package's sources, the script and what lies beside a script of an extension."""
     folders = [root / "barrier_diffusers"]
     if not script.startswith("train_scripts/"):
-        folders.append((root / script).parent)
-    files = {path for folder in folders for path in folder.rglob("*.py")} | {root / script}
+        folders.append(shipped(script, root).parent)
+    files = {path for folder in folders for path in folder.rglob("*.py")} | {shipped(script, root)}
     digest = hashlib.sha256()
     for path in sorted(files):
         digest.update(f"{path.relative_to(root)} {content_hash(path)}\n".encode())

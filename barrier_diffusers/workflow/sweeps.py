@@ -124,7 +124,7 @@ class Worker:
     """Takes trials of a sweep until none is left.
 
     Args:
-        root: of the repository with the scripts.
+        root: of the repository with the scripts, or the folder that holds the installed packages.
 
     Raises:
         ValueError: output_dir belongs to another sweep.

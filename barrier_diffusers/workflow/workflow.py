@@ -23,6 +23,7 @@ from jsonargparse import ArgumentParser
 from barrier_diffusers.utils.checks import flat, require_positive
 from barrier_diffusers.utils.command_line import config_from
 from barrier_diffusers.utils.files import remove, require_writable, write_json
+from barrier_diffusers.utils.installation import resolve_named_files, shipped
 from barrier_diffusers.workflow.definitions import WORKFLOWS
 from barrier_diffusers.workflow.processes import FolderLock, Stopped, last_error, run_logged
 from barrier_diffusers.workflow.stages import WITHOUT_EFFECT, Record, Stage, stage_inputs
@@ -82,7 +83,7 @@ class Workflow:
     config: WorkflowConfig
     stages: list[Stage]
     settings: dict[str, dict[str, Any]]  # stage -> its settings as given, `shared` ones resolved
-    root: Path  # of the repository with the scripts
+    root: Path  # of the repository with the scripts, or the folder that holds the installed packages
 
     @property
     def output(self) -> Path:
@@ -147,6 +148,7 @@ def parse_workflow(arguments: list[str], root: Path) -> Workflow:
     Raises:
         ArgumentError, ValueError: a setting that is unknown, missing, or not as its dataclass wants it.
     """
+    arguments = resolve_named_files(arguments, shipped("train_scripts", root))
     kind = _peek(arguments, "kind")
     if kind not in WORKFLOWS:
         given = "no kind is given" if kind is None else f"unknown kind {kind!r}"
@@ -217,7 +219,7 @@ def _check(workflow: Workflow, stage: Stage) -> None:
 
 def command_of(workflow: Workflow, stage: Stage, settings: Path) -> list[str]:
     """The words that start a stage."""
-    launch, script = workflow.config.launch, str(workflow.root / stage.script)
+    launch, script = workflow.config.launch, str(shipped(stage.script, workflow.root))
     start = [sys.executable]
     if stage.name in TRAINED and (launch.num_processes > 1 or launch.config_file):
         start += ["-m", "accelerate.commands.launch", "--num_processes", str(launch.num_processes)]
