@@ -71,7 +71,7 @@ def erasure_metrics(
         details[f"retain_accuracy_{when}"] = share(correct[retain])
         labels = {label: share(correct[truth == label]) for label in dict.fromkeys(truth[known])}
         details[f"per_{attribute}_{when}"] = labels
-        per_label[when] = {label: entry["value"] for label, entry in labels.items()}
+        per_label[when] = {label: counted["value"] for label, counted in labels.items()}
         for other in others:
             counted = ~forget & ~old & (asked[other] != np.array(None))
             details[f"{other}_accuracy_{when}"] = share(right[other][counted])

@@ -71,7 +71,7 @@ def held_out_images(
     evaluation: ImageEvaluationConfig,
     concepts: ConceptConfig,
     erased: Sequence[ErasedConcepts] = (),
-    questions: EvaluationPrompts | None = None,
+    asked: EvaluationPrompts | None = None,
     before_NHWC: np.ndarray | None = None,
 ) -> HeldOut | None:
     """The retained rows of the evaluation split; without a data set, the base pipeline's own images of the retained
@@ -87,15 +87,15 @@ def held_out_images(
             return None
         rows = image_text(retained_rows(load_rows(concepts, evaluation.split), concepts, erased), concepts)
         where = f"split {evaluation.split!r} of {concepts.source}, without what is forgotten"
-    elif questions is None or before_NHWC is None:
+    elif asked is None or before_NHWC is None:
         print("no certificate: there is no data set, and no image of the pipeline before it was changed")
         return None
     else:
-        gone = {*questions.forgotten, *questions.erased_before, *(" and ".join(entry.concepts) for entry in erased)}
-        kept = [index for index, label in enumerate(questions.labels) if label not in gone]
+        gone = {*asked.forgotten, *asked.erased_before, *(" and ".join(earlier.concepts) for earlier in erased)}
+        kept = [index for index, label in enumerate(asked.labels) if label not in gone]
         columns = {
             "image": [PILImage.fromarray(before_NHWC[index]) for index in kept],
-            "text": [questions.prompts[index] for index in kept],
+            "text": [asked.prompts[index] for index in kept],
         }
         rows = Dataset.from_dict(columns, Features({"image": Image(), "text": Value("string")}))
         where = "images that the pipeline made of the retained prompts before it was changed"

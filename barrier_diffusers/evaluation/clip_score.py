@@ -76,12 +76,12 @@ def load_clip(name: str) -> LoadedClip:
     """
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise ValueError(f"CLIP folder {name!r} does not exist")
-    place = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    source = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
     try:
         with torch.random.fork_rng():  # missing weights would be drawn
-            model = CLIPModel.from_pretrained(place, use_safetensors=True, dtype=torch.float32)
+            model = CLIPModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)
             network = Clip(model)
-        return LoadedClip(name, network, Processor(CLIPProcessor.from_pretrained(place), network.num_positions))
+        return LoadedClip(name, network, Processor(CLIPProcessor.from_pretrained(source), network.num_positions))
     except OSError as error:
         raise ValueError(f"no CLIP model {name!r} could be had, give a local folder: {error}") from error
 

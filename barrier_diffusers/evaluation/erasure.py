@@ -18,7 +18,7 @@ from barrier_diffusers.data.images import Images
 from barrier_diffusers.evaluation.accuracy import erasure_metrics, recognise
 from barrier_diffusers.evaluation.classifier import AttributeClassifier
 from barrier_diffusers.evaluation.evaluation_split import load_rows
-from barrier_diffusers.evaluation.judge import forgotten_attribute
+from barrier_diffusers.evaluation.judge import attribute_of
 from barrier_diffusers.models.generation import SamplingConfig, generate
 from barrier_diffusers.utils.checks import require_positive
 from barrier_diffusers.utils.run_records import fingerprint
@@ -64,8 +64,8 @@ def make_evaluation_prompts(
         owners = concepts_of(config.forget_prompts, config.concepts)
         for concept, prompt in zip(owners, config.forget_prompts, strict=True):
             groups.setdefault(concept, []).append(prompt)
-        for entry in erased:
-            groups.setdefault(" and ".join(entry.concepts), []).extend(entry.captions)
+        for earlier in erased:
+            groups.setdefault(" and ".join(earlier.concepts), []).extend(earlier.captions)
     else:
         rows = load_rows(config, evaluation.split)
         groups = {label: [] for label in sorted(set(rows[config.concept_column]))}
@@ -84,12 +84,15 @@ def make_evaluation_prompts(
     chosen = {label: cycle(captions, evaluation.images_per_label) for label, captions in groups.items()}
     prompts = [text for texts in chosen.values() for text in texts]
     labels = [label for label, texts in chosen.items() for _ in texts]
-    return EvaluationPrompts(
-        prompts, labels, config.concepts, [concept for entry in erased for concept in entry.concepts]
-    )
+    return EvaluationPrompts(prompts, labels, config.concepts, concepts_erased(erased))
 
 
-def check_evaluation_prompts(evaluation: ImageEvaluationConfig, questions: EvaluationPrompts) -> None:
+def concepts_erased(erased: Sequence[ErasedConcepts]) -> list[str]:
+    """The concepts of earlier runs, oldest first."""
+    return [concept for earlier in erased for concept in earlier.concepts]
+
+
+def check_evaluation_prompts(evaluation: ImageEvaluationConfig, asked: EvaluationPrompts) -> None:
     """Make sure, before any long work, that the classifier can judge the answers; draws no random number.
 
     Raises:
@@ -99,13 +102,13 @@ def check_evaluation_prompts(evaluation: ImageEvaluationConfig, questions: Evalu
         return
     with torch.random.fork_rng():  # building the network draws its first weights
         labels = AttributeClassifier.from_pretrained(evaluation.classifier).attributes
-    attribute = forgotten_attribute(labels, questions.forgotten)
-    asked = labels_in_texts(questions.prompts, labels[attribute])
-    old = labels_in_texts(questions.prompts, questions.erased_before)
-    if not any(label in questions.forgotten for label in asked):
-        raise ValueError(f"no forget prompt of the evaluation names {' or '.join(questions.forgotten)}")
-    kept = [label for label, before in zip(asked, old, strict=True) if before is None]
-    if not any(label not in (None, *questions.forgotten) for label in kept):
+    attribute = attribute_of(labels, asked.forgotten)
+    named = labels_in_texts(asked.prompts, labels[attribute])
+    old = labels_in_texts(asked.prompts, asked.erased_before)
+    if not any(label in asked.forgotten for label in named):
+        raise ValueError(f"no forget prompt of the evaluation names {' or '.join(asked.forgotten)}")
+    kept = [label for label, before in zip(named, old, strict=True) if before is None]
+    if not any(label not in (None, *asked.forgotten) for label in kept):
         known = ", ".join(labels[attribute])
         raise ValueError(f"no retain prompt of the evaluation names another {attribute}; the classifier knows {known}")
 
@@ -123,16 +126,16 @@ def generate_cached(
 
 
 def evaluate_erasure(
-    evaluation: ImageEvaluationConfig, questions: EvaluationPrompts, before: Images | None, after: Images
+    evaluation: ImageEvaluationConfig, asked: EvaluationPrompts, before: Images | None, after: Images
 ) -> tuple[str, dict[str, Any]]:
     """(attribute, metrics of `erasure_metrics` with the sampler's settings and counts); before may be unknown."""
     assert evaluation.classifier is not None
     classifier = AttributeClassifier.from_pretrained(evaluation.classifier)
-    attribute = forgotten_attribute(classifier.attributes, questions.forgotten)
-    wanted = {name: labels_in_texts(questions.prompts, labels) for name, labels in classifier.attributes.items()}
+    attribute = attribute_of(classifier.attributes, asked.forgotten)
+    wanted = {name: labels_in_texts(asked.prompts, labels) for name, labels in classifier.attributes.items()}
     seen_before = None if before is None else recognise(classifier, before)
     seen_after = recognise(classifier, after)
-    metrics = erasure_metrics(seen_before, seen_after, wanted, attribute, questions.forgotten, questions.erased_before)
-    seeds = {"first": evaluation.sampling.seed, "last": evaluation.sampling.seed + len(questions.prompts) - 1}
-    facts = {"num_images": len(questions.prompts), "seeds": seeds, "sampling": asdict(evaluation.sampling)}
+    metrics = erasure_metrics(seen_before, seen_after, wanted, attribute, asked.forgotten, asked.erased_before)
+    seeds = {"first": evaluation.sampling.seed, "last": evaluation.sampling.seed + len(asked.prompts) - 1}
+    facts = {"num_images": len(asked.prompts), "seeds": seeds, "sampling": asdict(evaluation.sampling)}
     return attribute, {**metrics, **facts, "classifier": evaluation.classifier}

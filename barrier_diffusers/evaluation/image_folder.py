@@ -88,7 +88,6 @@ def generate_folder(
     hashes: Mapping[str, str],
     images_per_prompt: int = 1,
     overwrite: bool = False,
-    desc: str = "generating",
 ) -> ImageFiles:
     """The images of the prompts, in the rows' order; complete ones that the folder has already are not made again.
 
@@ -107,7 +106,7 @@ def generate_folder(
         remove(path)
     write_json(folder / MANIFEST_NAME, facts)
     write_prompts(folder / PROMPTS_NAME, rows)
-    for batch in tqdm(batches_of(rows, images_per_prompt, sampling), desc=desc, leave=False):
+    for batch in tqdm(batches_of(rows, images_per_prompt, sampling), desc=f"images {folder.name}", leave=False):
         missing = [index for index, request in enumerate(batch) if not (folder / request.name).is_file()]
         if not missing:
             continue
@@ -146,15 +145,15 @@ def read_folder(
     Raises:
         ValueError: no prompt file, an image of the prompts that is not there, or images that no prompt names.
     """
-    place = Path(folder).expanduser()
-    if not place.is_dir():
+    path = Path(folder).expanduser()
+    if not path.is_dir():
         raise ValueError(f"images_dir {folder!r} does not exist")
-    prompts = Path(prompts_file).expanduser() if prompts_file else place / PROMPTS_NAME
+    prompts = Path(prompts_file).expanduser() if prompts_file else path / PROMPTS_NAME
     if not prompts.is_file():
         raise ValueError(f"images_dir {folder!r} has no {PROMPTS_NAME}: name the CSV file of its prompts")
     rows = read_prompts(prompts, label_column=label_column)
-    files = ImageFiles(place, [name for row in rows for name in row.image_names(images_per_prompt)])
-    found = {path.name for path in place.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != "."}
+    files = ImageFiles(path, [name for row in rows for name in row.image_names(images_per_prompt)])
+    found = {file.name for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.name[0] != "."}
     unknown = sorted(found - set(files.names))
     if unknown:
         raise ValueError(

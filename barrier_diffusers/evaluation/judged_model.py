@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,11 +15,13 @@ from barrier_diffusers.data.prompt_files import PromptRow, PromptsConfig, read_p
 from barrier_diffusers.evaluation.certification import CERTIFICATE_NAME
 from barrier_diffusers.evaluation.image_folder import generate_folder, read_folder, scheduler_facts
 from barrier_diffusers.evaluation.report import REPORT_NAME
-from barrier_diffusers.evaluation.settings import ADAPTER_NAME, EvaluateConfig
 from barrier_diffusers.models.denoiser import PipelineDenoiser
-from barrier_diffusers.models.loading import load_merged, load_pipeline, module_hashes
+from barrier_diffusers.models.loading import ADAPTER_NAME, load_merged, load_pipeline, module_hashes
 from barrier_diffusers.utils.files import file_hash
 from barrier_diffusers.utils.run_records import MANIFEST_NAME, METRICS_NAME, claim_output_dir
+
+if TYPE_CHECKING:
+    from barrier_diffusers.evaluation.settings import EvaluateConfig
 
 IMAGES_NAME, SECONDS_NAME, PICTURE_NAME = "images", "seconds.json", "attacks.png"
 
@@ -156,7 +158,6 @@ class JudgedModel:
             hashes,
             prompts.images_per_prompt,
             self.config.overwrite_output_dir,
-            f"{protocol}, images {when}",
         )
         pipeline.to("cpu")  # room for the other one, and for the networks that judge
         return images

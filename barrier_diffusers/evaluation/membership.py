@@ -189,9 +189,9 @@ def membership(
             members, held_out = (denoising_losses(pipeline, sides[side], resolution, options) for side in SIDES)
             losses[role][when] = (members, held_out)
         pipeline.to("cpu")
-    by_role = {role: attack(entry, options) for role, entry in losses.items()}
+    by_role = {role: attack(by_pipeline, options) for role, by_pipeline in losses.items()}
     whens = next(iter(by_role.values()))
-    found = {when: {role: entry[when] for role, entry in by_role.items()} for when in whens}
+    found = {when: {role: results[when] for role, results in by_role.items()} for when in whens}
     counts = {role: {side: len(rows) for side, rows in sides.items()} for role, sides in images.items()}
     hashes = {f"{role} {side}": images_hash(rows) for role, sides in images.items() for side, rows in sides.items()}
     captions = {role: caption_counts(sides) for role, sides in images.items()}

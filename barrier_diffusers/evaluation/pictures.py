@@ -104,9 +104,10 @@ def _png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _errors(entry: Mapping[str, Any]) -> list[float]:
-    low, high = entry["interval_95"]
-    return [max(0.0, entry["value"] - low), max(0.0, high - entry["value"])]
+def _errors(counted: Mapping[str, Any]) -> list[float]:
+    """Lengths of the error bar of a share below and above its value."""
+    low, high = counted["interval_95"]
+    return [max(0.0, counted["value"] - low), max(0.0, high - counted["value"])]
 
 
 def label_bars(
@@ -120,11 +121,11 @@ def label_bars(
     order = sorted(after, key=lambda label: label not in forgotten)
     figure, axis = plt.subplots(figsize=(max(6.0, 0.8 * len(order) + 1), 3.6))
     for shift, shares, shade in ((-0.2, before, 0.45), (0.2, after, 1.0)):
-        for place, label in enumerate(order):
+        for position, label in enumerate(order):
             if label in shares:
-                entry, colour = shares[label], "tab:red" if label in forgotten else "tab:blue"
-                error = [[value] for value in _errors(entry)]
-                axis.bar(place + shift, entry["value"], 0.38, color=colour, alpha=shade, yerr=error, capsize=2)
+                counted, colour = shares[label], "tab:red" if label in forgotten else "tab:blue"
+                error = [[value] for value in _errors(counted)]
+                axis.bar(position + shift, counted["value"], 0.38, color=colour, alpha=shade, yerr=error, capsize=2)
     axis.set_xticks(range(len(order)), order, rotation=30, ha="right")
     axis.set_ylim(0, 105)
     axis.set_ylabel("recognised, % (pale: before)" if before else "recognised, %")
@@ -154,14 +155,14 @@ def trade_off(points: Sequence[tuple[str, Mapping[str, Any], float, Sequence[flo
 
 def drift_bars(maps: Sequence[Mapping[str, Any]]) -> bytes:
     """Largest relative drift that the test images show in every map, beside the bound that others chose for it."""
-    names = [entry["name"] for entry in maps]
+    names = [linear_map["name"] for linear_map in maps]
     figure, axis = plt.subplots(figsize=(8, max(2.4, 0.24 * len(names) + 1)))
-    places = range(len(names))
-    certified = [entry["relative"]["certified"] or 0.0 for entry in maps]
-    axis.barh(places, certified, 0.8, color="tab:blue", alpha=0.3, label="certified bound")
-    shown = [entry["relative"]["largest_test"] or 0.0 for entry in maps]
-    axis.barh(places, shown, 0.4, color="tab:blue", label="largest of the test images")
-    axis.set_yticks(places, names, fontsize=8)
+    positions = range(len(names))
+    certified = [linear_map["relative"]["certified"] or 0.0 for linear_map in maps]
+    axis.barh(positions, certified, 0.8, color="tab:blue", alpha=0.3, label="certified bound")
+    shown = [linear_map["relative"]["largest_test"] or 0.0 for linear_map in maps]
+    axis.barh(positions, shown, 0.4, color="tab:blue", label="largest of the test images")
+    axis.set_yticks(positions, names, fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel("relative drift on held-out images")
     axis.legend(fontsize=8)

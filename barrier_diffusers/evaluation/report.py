@@ -72,9 +72,9 @@ class RunRecord:
 
     def shares(self, when: str) -> dict[str, Any]:
         """Label -> share, of the attribute that the concepts are values of; `when` is before or after."""
-        for name, entry in self.details.items():
-            if name.startswith("per_") and name.endswith(f"_{when}") and set(self.forgotten) <= set(entry):
-                return entry
+        for name, shares in self.details.items():
+            if name.startswith("per_") and name.endswith(f"_{when}") and set(self.forgotten) <= set(shares):
+                return shares
         return {}
 
     def numbers(self) -> list[tuple[str, str]]:

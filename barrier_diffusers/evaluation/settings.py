@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from barrier_diffusers.data.concepts import ConceptConfig
 from barrier_diffusers.data.prompt_files import PromptsConfig
 from barrier_diffusers.evaluation.attacks import ATTACKS, Budget
-from barrier_diffusers.evaluation.attacks.benign import BenignConfig
-from barrier_diffusers.evaluation.attacks.inversion import InversionConfig
-from barrier_diffusers.evaluation.attacks.misspelled import MisspelledConfig
-from barrier_diffusers.evaluation.attacks.paraphrased import ParaphrasedConfig
-from barrier_diffusers.evaluation.attacks.prompt_search import PromptSearchConfig
-from barrier_diffusers.evaluation.attacks.relearning import RelearningConfig
 from barrier_diffusers.evaluation.certification import CertificateConfig
 from barrier_diffusers.evaluation.erasure import ImageEvaluationConfig
+from barrier_diffusers.evaluation.extractors import EXTRACTORS
 from barrier_diffusers.evaluation.fidelity import FidelityConfig
 from barrier_diffusers.evaluation.lpips import LpipsConfig
 from barrier_diffusers.evaluation.membership import MembershipConfig
-from barrier_diffusers.evaluation.nudity import NudityConfig
+from barrier_diffusers.evaluation.protocols import PROTOCOLS
+from barrier_diffusers.models.loading import ADAPTER_NAME
 from barrier_diffusers.utils.checks import as_list, require_positive
+from barrier_diffusers.utils.open_settings import load_module, with_sections
 
-PROTOCOLS = ("class", "style", "nudity", "coco")
 DEFAULT_ATTACKS = ("inversion", "prompt_search", "relearning", "benign", "misspelled")
-ADAPTER_NAME = "pytorch_lora_weights.safetensors"
+
+
+def own_sections() -> dict[str, type[Any]]:
+    """Name of every registered attack and protocol that has settings -> their dataclass."""
+    found: dict[str, type[Any]] = {name: item.settings for name, item in PROTOCOLS.items() if item.settings}
+    return found | {name: item.budget for name, item in ATTACKS.items()}
 
 
 @dataclass(kw_only=True)
 class EvaluateConfig:
-    """Everything an evaluation depends on. Images are made by a pipeline, or were made earlier (images_dir)."""
+    """Everything an evaluation depends on. Images are made by a pipeline, or were made earlier (images_dir).
+
+    Raises:
+        ValueError: settings that do not go together, or that an attack or a protocol cannot work with.
+    """
 
     output_dir: str  # gets metrics.json, seconds.json, pictures and the generated images
     pretrained_model_name_or_path: str | None = None  # folder, hub id or .safetensors file of what is judged
@@ -55,27 +62,20 @@ class EvaluateConfig:
     fidelity: FidelityConfig = field(default_factory=FidelityConfig)  # FID and KID of class, style, coco
     lpips: LpipsConfig = field(default_factory=LpipsConfig)  # of style: distance before - after
     membership: MembershipConfig = field(default_factory=MembershipConfig)  # of class and style, with a data set
-    nudity: NudityConfig = field(default_factory=NudityConfig)
-    coco: PromptsConfig = field(default_factory=PromptsConfig)  # captions; fidelity.reference_dir has the photographs
     # None: DEFAULT_ATTACKS if class or style is judged on a pipeline and a data set, else none
     attacks: list[str] | None = None
-    inversion: InversionConfig = field(default_factory=InversionConfig)
-    prompt_search: PromptSearchConfig = field(default_factory=PromptSearchConfig)
-    relearning: RelearningConfig = field(default_factory=RelearningConfig)
-    benign: BenignConfig = field(default_factory=BenignConfig)
-    misspelled: MisspelledConfig = field(default_factory=MisspelledConfig)
-    paraphrased: ParaphrasedConfig = field(default_factory=ParaphrasedConfig)
+    module: str | list[str] | None = None  # .py files or importable modules that register attacks of yours: they are run
+    # beside these: a section for each attack and protocol with settings of its own, called as it is
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.protocols if name not in PROTOCOLS]
-        if unknown or not self.protocols or len(set(self.protocols)) < len(self.protocols):
+        for module in as_list(self.module):
+            load_module(module, "module", ATTACKS, PROTOCOLS, EXTRACTORS)
+        if not self.protocols or len(set(self.protocols)) < len(self.protocols):
             raise ValueError(f"protocol is {self.protocol!r}, but must name each at most once: {', '.join(PROTOCOLS)}")
+        protocols = [PROTOCOLS.find(name).protocol for name in self.protocols]
         self._check_images()
-        for name, file in (("nudity", self.nudity.file), ("coco", self.coco.file)):
-            if name in self.protocols and file is None and self.images_dir is None:
-                raise ValueError(f"protocol {name} asks prompts of a file: set {name}.file")
-        if self.judges_concepts:
-            self._check_concepts()
+        for protocol in protocols:
+            protocol.check(self)
         self._check_attacks()
         require_positive(self, ("resolution",))
         if self.lora_weights and not (Path(self.lora_weights) / ADAPTER_NAME).is_file():
@@ -95,28 +95,6 @@ class EvaluateConfig:
             folder = getattr(self, name)
             if folder is not None and not Path(folder).expanduser().is_dir():
                 raise ValueError(f"{name} {folder!r} does not exist")
-
-    def _check_concepts(self) -> None:
-        if not self.concept:
-            raise ValueError("set concept: protocols class and style ask what was forgotten")
-        has_data, has_lists = bool(self.train_data_dir or self.dataset_name), bool(self.forget_prompts)
-        if has_data + has_lists + (self.prompts.file is not None) != 1 and self.images_dir is None:
-            raise ValueError(
-                "prompts come from a data set, from prompts.file or from forget_prompts and retain_prompts: set "
-                "train_data_dir or dataset_name, or one of the other two"
-            )
-        if self.evaluation.classifier is None and ("class" in self.protocols or not (self.clip or self.lpips.weights)):
-            raise ValueError(
-                "nobody judges the images: set evaluation.classifier, a folder of an AttributeClassifier (or, for "
-                "style, clip or lpips.weights)"
-            )
-        if self.membership.enabled and (not has_data or self.images_dir is not None):
-            raise ValueError(
-                "membership takes a pipeline and two splits of a data set: leave it out of images_dir and prompts"
-            )
-        if self.lpips.weights and not (self.base_model or self.base_images_dir):
-            raise ValueError("LPIPS compares images before and after: set base_model or base_images_dir")
-        self.concept_config  # noqa: B018  its own checks
 
     def _check_attacks(self) -> None:
         names = self.attacks or []
@@ -142,7 +120,7 @@ class EvaluateConfig:
     @property
     def judges_concepts(self) -> bool:
         """Whether a protocol asks for forgotten concepts."""
-        return "class" in self.protocols or "style" in self.protocols
+        return any(PROTOCOLS.find(name).protocol.judges_concepts for name in self.protocols)
 
     @property
     def chosen_attacks(self) -> list[str]:
@@ -166,7 +144,22 @@ class EvaluateConfig:
             retain_prompts=self.retain_prompts,
         )
 
+    def settings_of(self, name: str) -> Any:
+        """The section of an attack or a protocol; its defaults where it has none."""
+        return getattr(self, name) if hasattr(self, name) else own_sections()[name]()
+
     @property
     def budgets(self) -> dict[str, Budget]:
         """Chosen attack -> its settings."""
-        return {name: getattr(self, name) for name in self.chosen_attacks}
+        return {name: self.settings_of(name) for name in self.chosen_attacks}
+
+    @classmethod
+    def class_for(cls, values: Mapping[str, Any]) -> type[EvaluateConfig]:
+        """The class that also has the sections of what the user's modules register, which `values` name.
+
+        Raises:
+            ValueError: a module that does not load.
+        """
+        for module in as_list(values.get("module")):
+            load_module(str(module), "module", ATTACKS, PROTOCOLS, EXTRACTORS)
+        return with_sections(cls, own_sections())

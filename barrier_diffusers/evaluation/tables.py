@@ -41,9 +41,9 @@ def print_metrics(metrics: Mapping[str, Any], attribute: str, forgotten: Sequenc
     )
 
 
-def interval(entry: Mapping[str, Any]) -> str:
+def interval(counted: Mapping[str, Any]) -> str:
     """The 95 % interval of a share, in percent."""
-    low, high = entry["interval_95"]
+    low, high = counted["interval_95"]
     return f"{low:.1f} - {high:.1f}"
 
 
@@ -63,10 +63,10 @@ def print_values(title: str, values: Mapping[str, Mapping[str, Any]]) -> None:
     """A table of numbers, by "before" (if known) and "after"; nothing if there are none. A {mean, std} is one number,
     and what is no number is left out."""
 
-    def written(entry: Any) -> str:
-        if isinstance(entry, Mapping):
-            return f"{entry['mean']:.4g} ± {entry['std']:.2g}"
-        return str(entry) if isinstance(entry, int) else f"{entry:.4g}"
+    def written(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return f"{value['mean']:.4g} ± {value['std']:.2g}"
+        return str(value) if isinstance(value, int) else f"{value:.4g}"
 
     table = Table(title=title)
     for heading in ("", *values):
@@ -84,12 +84,12 @@ def print_membership(found: Mapping[str, Any]) -> None:
     for heading in ("images", "pipeline", "area under ROC", "95 % interval", "found, %", "loss trained / held out"):
         table.add_column(heading, justify="left" if heading in ("images", "pipeline") else "right")
     for when in (name for name in ("before", "after") if name in found):
-        for role, entry in found[when].items():
-            low, high = entry["auc"]["interval_95"]
-            area = (f"{entry['auc']['value']:.3f}", f"{low:.3f} - {high:.3f}")
-            losses = f"{entry['loss_members']:.4f} / {entry['loss_held_out']:.4f}"
-            table.add_row(role, when, *area, f"{entry['true_positive_rate']['value']:.1f}", losses)
-    for role, entry in found.get("change", {}).items():
-        low, high = entry["auc"]["interval_95"]
-        table.add_row(role, "change", f"{entry['auc']['value']:+.3f}", f"{low:+.3f} - {high:+.3f}", "", "")
+        for role, results in found[when].items():
+            low, high = results["auc"]["interval_95"]
+            area = (f"{results['auc']['value']:.3f}", f"{low:.3f} - {high:.3f}")
+            losses = f"{results['loss_members']:.4f} / {results['loss_held_out']:.4f}"
+            table.add_row(role, when, *area, f"{results['true_positive_rate']['value']:.1f}", losses)
+    for role, results in found.get("change", {}).items():
+        low, high = results["auc"]["interval_95"]
+        table.add_row(role, "change", f"{results['auc']['value']:+.3f}", f"{low:+.3f} - {high:+.3f}", "", "")
     Console(width=88).print(table)

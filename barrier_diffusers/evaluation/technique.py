@@ -40,15 +40,15 @@ class BarrierTechnique:
     """
 
     def __init__(self, **settings: Any):
-        known = [entry.name for entry in fields(TechniqueConfig)]
+        known = [item.name for item in fields(TechniqueConfig)]
         unknown = sorted(set(settings) - set(known))
         if unknown or "model_id" not in settings:
             problem = f"does not know {', '.join(unknown)}" if unknown else "needs model_id"
             raise ValueError(f"technique barrier {problem}; its settings are {', '.join(known)}")
         self.config = TechniqueConfig(**settings)
-        place = self.config.lora_weights or self.config.model_id
-        if not read_erased(place):
-            raise ValueError(f"{place!r} does not say that anything was erased: name what unlearn_sd.py saved")
+        path = self.config.lora_weights or self.config.model_id
+        if not read_erased(path):
+            raise ValueError(f"{path!r} does not say that anything was erased: name what unlearn_sd.py saved")
         self.device = self.config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         half = self.config.use_fp16 and self.device.startswith("cuda")
         dtype = torch.float16 if half else torch.float32

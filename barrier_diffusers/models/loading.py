@@ -16,6 +16,7 @@ from barrier_diffusers.protection.config import BarrierConfig
 from barrier_diffusers.protection.targets import resolve_targets
 from barrier_diffusers.utils.run_records import module_hash
 
+ADAPTER_NAME = "pytorch_lora_weights.safetensors"  # the file that `load_lora_weights` looks for
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 

@@ -113,7 +113,7 @@ Run = Callable[[Any, Forgotten, Any], Attempt]  # (pipeline, forgotten, budget);
 
 @dataclass(frozen=True)
 class Attack:
-    """An entry of the registry."""
+    """An attack by its name, with the dataclass of its settings."""
 
     name: str
     run: Run
@@ -124,7 +124,7 @@ ATTACKS: Registry[Attack] = Registry("attack")
 
 
 def register_attack(name: str, budget: type[Budget]) -> Callable[[Run], Run]:
-    """Decorator: enter an attack, whose settings are a `budget`, into the registry under `name`.
+    """Decorator: register an attack under `name`, which its settings' section is called, too.
 
     Raises:
         ValueError: the name is taken.

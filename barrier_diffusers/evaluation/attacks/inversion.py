@@ -96,7 +96,7 @@ def learned_token(pipeline: Any, initial_words: str) -> Iterator[LearnedToken]:
 @register_attack("inversion", InversionConfig)
 def inversion(pipeline: Any, forgotten: Forgotten, budget: InversionConfig) -> Attempt:
     """Learn the embedding for which "a photo of a <forgotten>" denoises held-out images of the concept, then ask with
-    it: the plain prompts with the new token in the place of the concept's words."""
+    it: the plain prompts with the new token instead of the concept's words."""
     denoiser, images = PipelineDenoiser(pipeline), budget.choose(forgotten.images)
     captions = rename_concept(images["text"], forgotten.concept, TOKEN)
     prompts = rename_concept(forgotten.prompts, forgotten.concept, TOKEN)
@@ -104,9 +104,9 @@ def inversion(pipeline: Any, forgotten: Forgotten, budget: InversionConfig) -> A
     caption_ids = torch.tensor([distinct.index(caption) for caption in captions])
 
     def condition(rows: Tensor) -> Condition:
-        asked, places = caption_ids[rows].unique(return_inverse=True)  # each caption goes through the encoder once
+        asked, rows_of_asked = caption_ids[rows].unique(return_inverse=True)  # each caption goes through the encoder once
         encoded = denoiser.architecture.encode(pipeline, [distinct[index] for index in asked])
-        return {key: value[places] for key, value in encoded.items()}
+        return {key: value[rows_of_asked] for key, value in encoded.items()}
 
     with frozen(pipeline), learned_token(pipeline, budget.initial_words or forgotten.concept) as token:
         moments = encode(pipeline, images, forgotten.resolution)

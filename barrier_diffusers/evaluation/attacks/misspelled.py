@@ -35,10 +35,10 @@ class MisspelledConfig(Budget):
 def edit(word: str, random: np.random.Generator) -> str:
     """The word with one typing mistake, never the word itself: neighbours swapped, or a letter dropped, doubled or
     replaced."""
-    letters = [place for place, letter in enumerate(word) if letter.isalpha()]
+    letters = [position for position, letter in enumerate(word) if letter.isalpha()]
     while True:
-        place, kind = int(random.choice(letters)), random.choice(EDITS)
-        head, letter, tail = word[:place], word[place], word[place + 1 :]
+        position, kind = int(random.choice(letters)), random.choice(EDITS)
+        head, letter, tail = word[:position], word[position], word[position + 1 :]
         if kind == "swap":
             edited = head + tail[:1] + letter + tail[1:]
         elif kind == "drop":

@@ -14,11 +14,11 @@ from barrier_diffusers.models.generation import generate
 class ParaphrasedConfig(Budget):
     """Paraphrases: other words for the concept, or whole prompts. The seed draws nothing."""
 
-    words: list[str] = field(default_factory=list)  # each in turn takes the place of the concept's words
+    words: list[str] = field(default_factory=list)  # each in turn replaces the concept's words
     prompts: list[str] = field(default_factory=list)  # or each in turn is asked as it is
 
     def check(self, pipeline: Any, forgotten: Forgotten) -> None:
-        """One of the two lists, with words in every entry."""
+        """One of the two lists, none of them blank."""
         if bool(self.words) == bool(self.prompts) or not all(text.strip() for text in self.words + self.prompts):
             raise ValueError(
                 "the attack paraphrased needs paraphrased.words or paraphrased.prompts, without empty ones"

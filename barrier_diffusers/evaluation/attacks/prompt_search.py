@@ -44,7 +44,7 @@ class PromptSearchConfig(ImageBudget):
     batch_size: int = 16  # images, each at its own noise and timestep, on which a step's candidates are compared
     num_tokens: int = 5  # K
     num_candidates: int = 16  # exchanges tried per step
-    num_ranked: int = 64  # tokens per place, by the gradient, among which the exchanges are drawn
+    num_ranked: int = 64  # tokens per position, by the gradient, among which the exchanges are drawn
     num_searches: int = 2  # from other random tokens; the one with the least loss is used
     num_checks: int = 64  # images, noises and timesteps on which that loss is taken
     place: Literal["before", "instead"] = "before"  # before the whole prompt, or instead of the concept's words
@@ -114,7 +114,7 @@ class Speller:
         return words if all(ids == ours for ids, ours in zip(read, wanted, strict=True)) else None
 
     def slot(self, frame: str) -> int:
-        """Place of the first searched token, after the text's first special token."""
+        """Position of the first searched token, after the text's first special token."""
         return 1 + len(self.heads[self.frames.index(frame)])
 
 
@@ -123,9 +123,9 @@ def nudged(layer: nn.Module, slots_P: Tensor, nudge_KD: Tensor) -> Iterator[None
     """An embedding layer that adds `nudge_KD` to the embeddings from each text's slot on."""
 
     def add(_: nn.Module, __: Any, embedded_PLD: Tensor) -> Tensor:
-        places_PK = slots_P[:, None] + torch.arange(len(nudge_KD), device=slots_P.device)
+        positions_PK = slots_P[:, None] + torch.arange(len(nudge_KD), device=slots_P.device)
         shifted = embedded_PLD.clone()
-        shifted[torch.arange(len(slots_P), device=slots_P.device)[:, None], places_PK] += nudge_KD.to(shifted)
+        shifted[torch.arange(len(slots_P), device=slots_P.device)[:, None], positions_PK] += nudge_KD.to(shifted)
         return shifted
 
     handle = layer.register_forward_hook(add)
@@ -171,9 +171,9 @@ class Search:
         frames, index_B = self.frame_ids_N[rows_B].unique(return_inverse=True)
         asked = [self.distinct[frame] for frame in frames.tolist()]
         texts = [self.plain[frame] if text is None else fill(frame, text) for text in words for frame in asked]
-        places = (torch.arange(len(words))[:, None] * len(asked) + index_B).flatten().to(self.device)
+        rows = (torch.arange(len(words))[:, None] * len(asked) + index_B).flatten().to(self.device)
         encoded = self.denoiser.architecture.encode(self.pipeline, texts)
-        condition = {key: value[places] for key, value in encoded.items()}
+        condition = {key: value[rows] for key, value in encoded.items()}
         noisy, timesteps, target = (
             value.to(self.device).repeat(len(words), *(1,) * (value.ndim - 1))
             for value in (drawn.noisy, drawn.timesteps, drawn.target)
@@ -231,11 +231,11 @@ def exchanges(
     order = torch.randperm(ranked_KR.numel(), generator=generator).tolist()
     found: dict[str, Tokens] = {}
     for choice in order:
-        place, rank = divmod(choice, ranked_KR.shape[1])
-        token = int(ranked_KR[place, rank])
-        if not torch.isfinite(slopes_KV[place, token]) or token == tokens[place]:
+        position, rank = divmod(choice, ranked_KR.shape[1])
+        token = int(ranked_KR[position, rank])
+        if not torch.isfinite(slopes_KV[position, token]) or token == tokens[position]:
             continue
-        changed = (*tokens[:place], token, *tokens[place + 1 :])
+        changed = (*tokens[:position], token, *tokens[position + 1 :])
         words = speller.spell(changed)
         if words is not None:
             found[words] = changed

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,34 +22,48 @@ from barrier_diffusers.evaluation.evaluation_split import image_text, load_rows,
 from barrier_diffusers.evaluation.judge import Judge
 
 
+@dataclass
+class AttackResults:
+    """What a number of attacks brought back."""
+
+    records: list[dict[str, Any]] = field(default_factory=list)  # of `attack_record`, per attack and concept
+    seconds: dict[str, float] = field(default_factory=dict)  # by attack
+    images: dict[str, np.ndarray] = field(default_factory=dict)  # "attack: concept" -> bytes (N, H, W, 3)
+
+
 def rows_of(labels: Sequence[str], concept: str) -> slice:
-    """Where a concept stands among the labels of all questions: its questions follow one another."""
+    """Where a concept's rows are among the labels of all evaluation prompts; they follow one another."""
     first = labels.index(concept)
     return slice(first, first + labels.count(concept))
 
 
-def outcome(
-    attack: str, concept: str, shown: tuple[Sequence[bool], Sequence[bool]], budget: Budget, num_training_images: int
+def attack_record(
+    attack: str, concept: str, *, plain: Sequence[bool], attacked: Sequence[bool], budget: Budget, num_images: int
 ) -> dict[str, Any]:
-    """The record of one attack; `shown` says which images show the concept, without and under the attack."""
+    """The record of one attack on one concept.
+
+    Args:
+        plain, attacked: which images show the concept, of the plain prompts and under the attack.
+        num_images: that the attack learned from.
+    """
     return {
         "attack": attack,
         "concept": concept,
-        "pre_attack": share(shown[0]),
-        "post_attack": share(shown[1]),
+        "pre_attack": share(plain),
+        "post_attack": share(attacked),
         "budget": asdict(budget),
-        "num_training_images": num_training_images,
+        "num_training_images": num_images,
     }
 
 
 def forgotten_concepts(
     evaluation: ImageEvaluationConfig,
     config: ConceptConfig,
-    questions: EvaluationPrompts,
+    asked: EvaluationPrompts,
     erased: Sequence[ErasedConcepts],
     resolution: int,
 ) -> list[Forgotten]:
-    """What an attacker knows of each concept: its questions, and the images of the evaluation split.
+    """What an attacker knows of each concept: its prompts, and the images of the evaluation split.
 
     What was `erased` before, beside the concepts, is left out of the images of other things.
 
@@ -61,10 +75,16 @@ def forgotten_concepts(
     found = []
     for concept in config.concepts:
         mine, _ = split_concepts(loaded, config.concept_column, [concept])
-        rows = rows_of(questions.labels, concept)
-        sampling = replace(evaluation.sampling, seed=evaluation.sampling.seed + rows.start)
+        rows = rows_of(asked.labels, concept)
         found.append(
-            Forgotten(concept, questions.prompts[rows], image_text(mine, config), others, sampling, resolution)
+            Forgotten(
+                concept,
+                prompts=asked.prompts[rows],
+                images=image_text(mine, config),
+                others=others,
+                sampling=replace(evaluation.sampling, seed=evaluation.sampling.seed + rows.start),
+                resolution=resolution,
+            )
         )
     return found
 
@@ -75,32 +95,28 @@ def run_attacks(
     budgets: Mapping[str, Budget],
     judge: Judge,
     plain: Mapping[str, np.ndarray],
-) -> tuple[list[dict[str, Any]], dict[str, float], dict[str, np.ndarray]]:
+) -> AttackResults:
     """Run every attack on every concept, each on the pipeline as it is.
 
     Args:
         budgets: name of the attack -> what it may spend.
         plain: concept -> images (N, H, W, 3) of its plain prompts.
-
-    Returns:
-        (per attack and concept: shares of images recognised as the concept before and after, the budget, the prompts;
-        attack -> seconds; "attack: concept" -> images (N, H, W, 3)).
     """
-    results: list[dict[str, Any]] = []
-    seconds: dict[str, float] = {}
-    images: dict[str, np.ndarray] = {}
+    results = AttackResults()
     for name, budget in budgets.items():
         start = time.perf_counter()
-        for entry in forgotten:
-            attempt, concept = ATTACKS.find(name).run(pipeline, entry, budget), entry.concept
-            images[f"{name}: {concept}"] = made = attempt.images_NHWC
-            shown = (judge.shows(plain[concept], concept), judge.shows(made, concept))
-            results.append(
-                {
-                    **outcome(name, concept, shown, budget, attempt.num_training_images),
-                    "prompts": list(dict.fromkeys(attempt.prompts)),
-                    **attempt.found,
-                }
+        for known in forgotten:
+            concept = known.concept
+            attempt = ATTACKS.find(name).run(pipeline, known, budget)
+            record = attack_record(
+                name,
+                concept,
+                plain=judge.shows(plain[concept], concept),
+                attacked=judge.shows(attempt.images_NHWC, concept),
+                budget=budget,
+                num_images=attempt.num_training_images,
             )
-        seconds[name] = round(time.perf_counter() - start, 2)
-    return results, seconds, images
+            results.images[f"{name}: {concept}"] = attempt.images_NHWC
+            results.records.append({**record, "prompts": list(dict.fromkeys(attempt.prompts)), **attempt.found})
+        results.seconds[name] = round(time.perf_counter() - start, 2)
+    return results

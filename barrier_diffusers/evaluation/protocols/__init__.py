@@ -1,22 +1,11 @@
-"""Protocols, one file each; see base.py for what they share."""
+"""Protocols, one file each; importing a file of this folder registers its protocol. See base.py for what they share."""
 
-from __future__ import annotations
+import importlib
+import pkgutil
 
-from barrier_diffusers.evaluation.judged_model import JudgedModel
-from barrier_diffusers.evaluation.protocols.base import Protocol
-from barrier_diffusers.evaluation.protocols.coco import CocoProtocol
-from barrier_diffusers.evaluation.protocols.concepts import ConceptProtocol
-from barrier_diffusers.evaluation.protocols.nudity import NudityProtocol
-from barrier_diffusers.evaluation.settings import EvaluateConfig
+from barrier_diffusers.evaluation.protocols.base import PROTOCOLS, Protocol, register_protocol
 
-PROTOCOLS: dict[str, type[Protocol]] = {
-    "class": ConceptProtocol,
-    "style": ConceptProtocol,
-    "nudity": NudityProtocol,
-    "coco": CocoProtocol,
-}
+for _file in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_file.name}")
 
-
-def make_protocols(config: EvaluateConfig, judged_model: JudgedModel) -> list[Protocol]:
-    """What the settings ask for; class and style together are one, with the same prompts and concepts."""
-    return [kind(config, judged_model) for kind in dict.fromkeys(PROTOCOLS[name] for name in config.protocols)]
+__all__ = ["PROTOCOLS", "Protocol", "register_protocol"]

@@ -1,4 +1,4 @@
-"""The protocols: each asks for its prompts, has the images judged, and gives a part of metrics.json.
+"""What every protocol is given and gives back, and the registry that maps a name to it.
 
 A protocol is built (which refuses, before any long work, whatever it cannot do) and then run.
 """
@@ -6,20 +6,34 @@ A protocol is built (which refuses, before any long work, whatever it cannot do)
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from barrier_diffusers.data.images import ImageFiles, ImageSet
 from barrier_diffusers.evaluation.clip_score import clip_score, load_clip
 from barrier_diffusers.evaluation.extractors import get_extractor
 from barrier_diffusers.evaluation.fidelity import fidelity_by
 from barrier_diffusers.evaluation.judged_model import ImagePair, JudgedModel
-from barrier_diffusers.evaluation.settings import EvaluateConfig
+from barrier_diffusers.utils.registry import Registry
+
+if TYPE_CHECKING:  # settings.py makes a section of every protocol's settings
+    from barrier_diffusers.evaluation.settings import EvaluateConfig
 
 
 class Protocol(ABC):
     """One way to judge."""
+
+    judges_concepts = False  # whether it asks for forgotten concepts, which attacks can then bring back
+
+    @classmethod
+    def check(cls, config: EvaluateConfig) -> None:
+        """Refuse settings that the protocol cannot work with, before anything is loaded.
+
+        Raises:
+            ValueError: says what is missing and what to do.
+        """
 
     @abstractmethod
     def __init__(self, config: EvaluateConfig, judged_model: JudgedModel): ...
@@ -31,6 +45,35 @@ class Protocol(ABC):
     @abstractmethod
     def run(self) -> dict[str, Any]:
         """Make or read the images, judge them, print a table; the part of metrics.json."""
+
+
+ProtocolClass = TypeVar("ProtocolClass", bound=type[Protocol])
+
+
+@dataclass(frozen=True)
+class RegisteredProtocol:
+    """A protocol by its name, with the dataclass of its settings, if it has any of its own."""
+
+    name: str
+    protocol: type[Protocol]
+    settings: type[Any] | None = None
+
+
+PROTOCOLS: Registry[RegisteredProtocol] = Registry("protocol")
+
+
+def register_protocol(name: str, settings: type[Any] | None = None) -> Callable[[ProtocolClass], ProtocolClass]:
+    """Decorator: register a Protocol class under `name`, which its settings' section is called, too.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def decorate(protocol: ProtocolClass) -> ProtocolClass:
+        PROTOCOLS.register(RegisteredProtocol(name, protocol, settings))
+        return protocol
+
+    return decorate
 
 
 class Likeness:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from barrier_diffusers.data.prompt_files import PromptsConfig
 from barrier_diffusers.evaluation.judged_model import ImagePair, JudgedModel
-from barrier_diffusers.evaluation.protocols.base import Likeness, Protocol
-from barrier_diffusers.evaluation.settings import EvaluateConfig
+from barrier_diffusers.evaluation.protocols.base import Likeness, Protocol, register_protocol
 from barrier_diffusers.evaluation.tables import print_values
 
+if TYPE_CHECKING:
+    from barrier_diffusers.evaluation.settings import EvaluateConfig
 
+
+@register_protocol("coco", PromptsConfig)
 class CocoProtocol(Protocol):
     """FID, KID and CLIP score on the captions of COCO photographs, or any others."""
 
+    @classmethod
+    def check(cls, config: EvaluateConfig) -> None:
+        """A prompt file, or images made earlier."""
+        if config.settings_of("coco").file is None and config.images_dir is None:
+            raise ValueError("protocol coco asks prompts of a file: set coco.file")
+
     def __init__(self, config: EvaluateConfig, judged_model: JudgedModel):
-        self.options, self.judged_model = config.coco, judged_model
+        self.options, self.judged_model = config.settings_of("coco"), judged_model
         self.rows = judged_model.rows(self.options)
         self.likeness = Likeness(config, judged_model, None)
         if not self.likeness.extractors and self.likeness.clip is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import Dataset
@@ -13,11 +13,12 @@ from barrier_diffusers.data.captions import labels_in_texts
 from barrier_diffusers.data.erased_concepts import ErasedConcepts, read_erased, rows_about_others
 from barrier_diffusers.data.images import ImageColumn, ImageFiles, ImageSet
 from barrier_diffusers.data.prompt_files import PromptRow, PromptsConfig
-from barrier_diffusers.evaluation.attacks import Forgotten
+from barrier_diffusers.evaluation.attacks.base import Forgotten
 from barrier_diffusers.evaluation.attacks.running import forgotten_concepts, rows_of
 from barrier_diffusers.evaluation.erasure import (
     EvaluationPrompts,
     check_evaluation_prompts,
+    concepts_erased,
     evaluate_erasure,
     make_evaluation_prompts,
 )
@@ -26,15 +27,46 @@ from barrier_diffusers.evaluation.judge import Judge
 from barrier_diffusers.evaluation.judged_model import ImagePair, JudgedModel
 from barrier_diffusers.evaluation.lpips import Lpips, lpips_distances, lpips_facts
 from barrier_diffusers.evaluation.membership import membership, membership_images
-from barrier_diffusers.evaluation.protocols.base import Likeness, Protocol
-from barrier_diffusers.evaluation.settings import EvaluateConfig
+from barrier_diffusers.evaluation.protocols.base import Likeness, Protocol, register_protocol
 from barrier_diffusers.evaluation.tables import print_membership, print_metrics, print_values
+
+if TYPE_CHECKING:
+    from barrier_diffusers.evaluation.settings import EvaluateConfig
 
 OTHERS = "everything else"  # the label of prompts that name no concept
 
 
+@register_protocol("class")
+@register_protocol("style")
 class ConceptProtocol(Protocol):
     """Class and style: accuracy on the forgotten concepts and on the rest, likeness of the rest, LPIPS."""
+
+    judges_concepts = True
+
+    @classmethod
+    def check(cls, config: EvaluateConfig) -> None:
+        """Concepts, one source of prompts, and somebody who judges the images."""
+        if not config.concept:
+            raise ValueError("set concept: protocols class and style ask what was forgotten")
+        has_data, has_lists = bool(config.train_data_dir or config.dataset_name), bool(config.forget_prompts)
+        if has_data + has_lists + (config.prompts.file is not None) != 1 and config.images_dir is None:
+            raise ValueError(
+                "prompts come from a data set, from prompts.file or from forget_prompts and retain_prompts: set "
+                "train_data_dir or dataset_name, or one of the other two"
+            )
+        style_alone = config.clip or config.lpips.weights
+        if config.evaluation.classifier is None and ("class" in config.protocols or not style_alone):
+            raise ValueError(
+                "nobody judges the images: set evaluation.classifier, a folder of an AttributeClassifier (or, for "
+                "style, clip or lpips.weights)"
+            )
+        if config.membership.enabled and (not has_data or config.images_dir is not None):
+            raise ValueError(
+                "membership takes a pipeline and two splits of a data set: leave it out of images_dir and prompts"
+            )
+        if config.lpips.weights and not (config.base_model or config.base_images_dir):
+            raise ValueError("LPIPS compares images before and after: set base_model or base_images_dir")
+        config.concept_config  # noqa: B018  its own checks
 
     def __init__(self, config: EvaluateConfig, judged_model: JudgedModel):
         self.config, self.judged_model, evaluation = config, judged_model, config.evaluation
@@ -43,16 +75,16 @@ class ConceptProtocol(Protocol):
         self.erased = erased_besides(config)
         if config.prompts.file is None and config.images_dir is None:
             self.prompts = PromptsConfig()
-            self.questions = make_evaluation_prompts(evaluation, self.concepts, self.erased)
-            self.rows = prompt_rows(self.questions, evaluation.sampling.seed)
+            self.asked = make_evaluation_prompts(evaluation, self.concepts, self.erased)
+            self.rows = prompt_rows(self.asked, evaluation.sampling.seed)
         else:
             self.prompts = config.prompts
             self.rows = labelled(judged_model, config)
             counts = self.prompts.images_per_prompt
-            self.questions = prompts_of_rows(self.rows, counts, self.concepts.concepts, self.erased)
-        check_evaluation_prompts(evaluation, self.questions)
-        others = rows_about_others(self.questions.prompts, self.erased)
-        labels, mine = self.questions.labels, set(self.concepts.concepts)
+            self.asked = prompts_of_rows(self.rows, counts, self.concepts.concepts, self.erased)
+        check_evaluation_prompts(evaluation, self.asked)
+        others = rows_about_others(self.asked.prompts, self.erased)
+        labels, mine = self.asked.labels, set(self.concepts.concepts)
         self.retained = [row for row in others if labels[row] not in mine]
         self.forgotten = [row for row, label in enumerate(labels) if label in mine]
         if not self.retained:
@@ -81,10 +113,10 @@ class ConceptProtocol(Protocol):
         results: dict[str, Any] = {}
         if self.judge is not None:
             attribute, metrics = evaluate_erasure(
-                self.config.evaluation, self.questions, self.pair.before, self.pair.after
+                self.config.evaluation, self.asked, self.pair.before, self.pair.after
             )
             results["classes"] = metrics
-            print_metrics(metrics, attribute, self.questions.forgotten)
+            print_metrics(metrics, attribute, self.asked.forgotten)
         if self.likeness.extractors:
             results["fidelity"] = {
                 when: self.likeness.distances(images.select(self.retained)) for when, images in self.pair.items()
@@ -94,8 +126,13 @@ class ConceptProtocol(Protocol):
         if self.lpips is not None:
             results["lpips"] = self._lpips(self.pair)
         if self.split_images is not None:
-            attack = (self.split_images, self.config.resolution, self.config.membership, self.judged_model.device)
-            results["membership"] = membership(self.judged_model.pipelines, *attack)
+            results["membership"] = membership(
+                self.judged_model.pipelines,
+                self.split_images,
+                resolution=self.config.resolution,
+                options=self.config.membership,
+                device=self.judged_model.device,
+            )
             print_membership(results["membership"])
         print_values("images of what is retained, against real ones", results.get("fidelity", {}))
         print_values("CLIP score", results.get("clip_score", {}))
@@ -105,25 +142,33 @@ class ConceptProtocol(Protocol):
     def plain_images(self, concept: str) -> np.ndarray:
         """Images (N, H, W, 3) of the concept's plain prompts, after."""
         assert self.pair is not None
-        rows = [row for row, label in enumerate(self.questions.labels) if label == concept]
+        rows = [row for row, label in enumerate(self.asked.labels) if label == concept]
         return self.pair.after.select(rows).array()
 
     def attackers_view(self) -> list[Forgotten]:
         """What an attacker knows of each concept; where there are only prompts, no image."""
         evaluation, resolution = self.config.evaluation, self.config.resolution
         if self.concepts.source is not None:
-            return forgotten_concepts(evaluation, self.concepts, self.questions, self.erased, resolution)
+            return forgotten_concepts(evaluation, self.concepts, self.asked, self.erased, resolution)
         nothing, sampling = Dataset.from_dict({"image": [], "text": []}), evaluation.sampling
         found = []
         for concept in self.concepts.concepts:
-            rows = rows_of(self.questions.labels, concept)
-            seeds = replace(sampling, seed=sampling.seed + rows.start)
-            found.append(Forgotten(concept, self.questions.prompts[rows], nothing, nothing, seeds, resolution))
+            rows = rows_of(self.asked.labels, concept)
+            found.append(
+                Forgotten(
+                    concept,
+                    prompts=self.asked.prompts[rows],
+                    images=nothing,
+                    others=nothing,
+                    sampling=replace(sampling, seed=sampling.seed + rows.start),
+                    resolution=resolution,
+                )
+            )
         return found
 
     def _clip(self, images: ImageFiles) -> dict[str, Any]:
         groups = {"forgotten": self.forgotten, "retained": self.retained}
-        prompts = self.questions.prompts
+        prompts = self.asked.prompts
         scores = {
             name: self.likeness.clip_score(images.select(rows), [prompts[row] for row in rows])
             for name, rows in groups.items()
@@ -147,16 +192,16 @@ class ConceptProtocol(Protocol):
 
 def erased_besides(config: EvaluateConfig) -> list[ErasedConcepts]:
     """What the pipeline was made to forget beside the concepts of this evaluation."""
-    place = config.lora_weights or config.pretrained_model_name_or_path
+    saved = config.lora_weights or config.pretrained_model_name_or_path
     mine = set(config.concept_config.concepts)
-    found = read_erased(place) if place else []
-    others = [ErasedConcepts([name for name in entry.concepts if name not in mine], entry.captions) for entry in found]
-    return [entry for entry in others if entry.concepts]
+    found = read_erased(saved) if saved else []
+    others = [ErasedConcepts([name for name in run.concepts if name not in mine], run.captions) for run in found]
+    return [run for run in others if run.concepts]
 
 
-def prompt_rows(questions: EvaluationPrompts, seed: int) -> list[PromptRow]:
-    """The questions as rows of a prompt file; image i starts from seed + i."""
-    pairs = zip(questions.prompts, questions.labels, strict=True)
+def prompt_rows(asked: EvaluationPrompts, seed: int) -> list[PromptRow]:
+    """The prompts as rows of a prompt file; image i starts from seed + i."""
+    pairs = zip(asked.prompts, asked.labels, strict=True)
     return [PromptRow(str(index), prompt, seed + index, None, label) for index, (prompt, label) in enumerate(pairs)]
 
 
@@ -169,7 +214,7 @@ def labelled(judged_model: JudgedModel, config: EvaluateConfig) -> list[PromptRo
 def prompts_of_rows(
     rows: Sequence[PromptRow], images_per_prompt: int, concepts: list[str], erased: Sequence[ErasedConcepts]
 ) -> EvaluationPrompts:
-    """Rows of a prompt file as questions, one for each image.
+    """Rows of a prompt file as evaluation prompts, one for each image.
 
     Raises:
         ValueError: a concept that no row has as its label or names in its prompt.
@@ -181,4 +226,4 @@ def prompts_of_rows(
     if missing:
         raise ValueError(f"no prompt asks for {', '.join(missing)}: none has it as its label, and none names it")
     labels = [label for label in own for _ in range(images_per_prompt)]
-    return EvaluationPrompts(prompts, labels, concepts, [concept for entry in erased for concept in entry.concepts])
+    return EvaluationPrompts(prompts, labels, concepts, concepts_erased(erased))
