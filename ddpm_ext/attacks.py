@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from barrier_diffusers.evaluation.attacks.base import LearningBudget, frozen, learn
 from barrier_diffusers.evaluation.attacks.inversion import LearnedToken
-from barrier_diffusers.evaluation.attacks.running import outcome, rows_of
+from barrier_diffusers.evaluation.attacks.running import attack_record, rows_of
+from barrier_diffusers.evaluation.judge import Judge, as_rgb
 from barrier_diffusers.evaluation.judged_model import PICTURE_NAME
 from barrier_diffusers.evaluation.pictures import attacks_picture
 from barrier_diffusers.evaluation.tables import print_attacks
@@ -27,7 +28,7 @@ from barrier_diffusers.models.generation import SamplingConfig, generate
 from barrier_diffusers.objectives.base import Condition
 from ddpm_ext.diffusion import LABELS, LabelDenoiser, draw
 from ddpm_ext.loading import load_rows
-from ddpm_ext.metrics import EvaluationLabels, Judge, as_rgb
+from ddpm_ext.metrics import EvaluationLabels
 from ddpm_ext.pipeline import ClassConditionalDDPMPipeline
 from ddpm_ext.settings import FineTuningConfig, LabelEvaluationConfig, LabelledDataConfig, RowInversionConfig
 
@@ -36,7 +37,7 @@ from ddpm_ext.settings import FineTuningConfig, LabelEvaluationConfig, LabelledD
 def learned_row(
     pipeline: ClassConditionalDDPMPipeline, label: int, budget: RowInversionConfig
 ) -> Iterator[list[nn.Parameter]]:
-    """What concept inversion trains: a new row of the class embedding in the label's place; the table comes back."""
+    """What concept inversion trains: a new row of the class embedding for the label; the table comes back."""
     unet: Any = pipeline.unet
     table = unet.class_embedding
     start = label if budget.initial_label is None else pipeline.labels.index(budget.initial_label)
@@ -117,7 +118,8 @@ def attack(
         return {LABELS: torch.full_like(rows, number)}
 
     with frozen(pipeline), ATTACKS[name](pipeline, number, budget) as trained:
-        learn(LabelDenoiser(pipeline), images, condition, trained, budget, f"{name} of {label}")
+        denoiser = LabelDenoiser(pipeline)
+        learn(denoiser, images, condition=condition, parameters=trained, budget=budget, desc=f"{name} of {label}")
         return generate(pipeline, labels, sampling, desc=f"images after {name}")
 
 
@@ -126,7 +128,7 @@ def run_attacks(
     config: LabelEvaluationConfig,
     images: Images,
     judge: Judge,
-    questions: EvaluationLabels,
+    asked: EvaluationLabels,
     plain: np.ndarray,
     output: Path,
 ) -> dict[str, Any]:
@@ -134,7 +136,7 @@ def run_attacks(
 
     Args:
         images: of `attack_images`.
-        plain: byte images (N, S, S, C) of the questions, without an attack.
+        plain: byte images (N, S, S, C) of these labels, without an attack.
         output: folder that gets the picture.
 
     Returns:
@@ -144,21 +146,37 @@ def run_attacks(
     Raises:
         FloatingPointError: an attack's loss that is not finite.
     """
-    places = {label: rows_of(questions.labels, label) for label in questions.forgotten}
-    shown = {label: as_rgb(plain[rows]) for label, rows in places.items()}
+    rows_by_label = {label: rows_of(asked.labels, label) for label in asked.forgotten}
+    shown = {label: as_rgb(plain[rows]) for label, rows in rows_by_label.items()}
     attacked: dict[str, np.ndarray] = {}
     results: list[dict[str, Any]] = []
     seconds: dict[str, float] = {}
     for name in config.attacks:
         budget, start = config.budget_of(name), time.perf_counter()
-        for label, rows in places.items():
+        for label, rows in rows_by_label.items():
             learned_from = images[name, label]
             sampling = replace(config.sampling, seed=config.sampling.seed + rows.start)
-            made = attack(name, pipeline, label, learned_from, budget, questions.labels[rows], sampling)
+            made = attack(
+                name,
+                pipeline,
+                label=label,
+                images=learned_from,
+                budget=budget,
+                labels=asked.labels[rows],
+                sampling=sampling,
+            )
             attacked[f"{name}: {label}"] = as_rgb(made)
-            both = (judge.shows(plain[rows], label), judge.shows(made, label))
-            results.append(outcome(name, label, both, budget, len(learned_from)))
+            results.append(
+                attack_record(
+                    name,
+                    label,
+                    plain=judge.shows(plain[rows], label),
+                    attacked=judge.shows(made, label),
+                    budget=budget,
+                    num_images=len(learned_from),
+                )
+            )
         seconds[name] = round(time.perf_counter() - start, 2)
     print_attacks(results, seconds)
-    attacks_picture(shown, attacked, output / PICTURE_NAME, min(12, config.images_per_label))
+    attacks_picture(shown, attacked, path=output / PICTURE_NAME, columns=min(12, config.images_per_label))
     return {"attacks": results, "seconds_attacks": seconds}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from barrier_diffusers.evaluation.erasure import generate_cached
+from barrier_diffusers.evaluation.judge import as_rgb
 from barrier_diffusers.evaluation.pictures import image_rows
 from barrier_diffusers.evaluation.tables import print_metrics
 from barrier_diffusers.models.generation import generate
@@ -19,7 +20,7 @@ from barrier_diffusers.utils.files import write_json
 from barrier_diffusers.utils.run_records import claim_output_dir, fingerprint
 from ddpm_ext.attacks import attack_images, run_attacks
 from ddpm_ext.loading import load_pipeline
-from ddpm_ext.metrics import Judge, as_rgb, evaluate, make_evaluation_labels, real_images
+from ddpm_ext.metrics import evaluate, make_evaluation_labels, make_judge, real_images
 from ddpm_ext.settings import EvaluateConfig
 
 RESULT_NAME = "evaluation.json"
@@ -30,8 +31,8 @@ def main(config: EvaluateConfig) -> None:
     output = claim_output_dir(config.output_dir, config.overwrite_output_dir, resume=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = load_pipeline(config.pretrained_model_name_or_path).to(device)
-    judge = Judge(config.evaluation, pipeline.labels)
-    questions = make_evaluation_labels(config.evaluation, pipeline.labels, config.concepts)
+    judge = make_judge(config.evaluation, pipeline.labels)
+    asked = make_evaluation_labels(config.evaluation, pipeline.labels, config.concepts)
     real = real_images(config.evaluation, config.data, pipeline, config.concepts)
     to_attack = attack_images(config.evaluation, config.data, pipeline, config.concepts)
     sampling, before = config.evaluation.sampling, None
@@ -40,19 +41,29 @@ def main(config: EvaluateConfig) -> None:
         if base.labels != pipeline.labels:
             raise ValueError(f"{config.base_model!r} has other labels than {config.pretrained_model_name_or_path!r}")
         made_by = fingerprint(module_hashes(base))
-        before = generate_cached(base, questions.labels, sampling, output / "cache", made_by)
-    images = generate(pipeline, questions.labels, sampling)
-    scores = evaluate(judge, questions, before, images, real, output / "cache")
+        before = generate_cached(base, asked.labels, sampling, output / "cache", made_by)
+    images = generate(pipeline, asked.labels, sampling)
+    scores = evaluate(
+        config.evaluation, judge, asked=asked, before=before, after=images, real=real, cache=output / "cache"
+    )
     scores |= {"model": module_hashes(pipeline), "scheduler": type(pipeline.scheduler).__name__}
     write_json(output / RESULT_NAME, scores)
-    image_rows(as_rgb(images), questions.labels, output / "images.png")
-    if questions.forgotten:
-        print_metrics(scores, config.evaluation.attribute, questions.forgotten)
+    image_rows(as_rgb(images), asked.labels, output / "images.png")
+    if asked.forgotten:
+        print_metrics(scores, config.evaluation.attribute, asked.forgotten)
     else:
         low, high = scores["accuracy"]["interval_95"]
         print(f"recognised: {scores['accuracy']['value']:.1f} % of {len(images)} images ({low:.1f} to {high:.1f})")
     if to_attack:
-        scores |= run_attacks(pipeline, config.evaluation, to_attack, judge, questions, images, output)
+        scores |= run_attacks(
+            pipeline,
+            config.evaluation,
+            images=to_attack,
+            judge=judge,
+            asked=asked,
+            plain=images,
+            output=output,
+        )
         write_json(output / RESULT_NAME, scores)
     print(f"result: {output / RESULT_NAME}")
 

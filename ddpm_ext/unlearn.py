@@ -19,6 +19,7 @@ from torch import Tensor
 
 from barrier_diffusers import Barrier
 from barrier_diffusers.evaluation.erasure import generate_cached
+from barrier_diffusers.evaluation.judge import Judge, as_rgb
 from barrier_diffusers.evaluation.pictures import before_after_grid, loss_curves, strip
 from barrier_diffusers.evaluation.report import REPORT_NAME, write_report
 from barrier_diffusers.evaluation.tables import print_metrics
@@ -36,7 +37,7 @@ from barrier_diffusers.utils.run_records import MANIFEST_NAME, METRICS_NAME, fin
 from ddpm_ext.attacks import Images, attack_images, run_attacks
 from ddpm_ext.diffusion import LabelDenoiser, LabelRows, UnlearningRows, draw
 from ddpm_ext.loading import load_pipeline, load_rows
-from ddpm_ext.metrics import EvaluationLabels, Judge, as_rgb, evaluate, make_evaluation_labels, real_images
+from ddpm_ext.metrics import EvaluationLabels, evaluate, make_evaluation_labels, make_judge, real_images
 from ddpm_ext.pipeline import ClassConditionalDDPMPipeline
 from ddpm_ext.settings import UnlearnConfig, chosen_objective
 
@@ -136,7 +137,10 @@ def finish(job: Job, history: dict[str, list[float]], facts: dict[str, Any]) -> 
     loss_curves(history, output / "loss_curves.png")
     metrics: dict[str, Any] = {"num_images": len(after), **facts}
     if job.judge is not None:
-        metrics = {**evaluate(job.judge, job.questions, job.before, after, job.real, job.cache), **facts}
+        metrics = {
+            **evaluate(config.evaluation, job.judge, job.questions, job.before, after, job.real, job.cache),
+            **facts,
+        }
         print_metrics(metrics, config.evaluation.attribute, job.questions.forgotten)
     write_json(output / METRICS_NAME, metrics)
     hashes = {"base_denoiser": job.base_hash, **module_hashes(pipeline)}
@@ -161,7 +165,7 @@ def main(config: UnlearnConfig) -> None:
     unet, denoiser = pipeline.unet, LabelDenoiser(pipeline)
     hashes = module_hashes(pipeline)
     questions = make_evaluation_labels(config.evaluation, pipeline.labels, config.concepts)
-    judge = Judge(config.evaluation, pipeline.labels) if config.evaluation.judge else None
+    judge = make_judge(config.evaluation, pipeline.labels) if config.evaluation.judge else None
     barrier = Barrier(unet, config.barrier)
     rates_of_maps(barrier.maps, config.learning_rates)  # an error now, not after the data is read
     with accelerator.main_process_first():

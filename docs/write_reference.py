@@ -128,6 +128,22 @@ class Settings:
                 yield from self.rows(place, kind, f"{dotted}.")
             else:
                 yield dotted, kind, default_of(field), comment_of(field, lines)
+        if any(ast.unparse(decorator) == "with_own_sections" for decorator in node.decorator_list):
+            for section, (module_of_section, settings) in own_sections().items():
+                yield from self.rows(module_of_section, settings, f"{section}.")
+
+
+def own_sections() -> dict[str, tuple[str, str]]:
+    """Section of EvaluateConfig -> (module, settings class), of every attack and protocol registered with settings."""
+    found = {}
+    for path in api_pages()["evaluation"]:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            for call in getattr(node, "decorator_list", []):
+                if isinstance(call, ast.Call) and ast.unparse(call.func) in ("register_attack", "register_protocol"):
+                    name, *settings = (ast.unparse(word) for word in call.args)
+                    if settings:
+                        found[ast.literal_eval(name)] = path.relative_to(ROOT).as_posix(), settings[0]
+    return found
 
 
 def settings_page(page: str) -> str:

@@ -212,7 +212,7 @@ def test_paraphrases_replace_the_words_or_the_prompt(pipeline):
 def test_registry():
     assert set(ATTACKS) == set(BUDGETS)
     for name, attack in ATTACKS.items():
-        assert EvaluateConfig.__dataclass_fields__[name].type == attack.budget.__name__
+        assert EvaluateConfig.__dataclass_fields__[name].type is attack.budget
     with pytest.raises(ValueError, match="unknown attack 'guess'; known are benign, inversion"):
         ATTACKS.find("guess")
     with pytest.raises(ValueError, match="registered already"):

@@ -202,14 +202,14 @@ def test_what_is_held_out(capsys):
     assert held_out_images(settings, ImageEvaluationConfig(split="train"), SNEAKER) is None
     assert "is what was trained on" in capsys.readouterr().out
     prompts = ConceptConfig(concept="sneaker", forget_prompts=["a sneaker"], retain_prompts=["a bag", "a boot"])
-    questions = make_evaluation_prompts(ImageEvaluationConfig(images_per_label=4), prompts)
-    before = np.random.default_rng(0).integers(0, 255, (len(questions.prompts), 8, 8, 3), dtype=np.uint8)
-    made = held_out_images(settings, evaluation, prompts, (), questions, before)
+    asked = make_evaluation_prompts(ImageEvaluationConfig(images_per_label=4), prompts)
+    before = np.random.default_rng(0).integers(0, 255, (len(asked.prompts), 8, 8, 3), dtype=np.uint8)
+    made = held_out_images(settings, evaluation, prompts, (), asked, before)
     assert (
         sorted(made.images["text"]) == ["a bag", "a bag", "a boot", "a boot"] and "before it was changed" in made.where
     )
     assert held_out_images(settings, evaluation, prompts) is None  # no images of before
-    kept = [index for index, text in enumerate(questions.prompts) if text != "a sneaker"]
+    kept = [index for index, text in enumerate(asked.prompts) if text != "a sneaker"]
     np.testing.assert_array_equal(np.asarray(made.images[0]["image"]), before[kept[0]])
 
 

@@ -144,7 +144,7 @@ def test_record_of_erased_concepts(tmp_path):
             read_erased(str(tmp_path))
 
 
-def test_questions_about_what_was_erased_before():
+def test_evaluation_prompts_about_what_was_erased_before():
     own = ConceptConfig(concept="bag", forget_prompts=["a bag"], retain_prompts=["a boot"])
     asked = make_evaluation_prompts(ImageEvaluationConfig(images_per_label=2), own, [SKETCHES])
     assert asked.labels == ["everything else"] * 2 + ["bag"] * 2 + ["pencil sketch"] * 2
@@ -155,7 +155,7 @@ def test_questions_about_what_was_erased_before():
         )
 
 
-def test_looking_at_the_questions_draws_no_random_number():
+def test_looking_at_the_evaluation_prompts_draws_no_random_number():
     evaluation = ImageEvaluationConfig(classifier=str(FASHION.parent / "fashion_classifier"), images_per_label=1)
     config = ConceptConfig(concept="bag", forget_prompts=["a bag"], retain_prompts=["a boot"])
     torch.manual_seed(0)

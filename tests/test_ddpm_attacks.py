@@ -17,11 +17,11 @@ from ddpm_ext import attacks
 from ddpm_ext import evaluate as evaluate_script
 from ddpm_ext.attacks import attack, attack_images
 from ddpm_ext.loading import load_pipeline
-from ddpm_ext.metrics import Judge
+from ddpm_ext.metrics import make_judge
 from ddpm_ext.settings import (
     EvaluateConfig,
     FineTuningConfig,
-    ImageEvaluationConfig,
+    LabelEvaluationConfig,
     LabelledDataConfig,
     RowInversionConfig,
 )
@@ -66,7 +66,7 @@ def test_a_learned_row_changes_its_label_alone(place):
 def test_a_row_starts_where_it_is_told_to(place, monkeypatch):
     pipeline, rows = load_pipeline(str(place.base)), {}
 
-    def see(denoiser, images, condition, parameters, *_):
+    def see(denoiser, images, *, parameters, **_):
         rows[len(rows)] = parameters[0].detach().clone()
 
     monkeypatch.setattr(attacks, "learn", see)
@@ -74,7 +74,7 @@ def test_a_row_starts_where_it_is_told_to(place, monkeypatch):
     for budget in (RowInversionConfig(), RowInversionConfig(initial_label="coat")):
         attack("inversion", pipeline, "boot", images, budget, ["boot"], SamplingConfig(1, 1.0))
     assert torch.equal(rows[0], table[1]) and torch.equal(rows[1], table[2])
-    config = ImageEvaluationConfig(str(place.judge), attacks=["inversion"])
+    config = LabelEvaluationConfig(str(place.judge), attacks=["inversion"])
     config.inversion.initial_label = "shoe"
     with pytest.raises(ValueError, match="initial_label 'shoe' is no label of the pipeline: bag, boot, coat"):
         attack_images(config, LabelledDataConfig(str(place.data)), pipeline, ["boot"])
@@ -117,11 +117,11 @@ def test_numbers_are_kept_if_an_attack_fails(place, tmp_path):
 
 def test_what_an_attack_needs(place):
     with pytest.raises(ValueError, match="scored by evaluation.judge"):
-        ImageEvaluationConfig(None, attacks=["inversion"])
+        LabelEvaluationConfig(None, attacks=["inversion"])
     with pytest.raises(ValueError, match="names one twice"):
-        ImageEvaluationConfig(attacks=["inversion", "inversion"])
+        LabelEvaluationConfig(attacks=["inversion", "inversion"])
     data = LabelledDataConfig(str(place.data))
-    config = ImageEvaluationConfig(str(place.judge), attacks=["relearning"])
+    config = LabelEvaluationConfig(str(place.judge), attacks=["relearning"])
     with pytest.raises(ValueError, match="wants 10 held-out images of boot in split 'test', but there are 8"):
         attack_images(config, data, load_pipeline(str(place.base)), ["boot"])
     with pytest.raises(ValueError, match="set concept"):
@@ -135,8 +135,8 @@ def test_a_label_that_was_only_renamed_comes_back(monkeypatch):
     table = pipeline.unet.class_embedding.weight
     with torch.no_grad():
         table[pipeline.labels.index(label)] = table[pipeline.labels.index("boot")]
-    config, data = ImageEvaluationConfig(rendering="ink"), LabelledDataConfig("assets/fashion_mnist")
-    judge, sampling = Judge(config, pipeline.labels), SamplingConfig(15, 3.0)
+    config, data = LabelEvaluationConfig(rendering="ink"), LabelledDataConfig("assets/fashion_mnist")
+    judge, sampling = make_judge(config, pipeline.labels), SamplingConfig(15, 3.0)
     assert not any(judge.shows(generate(pipeline, [label] * 8, sampling), label))
     budget = RowInversionConfig(num_steps=100, batch_size=16, num_images=100, learning_rate=3e-2)
     config.attacks, config.inversion = ["inversion"], budget

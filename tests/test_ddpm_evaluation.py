@@ -10,6 +10,7 @@ import torch
 from ddpm_models import LABELS, Place
 from PIL import Image
 
+from barrier_diffusers.evaluation.judge import Judge
 from barrier_diffusers.evaluation.manifold import entropy, inception_score, precision_recall
 from barrier_diffusers.models.generation import SamplingConfig, generate
 from barrier_diffusers.utils.command_line import parse_config
@@ -17,7 +18,7 @@ from barrier_diffusers.utils.files import file_names
 from ddpm_ext import evaluate as evaluate_script
 from ddpm_ext import sample as sample_script
 from ddpm_ext.loading import load_pipeline
-from ddpm_ext.metrics import Judge, evaluate, make_evaluation_labels, real_images
+from ddpm_ext.metrics import evaluate, make_evaluation_labels, make_judge, real_images
 from ddpm_ext.pipeline import ClassConditionalDDPMPipeline
 from ddpm_ext.settings import EvaluateConfig, LabelEvaluationConfig, LabelledDataConfig
 
@@ -59,13 +60,13 @@ def test_inception_score_and_entropy_by_hand():
 
 
 def test_ink_is_black_on_white_padded_to_the_judges_side(place):
-    judge = Judge(LabelEvaluationConfig(str(place.judge), rendering="ink"), LABELS)
-    judge.side = 11
+    judge = make_judge(LabelEvaluationConfig(str(place.judge), rendering="ink"), LABELS)
+    judge.classifier.resolution = 11
     photo = np.full((2, 8, 8, 1), 255, np.uint8)
     shown = judge.render(photo)
     assert shown.shape == (2, 11, 11, 3) and shown.dtype == np.uint8
     assert (shown[:, 1:9, 1:9] == 0).all() and shown.sum() == 2 * 3 * 255 * (121 - 64)
-    plain = Judge(LabelEvaluationConfig(str(place.judge)), LABELS).render(photo)
+    plain = make_judge(LabelEvaluationConfig(str(place.judge)), LABELS).render(photo)
     assert plain.shape == (2, 8, 8, 3) and (plain == 255).all()
 
 
@@ -83,7 +84,7 @@ def test_every_retained_label_is_compared(place):
 
 def test_the_scores_of_known_answers(place, monkeypatch):
     config = LabelEvaluationConfig(str(place.judge), images_per_label=2, neighbours=1)
-    judge, questions = Judge(config, LABELS), make_evaluation_labels(config, LABELS, ["boot"])
+    judge, questions = make_judge(config, LABELS), make_evaluation_labels(config, LABELS, ["boot"])
     images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 1), dtype=np.uint8)
     # asked: boot boot bag bag coat coat; before all right, after boot is seen as bag once and coat as boot once
     answers = [[1, 1, 0, 0, 2, 2], [0, 1, 0, 0, 1, 2]]
@@ -91,7 +92,7 @@ def test_the_scores_of_known_answers(place, monkeypatch):
     monkeypatch.setattr(Judge, "probabilities", lambda *_: next(beliefs))
     embedded, features = [], judge.extractor.features
     monkeypatch.setattr(judge.extractor, "features", lambda *given: embedded.append(len(given[0])) or features(*given))
-    scores = evaluate(judge, questions, images, images, images[2:])
+    scores = evaluate(config, judge, questions, images, images, images[2:])
     assert (scores["unlearning_accuracy"], scores["forget_accuracy_after"]) == (50.0, 50.0)
     assert (scores["retain_accuracy_before"], scores["retain_accuracy_after"]) == (100.0, 75.0)
     assert scores["forget_entropy_before"] == scores["forget_entropy_after"] == 0
@@ -162,6 +163,6 @@ def test_the_embedded_ddpm_draws_what_is_asked(monkeypatch):
     assert size < 6e6 and len(pipeline.labels) == 10
     labels = ["trouser", "bag", "boot", "t-shirt"] * 2
     images = generate(pipeline, labels, SamplingConfig(15, 3.0))
-    judge = Judge(LabelEvaluationConfig(rendering="ink"), pipeline.labels)
+    judge = make_judge(LabelEvaluationConfig(rendering="ink"), pipeline.labels)
     answers = judge.recognise(judge.probabilities(judge.render(images)))
     assert sum(answer == label for answer, label in zip(answers, labels, strict=True)) >= 7

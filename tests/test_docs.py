@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from registries import registries_kept
 from short_runs import ROOT
 from test_bad_inputs import the_script
 
@@ -70,6 +71,12 @@ def with_files_of(page, words, folder):
 def test_a_command_of_the_pages_is_valid(page, words, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     words = with_files_of(page, words, tmp_path)
+    with registries_kept():
+        check_command(words)
+
+
+def check_command(words):
+    """A program that there is, with settings that it accepts."""
     if words[0] == "make":
         targets = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.M)
         assert all(word in targets for word in words[1:] if "=" not in word and not word.startswith("-")), words

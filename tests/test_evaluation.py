@@ -9,7 +9,7 @@ from barrier_diffusers.data.captions import labels_in_texts
 from barrier_diffusers.evaluation.accuracy import erasure_metrics, recognise, share
 from barrier_diffusers.evaluation.classifier import AttributeClassifier
 from barrier_diffusers.evaluation.erasure import ImageEvaluationConfig
-from barrier_diffusers.evaluation.judge import forgotten_attribute
+from barrier_diffusers.evaluation.judge import attribute_of
 from barrier_diffusers.evaluation.pictures import before_after_grid, image_rows, loss_curves, strip
 from barrier_diffusers.evaluation.tables import print_metrics
 
@@ -22,10 +22,10 @@ def test_labels_in_texts_prefers_whole_and_longer_words():
     assert labels_in_texts(prompts, ATTRIBUTES["style"]) == ["photo", "pencil sketch", None, None]
 
 
-def test_forgotten_attribute():
-    assert forgotten_attribute(ATTRIBUTES, ["red"]) == "colour"
+def test_attribute_of():
+    assert attribute_of(ATTRIBUTES, ["red"]) == "colour"
     with pytest.raises(ValueError, match="cannot recognise cat; it knows class: shirt"):
-        forgotten_attribute(ATTRIBUTES, ["cat"])
+        attribute_of(ATTRIBUTES, ["cat"])
 
 
 def test_share_has_the_wilson_interval():

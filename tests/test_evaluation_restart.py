@@ -6,8 +6,8 @@ import signal
 import subprocess
 import sys
 
+from short_evaluations import evaluate, flags
 from short_runs import ROOT, run
-from test_evaluate_sd import evaluate, flags
 
 EVERYTHING = {
     "fidelity.extractors": "[]",

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from pipelines import build
+from short_evaluations import evaluate
 from short_runs import ROOT
 from sklearn.metrics import roc_auc_score
 from test_attacks import pictures
-from test_evaluate_sd import evaluate
 
 from barrier_diffusers.data.concepts import ConceptConfig
 from barrier_diffusers.evaluation.erasure import ImageEvaluationConfig

@@ -26,40 +26,51 @@ from barrier_diffusers.utils.command_line import run_script
 from barrier_diffusers.utils.files import write_json
 from barrier_diffusers.utils.run_records import METRICS_NAME, manifest, module_hash
 
-PLACES = ("output_dir", "overwrite_output_dir")  # settings that change no number
+WITHOUT_EFFECT = ("output_dir", "overwrite_output_dir")  # settings that change no number
 
 
 def main(config: EvaluateConfig) -> None:
-    """Load -> check -> protocols on plain prompts -> attacks -> JSON, picture."""
+    """Load -> check -> protocols on plain prompts -> attacks -> JSON, picture, page."""
     output = claim_evaluation_dir(config)
     judged_model = JudgedModel(config, output)
     protocols = make_protocols(config, judged_model)
-    concepts = next((entry for entry in protocols if isinstance(entry, ConceptProtocol)), None)
+    concepts = next((protocol for protocol in protocols if isinstance(protocol, ConceptProtocol)), None)
     forgotten = concepts.attackers_view() if concepts is not None and config.chosen_attacks else []
     for budget in config.budgets.values():
-        for entry in forgotten:
-            budget.check(judged_model.pipeline, entry)
+        for known in forgotten:
+            budget.check(judged_model.pipeline, known)
 
-    judged = (config.pretrained_model_name_or_path, config.lora_weights)
-    if concepts is not None and has_barrier(*judged):
+    saved, lora_weights = config.pretrained_model_name_or_path, config.lora_weights
+    if concepts is not None and saved is not None and has_barrier(saved, lora_weights):
         held_out = held_out_images(config.certificate, config.evaluation, concepts.concepts, concepts.erased)
-        certify_saved(output, judged_model.pipeline, *judged, held_out, config.certificate, config.resolution)
+        certify_saved(
+            output,
+            judged_model.pipeline,
+            folder=saved,
+            lora_weights=lora_weights,
+            held_out=held_out,
+            certificate=config.certificate,
+            resolution=config.resolution,
+        )
 
     metrics: dict[str, Any] = {}
     for protocol in protocols:
         metrics |= protocol.run()
     hashes, seconds = dict(judged_model.hashes), {}
-    if forgotten:
-        plain = {entry.concept: concepts.plain_images(entry.concept) for entry in forgotten}
-        attack = (judged_model.on_device(), forgotten, config.budgets, concepts.judge, plain)
-        metrics["attacks"], seconds, attacked = run_attacks(*attack)
-        print_attacks(metrics["attacks"], seconds)
-        attacks_picture(plain, attacked, output / PICTURE_NAME, min(12, config.evaluation.images_per_label))
-        hashes |= {f"images of {entry.concept}": images_hash(entry.images) for entry in forgotten}
+    if concepts is not None and concepts.judge is not None and forgotten:
+        plain = {known.concept: concepts.plain_images(known.concept) for known in forgotten}
+        results = run_attacks(
+            judged_model.on_device(), forgotten, budgets=config.budgets, judge=concepts.judge, plain=plain
+        )
+        metrics["attacks"], seconds = results.records, results.seconds
+        print_attacks(results.records, results.seconds)
+        columns = min(12, config.evaluation.images_per_label)
+        attacks_picture(plain, results.images, path=output / PICTURE_NAME, columns=columns)
+        hashes |= {f"images of {known.concept}": images_hash(known.images) for known in forgotten}
     if concepts is not None and concepts.judge is not None:
         hashes |= {"classifier": module_hash(concepts.judge.classifier)}
     record = manifest(config, hashes, **judged_model.facts, **metrics)
-    record["settings"] = {name: value for name, value in record["settings"].items() if name not in PLACES}
+    record["settings"] = {name: value for name, value in record["settings"].items() if name not in WITHOUT_EFFECT}
     write_json(output / SECONDS_NAME, seconds)
     write_json(output / METRICS_NAME, record)
     print(f"numbers: {output / METRICS_NAME}\nreport:  {write_report([output], output / REPORT_NAME)}")

@@ -75,7 +75,7 @@ def held_out_images(
     before_NHWC: np.ndarray | None = None,
 ) -> HeldOut | None:
     """The retained rows of the evaluation split; without a data set, the base pipeline's own images of the retained
-    questions, whose seeds no other image has. None, and one line that says why, if there is nothing of the kind.
+    prompts, whose seeds no other image has. None, and one line that says why, if there is nothing of the kind.
 
     Says at once if the images are too few for the quantile, and which one they allow.
     """

@@ -6,6 +6,7 @@ Shapes: N images, H height, W width, D features.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,8 @@ from torch import Tensor, nn
 
 from barrier_diffusers.data.images import ImageSet
 from barrier_diffusers.evaluation.classifier import AttributeClassifier
+from barrier_diffusers.utils.registry import Registry
 from barrier_diffusers.utils.run_records import module_hash
-
-EXTRACTORS: dict[str, Callable[[str, str | None], Extractor]] = {}
 
 
 class Extractor(nn.Module):
@@ -77,15 +77,33 @@ class Extractor(nn.Module):
         return module_hash(self.network)
 
 
-def register_extractor(*names: str) -> Callable[[Callable], Callable]:
-    """Make a function of (name, path) an extractor under these names."""
+Build = Callable[[str, str | None], Extractor]  # (name, path of what it needs)
 
-    def add(build: Callable[[str, str | None], Extractor]) -> Callable[[str, str | None], Extractor]:
+
+@dataclass(frozen=True)
+class RegisteredExtractor:
+    """An extractor by its name."""
+
+    name: str
+    build: Build
+
+
+EXTRACTORS: Registry[RegisteredExtractor] = Registry("extractor")
+
+
+def register_extractor(*names: str) -> Callable[[Build], Build]:
+    """Decorator: register a function of (name, path) that builds an Extractor under these names.
+
+    Raises:
+        ValueError: a name is taken.
+    """
+
+    def decorate(build: Build) -> Build:
         for name in names:
-            EXTRACTORS[name] = build
+            EXTRACTORS.register(RegisteredExtractor(name, build))
         return build
 
-    return add
+    return decorate
 
 
 def split_spec(spec: str) -> tuple[str, str | None]:
@@ -112,7 +130,7 @@ def get_extractor(spec: str, device: str | torch.device = "cpu") -> Extractor:
     if path is not None and not Path(path).expanduser().exists():
         raise ValueError(f"extractor {name}: {path!r} does not exist")
     with torch.random.fork_rng():  # building a network draws its first weights
-        return EXTRACTORS[name](name, path).to(device)
+        return EXTRACTORS.find(name).build(name, path).to(device)
 
 
 def needed_path(name: str, path: str | None, what: str) -> Path:

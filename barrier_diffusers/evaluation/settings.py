@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from barrier_diffusers.data.concepts import ConceptConfig
 from barrier_diffusers.data.prompt_files import PromptsConfig
@@ -19,8 +19,10 @@ from barrier_diffusers.evaluation.membership import MembershipConfig
 from barrier_diffusers.evaluation.protocols import PROTOCOLS
 from barrier_diffusers.models.loading import ADAPTER_NAME
 from barrier_diffusers.utils.checks import as_list, require_positive
-from barrier_diffusers.utils.open_settings import load_module, with_sections
+from barrier_diffusers.utils.open_settings import with_sections
+from barrier_diffusers.utils.registry import load_module
 
+Config = TypeVar("Config")
 DEFAULT_ATTACKS = ("inversion", "prompt_search", "relearning", "benign", "misspelled")
 
 
@@ -30,6 +32,12 @@ def own_sections() -> dict[str, type[Any]]:
     return found | {name: item.budget for name, item in ATTACKS.items()}
 
 
+def with_own_sections(config_class: type[Config]) -> type[Config]:
+    """Decorator: a settings dataclass with a section for every attack and protocol that has settings of its own."""
+    return with_sections(config_class, own_sections())
+
+
+@with_own_sections
 @dataclass(kw_only=True)
 class EvaluateConfig:
     """Everything an evaluation depends on. Images are made by a pipeline, or were made earlier (images_dir).
@@ -64,8 +72,9 @@ class EvaluateConfig:
     membership: MembershipConfig = field(default_factory=MembershipConfig)  # of class and style, with a data set
     # None: DEFAULT_ATTACKS if class or style is judged on a pipeline and a data set, else none
     attacks: list[str] | None = None
-    module: str | list[str] | None = None  # .py files or importable modules that register attacks of yours: they are run
-    # beside these: a section for each attack and protocol with settings of its own, called as it is
+    # .py files or importable modules that register attacks, protocols or extractors of yours: they are run
+    module: str | list[str] | None = None
+    # beside these: one section for each attack and protocol that has settings of its own, called as it is
 
     def __post_init__(self) -> None:
         for module in as_list(self.module):

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
-from pathlib import Path
 from typing import Any
 
 from barrier_diffusers.objectives.base import OBJECTIVES, Objective, get_objective
+from barrier_diffusers.utils import registry
 
 
 def load_module(module: str) -> None:
@@ -17,29 +14,7 @@ def load_module(module: str) -> None:
     Raises:
         ValueError: there is no such file or module, or running it fails.
     """
-    is_file = module.endswith(".py")
-    path = Path(module).expanduser().resolve()
-    if is_file and not path.is_file():
-        raise ValueError(f"objective.module {module!r} does not exist")
-    name = f"barrier_objective:{path}" if is_file else module
-    if name in sys.modules:
-        return
-    known = set(OBJECTIVES)
-    try:
-        if is_file:
-            specification = importlib.util.spec_from_file_location(name, path)
-            assert specification is not None and specification.loader is not None
-            loaded = importlib.util.module_from_spec(specification)
-            sys.modules[name] = loaded  # as import does: dataclasses in the file look their module up here
-            specification.loader.exec_module(loaded)
-        else:
-            importlib.import_module(name)
-    except Exception as error:
-        sys.modules.pop(name, None)
-        for name_of_new in set(OBJECTIVES) - known:  # a second try may register them again
-            del OBJECTIVES[name_of_new]
-        what = "a .py file or an importable module is needed" if isinstance(error, ImportError) else "it failed"
-        raise ValueError(f"objective.module {module!r}: {what} ({type(error).__name__}: {error})") from error
+    registry.load_module(module, "objective.module", OBJECTIVES)
 
 
 def load_objective(options: Any) -> Objective:

@@ -1,7 +1,8 @@
 """Settings whose fields depend on a choice made in them: a section's class is looked up before it is parsed.
 
 A settings dataclass is open if it has a class method `class_for(values)`, which gives the class that holds these
-values (`ObjectiveConfig` does: the objective's own settings are its fields).
+values (`ObjectiveConfig` does: the objective's own settings are its fields; `EvaluateConfig` does: each attack's
+settings are a section of it).
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
+Config = TypeVar("Config")
+
 
 def class_with_open_sections(config_class: type, values: Mapping[str, Any] | Sequence[str]) -> type:
-    """`config_class`, or a subclass of it whose open sections have the fields that these values call for.
+    """`config_class`, or a subclass of it that has, as have its open sections, the fields that these values call for.
 
     Args:
         values: nested mappings, or the words of a command line.
@@ -25,6 +28,8 @@ def class_with_open_sections(config_class: type, values: Mapping[str, Any] | Seq
     Raises:
         ValueError: what `class_for` refuses.
     """
+    if hasattr(config_class, "class_for"):
+        config_class = config_class.class_for(values if isinstance(values, Mapping) else _top_level(values))
     for name, kind in typing.get_type_hints(config_class).items():
         if not hasattr(kind, "class_for"):
             continue
@@ -33,6 +38,21 @@ def class_with_open_sections(config_class: type, values: Mapping[str, Any] | Seq
         if found is not kind:
             config_class = _with_section(config_class, name, found)
     return config_class
+
+
+def with_sections(config_class: type[Config], sections: Mapping[str, type[Any]]) -> type[Config]:
+    """`config_class`, or a subclass of it that also has a field for each of these settings dataclasses, by name.
+
+    Raises:
+        ValueError: a section that is called like a setting of another kind.
+    """
+    kinds, found = typing.get_type_hints(config_class), config_class
+    for name, kind in sections.items():
+        if name not in kinds:
+            found = _with_section(found, name, kind)  # type: ignore[arg-type]
+        elif kinds[name] is not kind:
+            raise ValueError(f"{name!r} cannot be registered: it is a setting of {config_class.__name__} already")
+    return found
 
 
 @functools.cache  # one class and one parser for all trials of a sweep
@@ -44,6 +64,24 @@ def _with_section(config_class: type, name: str, kind: type) -> type:
         "__module__": config_class.__module__,
     }
     return dataclass(kw_only=True)(type(config_class.__name__, (config_class,), members))
+
+
+def _top_level(arguments: Sequence[str]) -> dict[str, Any]:
+    """What the words of a command line, `--config` files included, say about settings that are in no section."""
+    values: dict[str, Any] = {}
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        flag, assigned, value = word.removeprefix("--").partition("=")
+        value = value if assigned else following
+        if not word.startswith("--") or "." in flag:
+            continue
+        if flag == "config":
+            values |= _mapping(value, is_file=True)
+        else:
+            try:
+                values[flag] = yaml.safe_load(value)
+            except yaml.YAMLError:
+                values[flag] = value
+    return values
 
 
 def section_of(arguments: Sequence[str], section: str) -> dict[str, Any]:

@@ -104,7 +104,9 @@ def inversion(pipeline: Any, forgotten: Forgotten, budget: InversionConfig) -> A
     caption_ids = torch.tensor([distinct.index(caption) for caption in captions])
 
     def condition(rows: Tensor) -> Condition:
-        asked, rows_of_asked = caption_ids[rows].unique(return_inverse=True)  # each caption goes through the encoder once
+        asked, rows_of_asked = caption_ids[rows].unique(
+            return_inverse=True
+        )  # each caption goes through the encoder once
         encoded = denoiser.architecture.encode(pipeline, [distinct[index] for index in asked])
         return {key: value[rows_of_asked] for key, value in encoded.items()}
 

@@ -27,7 +27,7 @@ class Protocol(ABC):
 
     judges_concepts = False  # whether it asks for forgotten concepts, which attacks can then bring back
 
-    @classmethod
+    @classmethod  # noqa: B027  there may be nothing to refuse
     def check(cls, config: EvaluateConfig) -> None:
         """Refuse settings that the protocol cannot work with, before anything is loaded.
 
@@ -74,6 +74,12 @@ def register_protocol(name: str, settings: type[Any] | None = None) -> Callable[
         return protocol
 
     return decorate
+
+
+def make_protocols(config: EvaluateConfig, judged_model: JudgedModel) -> list[Protocol]:
+    """What the settings ask for; class and style together are one, with the same prompts and concepts."""
+    chosen = dict.fromkeys(PROTOCOLS.find(name).protocol for name in config.protocols)
+    return [protocol(config, judged_model) for protocol in chosen]
 
 
 class Likeness:
