@@ -232,5 +232,5 @@ def chosen_objective(config: UnlearnConfig) -> Objective:
         raise ValueError(f"objective {objective.name!r} edits cross-attention, which a UNet2DModel does not have")
     if options.anchor_prompt is not None:
         raise ValueError("a label is no prompt: set objective.anchor, a label or one per forgotten label")
-    options.anchors_of(config.concepts)
+    options.anchors_of(config.concepts, labels=True)
     return objective

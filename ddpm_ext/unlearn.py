@@ -84,7 +84,7 @@ def anchor_ids(
     Raises:
         ValueError: an anchor that there is not.
     """
-    anchors = [anchor for anchor in config.objective.anchors_of(config.concepts) if anchor is not None]
+    anchors = [anchor for anchor in config.objective.anchors_of(config.concepts, labels=True) if anchor is not None]
     if not anchors:
         return torch.tensor(retain_ids)[torch.randint(len(retain_ids), (len(labels_N),), generator=generator)]
     for anchor in anchors:

@@ -17,9 +17,9 @@ ATTRIBUTES = {"class": ["shirt", "t-shirt", "boot"], "colour": ["red", "blue"], 
 
 
 def test_labels_in_texts_prefers_whole_and_longer_words():
-    prompts = ["a photo of a red t-shirt", "a pencil sketch of a blue shirt", "boots", "A boot."]
-    assert labels_in_texts(prompts, ATTRIBUTES["class"]) == ["t-shirt", "shirt", None, "boot"]
-    assert labels_in_texts(prompts, ATTRIBUTES["style"]) == ["photo", "pencil sketch", None, None]
+    prompts = ["a photo of a red t-shirt", "a pencil sketch of a blue shirt", "boots", "A boot.", "a bootleg"]
+    assert labels_in_texts(prompts, ATTRIBUTES["class"]) == ["t-shirt", "shirt", "boot", "boot", None]
+    assert labels_in_texts(prompts, ATTRIBUTES["style"]) == ["photo", "pencil sketch", None, None, None]
 
 
 def test_attribute_of():

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import torch
 
+from barrier_diffusers.utils.words import find_names, replace_name
+
 
 def labels_in_texts(texts: Sequence[str], labels: Sequence[str]) -> list[str | None]:
-    """The label each text names as whole words (the longest, if several match), None where it names none."""
-    if not labels:
-        return [None] * len(texts)
-    ordered = sorted(labels, key=len, reverse=True)
-    pattern = re.compile(rf"(?<![\w-])({'|'.join(map(re.escape, ordered))})(?![\w-])", re.IGNORECASE)
-    known = {label.lower(): label for label in labels}
-    found = (pattern.search(text) for text in texts)
-    return [known[match.group(1).lower()] if match else None for match in found]
+    """The label each text names first (the longest, if several begin there), None where it names none.
+
+    Words are compared as `utils/words.py` says.
+    """
+    found = (find_names(text, labels) for text in texts)
+    return [labels[matches[0][0]] if matches else None for matches in found]
 
 
 def swap_concept(caption: str, concept: str, replacement: str) -> str:
@@ -25,10 +24,8 @@ def swap_concept(caption: str, concept: str, replacement: str) -> str:
     >>> swap_concept("a photo of a red sneaker", "sneaker", "boot")
     'a photo of a red boot'
     """
-    swapped, count = re.subn(
-        rf"(?<![\w-]){re.escape(concept)}(?![\w-])", lambda _: replacement, caption, flags=re.IGNORECASE
-    )
-    if count == 0:
+    swapped = replace_name(caption, concept, replacement)
+    if swapped is None:
         raise ValueError(
             f"caption {caption!r} does not name the concept {concept!r}, so no word of it can be exchanged: "
             "set objective.anchor_prompt, a whole prompt"

@@ -22,6 +22,7 @@ from barrier_diffusers.models.loading import module_hashes
 from barrier_diffusers.utils.checks import as_list, require_positive
 from barrier_diffusers.utils.files import write_json, written_whole
 from barrier_diffusers.utils.run_records import fingerprint, module_hash
+from barrier_diffusers.utils.words import mentions, same_name
 
 
 @dataclass(kw_only=True)
@@ -67,8 +68,12 @@ class ConceptConfig:
         return bool(self.source or self.retain_data_dir or self.retain_prompts)
 
     def __post_init__(self) -> None:
-        if not self.concepts or not all(self.concepts):
+        if not self.concepts or not all(name.strip() for name in self.concepts):
             raise ValueError("concept is empty: name what is to be forgotten")
+        for index, name in enumerate(self.concepts):
+            twice = next((other for other in self.concepts[:index] if same_name(name, other)), None)
+            if twice is not None:
+                raise ValueError(f"concept names {name!r} twice, also as {twice!r}: name each concept once")
         if self.train_data_dir and self.dataset_name:
             raise ValueError("set train_data_dir or dataset_name, not both")
         own = ("forget_data_dir", "retain_data_dir", "forget_prompts", "retain_prompts")
@@ -84,6 +89,13 @@ class ConceptConfig:
             self.forget_prompts = self.forget_prompts or list(self.concepts)
             concepts_of(self.forget_prompts, self.concepts)
         require_positive(self, ("num_generated_images", "max_forget_images", "max_retain_images"))
+        for prompt in self.retain_prompts:
+            named = next((concept for concept in self.concepts if mentions(prompt, concept)), None)
+            if named is not None:
+                raise ValueError(
+                    f"retain prompt {prompt!r} names {named!r}, which is to be forgotten: the two would train against "
+                    "each other; leave it out"
+                )
 
 
 def concepts_of(prompts: Sequence[str], concepts: Sequence[str]) -> list[str]:

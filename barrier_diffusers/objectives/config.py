@@ -14,6 +14,7 @@ from barrier_diffusers.objectives.kl import KlSettings
 from barrier_diffusers.objectives.plugin import load_module
 from barrier_diffusers.objectives.uce import UceSettings
 from barrier_diffusers.utils.checks import require_positive
+from barrier_diffusers.utils.words import mentions
 
 
 @dataclass
@@ -50,17 +51,28 @@ class ObjectiveConfig(UceSettings, EsdSettings, KlSettings, SharedSettings):
             if is_dataclass(part) and not issubclass(part, ObjectiveConfig):
                 part(**{item.name: getattr(self, item.name) for item in fields(part)})
 
-    def anchors_of(self, concepts: Sequence[str]) -> list[str | None]:
+    def anchors_of(self, concepts: Sequence[str], labels: bool = False) -> list[str | None]:
         """`anchor` for each of these concepts.
 
+        Args:
+            labels: the concepts are labels of a model that reads no words, so that only an equal label is the same.
+
         Raises:
-            ValueError: a list of the wrong length, or an anchor that is to be forgotten itself.
+            ValueError: a list of the wrong length, or an anchor or anchor_prompt that names one of the concepts.
         """
         words = self.anchor if isinstance(self.anchor, list) else [self.anchor] * len(concepts)
         if len(words) != len(concepts):
             raise ValueError(f"objective.anchor lists {len(words)} words for {len(concepts)} concepts")
-        for word in set(words) & set(concepts):
-            raise ValueError(f"objective.anchor {word!r} is to be forgotten itself: choose something that is retained")
+        for setting, texts in {"anchor": words, "anchor_prompt": [self.anchor_prompt]}.items():
+            for text in filter(None, texts):
+                named = next((word for word in concepts if text == word or not labels and mentions(text, word)), None)
+                if named is not None:
+                    raise ValueError(
+                        f"objective.{setting} {text!r} names {named!r}, which is to be forgotten itself: choose "
+                        "something that is retained"
+                    )
+                if not text.strip():
+                    raise ValueError(f"objective.{setting} {text!r} is empty: choose something that is retained")
         return list(words)
 
     @classmethod
