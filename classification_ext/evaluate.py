@@ -27,11 +27,11 @@ def main(config: EvaluateConfig) -> None:
     model = load_classifier(config.pretrained_model_name_or_path).to(device)
     reads = (model.resolution, model.num_channels, model.names)
     train, test = (load_split(config, split, *reads) for split in (config.train_split, config.test_split))
-    splits = make_splits(train, test, config)
-    metrics = evaluate(model, splits, config.evaluation, config.seed, device)
+    splits = make_splits(train, test, config=config)
+    metrics = evaluate(model, splits, config=config.evaluation, seed=config.seed, device=device)
     hashes = {"model": module_hash(model), **splits.digests()}
     write_json(output / EVALUATION_NAME, manifest(config, hashes, metrics=metrics))
-    print_table(None, metrics, config.pretrained_model_name_or_path)
+    print_table(None, metrics, title=config.pretrained_model_name_or_path)
     print(f"numbers: {output / EVALUATION_NAME}")
 
 

@@ -41,7 +41,7 @@ MIA_FEATURE = "confidence"  # the one that `mia` names, as in the tables of the 
 def predict(model: nn.Module, images: LabelledImages, batch_size: int, device: torch.device | str = "cpu") -> Tensor:
     """Logits (N, J), float32 on the CPU; the model is put into eval mode."""
     model.eval()
-    return torch.cat([model(pixels_of(batch)).float().cpu() for batch in in_order(images, batch_size, device)])
+    return torch.cat([model(pixels_of(batch)).float().cpu() for batch in in_order(images, batch_size, device=device)])
 
 
 def correct(logits_NJ: Tensor, labels_N: Tensor) -> np.ndarray:
@@ -156,7 +156,7 @@ def evaluate(
     """
     size = config.eval_batch_size
     parts = {name: getattr(splits, name) for name in ("forget", "retain", "test", "forget_test")}
-    logits = {name: predict(model, images, size, device) for name, images in parts.items()}
+    logits = {name: predict(model, images, batch_size=size, device=device) for name, images in parts.items()}
     right = {name: correct(logits[name], images.labels) for name, images in parts.items()}
     details = {
         "unlearning_accuracy": share(~right["forget"]),
@@ -165,11 +165,13 @@ def evaluate(
         "test_accuracy": share(right["test"]),
     }
     features = {name: attack_features(logits[name], parts[name].labels) for name in ("forget", "retain", "test")}
-    shares = membership(features["retain"], features["test"], features["forget"], config.num_mia_samples, seed)
+    shares = membership(
+        features["retain"], features["test"], forget=features["forget"], num_samples=config.num_mia_samples, seed=seed
+    )
     metrics: dict[str, Any] = {name: entry["value"] for name, entry in details.items()}
     metrics |= {"mia": shares[MIA_FEATURE], "mia_features": shares}
     if config.shadow_models:
-        metrics["lira"] = against_shadows(logits, splits, config, device)
+        metrics["lira"] = against_shadows(logits, splits, config=config, device=device)
     if config.retrained is not None:
         metrics |= gap(metrics, read_metrics(config.retrained))
     return {**metrics, "details": details}
@@ -185,9 +187,11 @@ def against_shadows(
     for folder in config.shadow_models:
         shadow = load_classifier(folder).to(device)
         for name, images in parts.items():
-            odds[name].append(log_odds(predict(shadow, images, config.eval_batch_size, device), images.labels))
+            odds[name].append(
+                log_odds(predict(shadow, images, batch_size=config.eval_batch_size, device=device), images.labels)
+            )
     forget, unseen = (log_odds(logits[name], images.labels) for name, images in parts.items())
-    return likelihood_ratio(forget, unseen, odds["forget"], odds["forget_test"])
+    return likelihood_ratio(forget, unseen, shadow_forget=odds["forget"], shadow_unseen=odds["forget_test"])
 
 
 def read_metrics(folder: str) -> dict[str, Any]:

@@ -88,13 +88,15 @@ def attack_images(
         )
     found: Images = {}
     if config.attacks:
-        rows = load_rows(data, pipeline, config.split)
+        rows = load_rows(data, pipeline, split=config.split)
         for name, label in product(config.attacks, forgotten):
             budget = config.budget_of(name)
             mine = rows[rows.rows_of(label)]
             budget.require(mine, f"{label} in split {config.split!r}")
             generator = torch.Generator().manual_seed(budget.seed)
-            found[name, label] = draw(mine, [rows.index_of(label)], budget.num_images, generator).images
+            found[name, label] = draw(
+                mine, [rows.index_of(label)], limit=budget.num_images, generator=generator
+            ).images
     return found
 
 
@@ -120,7 +122,7 @@ def attack(
     with frozen(pipeline), ATTACKS[name](pipeline, number, budget) as trained:
         denoiser = LabelDenoiser(pipeline)
         learn(denoiser, images, condition=condition, parameters=trained, budget=budget, desc=f"{name} of {label}")
-        return generate(pipeline, labels, sampling, desc=f"images after {name}")
+        return generate(pipeline, labels, sampling=sampling, desc=f"images after {name}")
 
 
 def run_attacks(

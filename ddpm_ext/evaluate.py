@@ -32,25 +32,25 @@ def main(config: EvaluateConfig) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = load_pipeline(config.pretrained_model_name_or_path).to(device)
     judge = make_judge(config.evaluation, pipeline.labels)
-    asked = make_evaluation_labels(config.evaluation, pipeline.labels, config.concepts)
-    real = real_images(config.evaluation, config.data, pipeline, config.concepts)
-    to_attack = attack_images(config.evaluation, config.data, pipeline, config.concepts)
+    asked = make_evaluation_labels(config.evaluation, pipeline.labels, forgotten=config.concepts)
+    real = real_images(config.evaluation, config.data, pipeline=pipeline, forgotten=config.concepts)
+    to_attack = attack_images(config.evaluation, config.data, pipeline=pipeline, forgotten=config.concepts)
     sampling, before = config.evaluation.sampling, None
     if config.base_model is not None:
         base = load_pipeline(config.base_model).to(device)
         if base.labels != pipeline.labels:
             raise ValueError(f"{config.base_model!r} has other labels than {config.pretrained_model_name_or_path!r}")
         made_by = fingerprint(module_hashes(base))
-        before = generate_cached(base, asked.labels, sampling, output / "cache", made_by)
-    images = generate(pipeline, asked.labels, sampling)
+        before = generate_cached(base, asked.labels, sampling=sampling, cache=output / "cache", model_hash=made_by)
+    images = generate(pipeline, asked.labels, sampling=sampling)
     scores = evaluate(
         config.evaluation, judge, asked=asked, before=before, after=images, real=real, cache=output / "cache"
     )
     scores |= {"model": module_hashes(pipeline), "scheduler": type(pipeline.scheduler).__name__}
     write_json(output / RESULT_NAME, scores)
-    image_rows(as_rgb(images), asked.labels, output / "images.png")
+    image_rows(as_rgb(images), asked.labels, path=output / "images.png")
     if asked.forgotten:
-        print_metrics(scores, config.evaluation.attribute, asked.forgotten)
+        print_metrics(scores, config.evaluation.attribute, forgotten=asked.forgotten)
     else:
         low, high = scores["accuracy"]["interval_95"]
         print(f"recognised: {scores['accuracy']['value']:.1f} % of {len(images)} images ({low:.1f} to {high:.1f})")

@@ -74,7 +74,7 @@ def real_images(
     """
     if config.split is None:
         return None
-    rows, labels = load_rows(data, pipeline, config.split), pipeline.labels
+    rows, labels = load_rows(data, pipeline, split=config.split), pipeline.labels
     kept = [index for index, label in enumerate(labels) if label not in forgotten]
     missing = [labels[index] for index in kept if not (rows.labels == index).any()]
     if missing:
@@ -92,9 +92,9 @@ def retained_quality(
         generated_MD, real_ND: features of the extractor.
         probabilities_MJ: of the generated images.
     """
-    found = compare_features(real_ND, generated_MD, extractor, FidelityConfig())
+    found = compare_features(real_ND, generated_MD, extractor=extractor, options=FidelityConfig())
     name = extractor.name
-    manifold = precision_recall(F.normalize(real_ND, dim=1), F.normalize(generated_MD, dim=1), neighbours)
+    manifold = precision_recall(F.normalize(real_ND, dim=1), F.normalize(generated_MD, dim=1), neighbours=neighbours)
     found |= {f"{key}_{name}": value for key, value in manifold.items()}
     found[f"is_{name}"] = round(inception_score(probabilities_MJ), 4)
     found["details"] |= {"neighbours": neighbours, "features_of_precision_and_recall": "unit length"}
@@ -130,7 +130,9 @@ def evaluate(
     scores: dict[str, Any]
     if asked.forgotten:
         wanted = {attribute: asked.labels}
-        scores = erasure_metrics(answers.get("before"), answers["after"], wanted, attribute, asked.forgotten)
+        scores = erasure_metrics(
+            answers.get("before"), answers["after"], wanted=wanted, attribute=attribute, forgotten=asked.forgotten
+        )
         for when, belief in beliefs.items():
             scores[f"forget_accuracy_{when}"] = scores["details"][f"forget_accuracy_{when}"]["value"]
             scores[f"forget_entropy_{when}"] = round(float(entropy(belief[torch.from_numpy(forget)]).mean()), 4)
@@ -140,7 +142,7 @@ def evaluate(
         scores = {"accuracy": share(right), f"per_{attribute}": per_label}
     if real is not None:
         size, kept = FidelityConfig().batch_size, torch.from_numpy(~forget)
-        real_ND = reference_features(ByteImages(judge.render(real)), judge.extractor, size, cache)
+        real_ND = reference_features(ByteImages(judge.render(real)), judge.extractor, batch_size=size, cache=cache)
         for when, found in shown.items():
             features = judge.extractor.features(ByteImages(found[~forget]), size)
             scores[f"retained_{when}"] = retained_quality(

@@ -42,7 +42,9 @@ def main(config: EvaluateConfig) -> None:
 
     saved, lora_weights = config.pretrained_model_name_or_path, config.lora_weights
     if concepts is not None and saved is not None and has_barrier(saved, lora_weights):
-        held_out = held_out_images(config.certificate, config.evaluation, concepts.concepts, concepts.erased)
+        held_out = held_out_images(
+            config.certificate, config.evaluation, concepts=concepts.concepts, erased=concepts.erased
+        )
         certify_saved(
             output,
             judged_model.pipeline,

@@ -43,7 +43,7 @@ def main(config: ScoreConfig) -> None:
     prompts = [text for label in sorted(captions) for text in cycle(sorted(captions[label]), config.images_per_label)]
     pipeline = StableDiffusionPipeline.from_pretrained(config.pipeline, dtype=torch.float32)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-    images = generate(pipeline, prompts, config.sampling)
+    images = generate(pipeline, prompts, sampling=config.sampling)
     classifier = AttributeClassifier.from_pretrained(config.classifier)
     predicted = recognise(classifier, images)
     wanted = {name: labels_in_texts(prompts, labels) for name, labels in classifier.attributes.items()}
@@ -57,7 +57,7 @@ def main(config: ScoreConfig) -> None:
     report = {"scores": scores, f"per_{name}": per_label, "settings": asdict(config)}
     Path(config.output).write_text(json.dumps(report, indent=2) + "\n")
     labels = [label for label in sorted(captions) for _ in range(config.images_per_label)]
-    image_rows(images, labels, Path(config.picture), columns=12)
+    image_rows(images, labels, path=Path(config.picture), columns=12)
     print("; ".join(f"{key} {entry['value']:.1f} %" for key, entry in scores.items()), f"of {len(images)} images")
     print("; ".join(f"{label} {entry['value']:.0f}" for label, entry in per_label.items()))
 

@@ -50,7 +50,7 @@ class CertificateConfig:
         for name in ("quantile", "confidence", "calibration"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"certificate.{name} is {getattr(self, name)}, but must be between 0 and 1")
-        require_positive(self, ("num_images", "batch_size"), "certificate.{}")
+        require_positive(self, ("num_images", "batch_size"), label="certificate.{}")
 
     @property
     def split(self) -> Split:
@@ -85,7 +85,7 @@ def held_out_images(
         if evaluation.split == concepts.train_split:
             print(f"no certificate: evaluation.split {evaluation.split!r} is what was trained on")
             return None
-        rows = image_text(retained_rows(load_rows(concepts, evaluation.split), concepts, erased), concepts)
+        rows = image_text(retained_rows(load_rows(concepts, evaluation.split), concepts, erased=erased), concepts)
         where = f"split {evaluation.split!r} of {concepts.source}, without what is forgotten"
     elif asked is None or before_NHWC is None:
         print("no certificate: there is no data set, and no image of the pipeline before it was changed")
@@ -99,7 +99,7 @@ def held_out_images(
         }
         rows = Dataset.from_dict(columns, Features({"image": Image(), "text": Value("string")}))
         where = "images that the pipeline made of the retained prompts before it was changed"
-    rows = rows.select(take_evenly(range(len(rows)), certificate.num_images, certificate.seed))
+    rows = rows.select(take_evenly(range(len(rows)), certificate.num_images, seed=certificate.seed))
     if len(rows) == 0:
         print("no certificate: there are no held-out images of what is retained")
         return None
@@ -128,7 +128,7 @@ def certify_pipeline(
     Draws from no random state but its own.
     """
     denoiser, rows = PipelineDenoiser(pipeline), held_out.images
-    moments = encode_moments(pipeline.vae, rows, "image", resolution)
+    moments = encode_moments(pipeline.vae, rows, image_column="image", resolution=resolution)
     captions = list(rows["text"])
     distinct = sorted(set(captions))
     ids = torch.tensor([distinct.index(caption) for caption in captions])
@@ -178,7 +178,7 @@ def write_certificate(
     """Write certificate.json, if there is anything held out; nothing of an earlier run stays."""
     (output / CERTIFICATE_NAME).unlink(missing_ok=True)
     if held_out is not None:
-        record = certify_pipeline(barrier, pipeline, held_out, certificate, resolution)
+        record = certify_pipeline(barrier, pipeline, held_out=held_out, certificate=certificate, resolution=resolution)
         write_json(output / CERTIFICATE_NAME, record)
 
 
@@ -211,6 +211,8 @@ def certify_saved(
         pipeline.load_lora_weights(lora_weights)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     barrier = Barrier.from_pretrained(lora_weights or folder, PipelineDenoiser(pipeline).network)
-    write_certificate(output, barrier, pipeline, held_out, certificate, resolution)
+    write_certificate(
+        output, barrier, pipeline=pipeline, held_out=held_out, certificate=certificate, resolution=resolution
+    )
     barrier.remove()
     pipeline.to("cpu")

@@ -56,7 +56,7 @@ def _embedding(output: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class LoadedClip:
-    """A CLIP that is at hand."""
+    """A loaded CLIP with its processor."""
 
     name: str  # as it was asked for
     network: Clip

@@ -26,7 +26,7 @@ from barrier_diffusers.utils.run_records import fingerprint
 
 @dataclass
 class ImageEvaluationConfig:
-    """How a run is judged."""
+    """Which prompts are asked, how their images are sampled, and which classifier judges them."""
 
     classifier: str | None = None  # folder of an AttributeClassifier; None: pictures only, no accuracy
     split: str = "test"  # of the data; its captions are the prompts
@@ -38,7 +38,7 @@ class ImageEvaluationConfig:
             raise ValueError(
                 f"evaluation.classifier {self.classifier!r} is not a folder with a saved AttributeClassifier"
             )
-        require_positive(self, ("images_per_label",), "evaluation.{}")
+        require_positive(self, ("images_per_label",), label="evaluation.{}")
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def generate_cached(
     key = fingerprint(model_hash, prompts, asdict(sampling), pipeline.scheduler.config)
     images = cached_tensors(
         cache / f"images-{key}.safetensors",
-        lambda: {"images": torch.from_numpy(generate(pipeline, prompts, sampling, desc="images before"))},
+        lambda: {"images": torch.from_numpy(generate(pipeline, prompts, sampling=sampling, desc="images before"))},
     )
     return images["images"].numpy()
 
@@ -135,7 +135,14 @@ def evaluate_erasure(
     wanted = {name: labels_in_texts(asked.prompts, labels) for name, labels in classifier.attributes.items()}
     seen_before = None if before is None else recognise(classifier, before)
     seen_after = recognise(classifier, after)
-    metrics = erasure_metrics(seen_before, seen_after, wanted, attribute, asked.forgotten, asked.erased_before)
+    metrics = erasure_metrics(
+        seen_before,
+        seen_after,
+        wanted=wanted,
+        attribute=attribute,
+        forgotten=asked.forgotten,
+        erased_before=asked.erased_before,
+    )
     seeds = {"first": evaluation.sampling.seed, "last": evaluation.sampling.seed + len(asked.prompts) - 1}
     facts = {"num_images": len(asked.prompts), "seeds": seeds, "sampling": asdict(evaluation.sampling)}
     return attribute, {**metrics, **facts, "classifier": evaluation.classifier}

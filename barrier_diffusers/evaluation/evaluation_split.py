@@ -19,12 +19,14 @@ def load_rows(config: ConceptConfig, split: str) -> Dataset:
         ValueError: no such split or column.
     """
     assert config.source is not None
-    return load_image_text(config.source, split, config.image_column, config.caption_column)
+    return load_image_text(
+        config.source, split, image_column=config.image_column, caption_column=config.caption_column
+    )
 
 
 def retained_rows(loaded: Dataset, config: ConceptConfig, erased: Sequence[ErasedConcepts] = ()) -> Dataset:
     """The rows that are about none of the concepts and nothing `erased` before."""
-    _, others = split_concepts(loaded, config.concept_column, config.concepts)
+    _, others = split_concepts(loaded, config.concept_column, concepts=config.concepts)
     return others.select(rows_about_others(list(others[config.caption_column]), erased))
 
 

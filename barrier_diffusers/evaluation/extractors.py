@@ -45,7 +45,7 @@ class Extractor(nn.Module):
         return self._embed(images.to(parameter.device)).float()
 
     def train(self, mode: bool = True) -> Extractor:
-        """Stays in eval mode."""
+        """Does nothing: an extractor stays in eval mode."""
         return super().train(False)
 
     def features(self, images: ImageSet, batch_size: int) -> Tensor:
@@ -82,7 +82,7 @@ Build = Callable[[str, str | None], Extractor]  # (name, path of what it needs)
 
 @dataclass(frozen=True)
 class RegisteredExtractor:
-    """An extractor by its name."""
+    """An extractor by its name, with the function that builds it."""
 
     name: str
     build: Build
@@ -143,7 +143,7 @@ def needed_path(name: str, path: str | None, what: str) -> Path:
 @register_extractor("classifier")
 def classifier_features(name: str, path: str | None) -> Extractor:
     """What the heads of a saved AttributeClassifier read."""
-    folder = needed_path(name, path, "the folder of a saved AttributeClassifier")
+    folder = needed_path(name, path, what="the folder of a saved AttributeClassifier")
     if not (folder / "config.json").is_file():
         raise ValueError(f"extractor {name}: {path!r} is not a folder with a saved AttributeClassifier")
     network = AttributeClassifier.from_pretrained(str(folder))
@@ -177,7 +177,9 @@ def efficientnet_features(name: str, path: str | None) -> Extractor:
 @register_extractor("inception2048", "inception768", "inception192", "inception64")
 def inception_features(name: str, path: str | None) -> Extractor:
     """The Inception-v3 of the FID papers as torch-fidelity converted it; `path` is its weights (.pth)."""
-    file = needed_path(name, path, "torch-fidelity's Inception weights (a .pth file; this package downloads nothing)")
+    file = needed_path(
+        name, path, what="torch-fidelity's Inception weights (a .pth file; this package downloads nothing)"
+    )
     from torchmetrics.image.fid import NoTrainInceptionV3
 
     layer = name.removeprefix("inception")
@@ -193,7 +195,7 @@ def clip_features(name: str, path: str | None) -> Extractor:
     """Projected image embeddings of a CLIP folder in transformers' layout, not normalised."""
     from barrier_diffusers.evaluation.clip_score import load_clip
 
-    loaded = load_clip(str(needed_path(name, path, "the folder of a CLIP model")))
+    loaded = load_clip(str(needed_path(name, path, what="the folder of a CLIP model")))
     network, processor = loaded.network, loaded.processor
     settings = processor.image_processor.to_dict()
     named = ("size", "crop_size", "resample", "image_mean", "image_std")

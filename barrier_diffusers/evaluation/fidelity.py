@@ -42,7 +42,7 @@ class FidelityConfig:
         names = [split_spec(spec)[0] for spec in self.extractors]
         if len(set(names)) < len(names):
             raise ValueError(f"fidelity.extractors names one twice, but names the metric: {', '.join(names)}")
-        require_positive(self, ("batch_size", "kid_subsets"), "fidelity.{}")
+        require_positive(self, ("batch_size", "kid_subsets"), label="fidelity.{}")
         if self.kid_subset_size < 2:
             raise ValueError(f"fidelity.kid_subset_size is {self.kid_subset_size}, but must be at least 2")
 
@@ -55,7 +55,7 @@ class Given(nn.Module):
         self.num_features = num_features
 
     def forward(self, features: Tensor) -> Tensor:
-        """As they are."""
+        """The features, unchanged."""
         return features
 
 
@@ -119,8 +119,10 @@ def fidelity(
     options = options or FidelityConfig()
     reference, images = as_image_set(reference), as_image_set(images)
     require_two(len(reference), len(images))
-    reference_ND = reference_features(reference, extractor, options.batch_size, cache)
-    return compare_features(reference_ND, extractor.features(images, options.batch_size), extractor, options)
+    reference_ND = reference_features(reference, extractor, batch_size=options.batch_size, cache=cache)
+    return compare_features(
+        reference_ND, extractor.features(images, options.batch_size), extractor=extractor, options=options
+    )
 
 
 def require_two(num_reference_images: int, num_images: int) -> dict[str, int]:
@@ -159,7 +161,9 @@ def compare_features(
     facts = {**counts, **extractor.facts(), "batch_size": options.batch_size, **subsets, "warnings": notes}
     return {
         f"fid_{name}": round(frechet_distance(reference_ND, features_ND), 6),
-        f"kid_{name}": kernel_distance(reference_ND, features_ND, options.kid_subsets, size, options.seed),
+        f"kid_{name}": kernel_distance(
+            reference_ND, features_ND, subsets=options.kid_subsets, subset_size=size, seed=options.seed
+        ),
         "details": facts,
     }
 
@@ -171,7 +175,7 @@ def fidelity_by(
     metrics: dict[str, Any] = {}
     details = {}
     for extractor in extractors:
-        found = fidelity(reference, images, extractor, options, cache)
+        found = fidelity(reference, images, extractor=extractor, options=options, cache=cache)
         details[extractor.name] = found.pop("details")
         metrics |= found
     return {**metrics, "details": details}

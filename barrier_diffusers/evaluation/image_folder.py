@@ -30,7 +30,7 @@ PACKAGES = ("torch", "diffusers", "transformers")  # whose versions pixels depen
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One image to be made."""
+    """One image to be sampled: its file name, prompt, seed and guidance scale."""
 
     name: str
     prompt: str
@@ -99,19 +99,21 @@ def generate_folder(
         ValueError: the folder holds other files, or images made from something else; the message says what differs.
         FloatingPointError: non-finite pixels.
     """
-    facts = made_from(pipeline, rows, images_per_prompt, sampling, hashes)
-    refuse_or_empty(folder, facts, overwrite)
+    facts = made_from(pipeline, rows, images_per_prompt=images_per_prompt, sampling=sampling, hashes=hashes)
+    refuse_or_empty(folder, facts, overwrite=overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob(".*.*.*"):  # half a file, of a killed run
         remove(path)
     write_json(folder / MANIFEST_NAME, facts)
     write_prompts(folder / PROMPTS_NAME, rows)
-    for batch in tqdm(batches_of(rows, images_per_prompt, sampling), desc=f"images {folder.name}", leave=False):
+    for batch in tqdm(
+        batches_of(rows, images_per_prompt, sampling=sampling), desc=f"images {folder.name}", leave=False
+    ):
         missing = [index for index, request in enumerate(batch) if not (folder / request.name).is_file()]
         if not missing:
             continue
         prompts, seeds = [request.prompt for request in batch], [request.seed for request in batch]
-        images = sample(pipeline, prompts, seeds, sampling, batch[0].guidance)
+        images = sample(pipeline, prompts, seeds=seeds, sampling=sampling, guidance_scale=batch[0].guidance)
         for index in missing:
             with written_whole(folder / batch[index].name) as temporary:
                 Image.fromarray(images[index]).save(temporary, format="PNG")

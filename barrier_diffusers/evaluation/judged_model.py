@@ -103,9 +103,9 @@ class JudgedModel:
             ValueError: a file that cannot be read, or images that do not fit it.
         """
         if self.config.images_dir is not None:
-            return self._read(self.config.images_dir, prompts, label_column)[0]
+            return self._read(self.config.images_dir, prompts, label_column=label_column)[0]
         assert prompts.file is not None
-        return read_prompts(prompts.file, self.config.evaluation.sampling.seed, label_column)
+        return read_prompts(prompts.file, self.config.evaluation.sampling.seed, label_column=label_column)
 
     def images(self, protocol: str, rows: Sequence[PromptRow], prompts: PromptsConfig) -> ImagePair:
         """The images of the prompts, made now, or read where they were made earlier.
@@ -117,17 +117,23 @@ class JudgedModel:
         if config.images_dir is not None:
             before = None
             if config.base_images_dir is not None:
-                earlier, before = self._read(config.base_images_dir, prompts, "label")
+                earlier, before = self._read(config.base_images_dir, prompts, label_column="label")
                 if [(row.case, row.prompt) for row in earlier] != [(row.case, row.prompt) for row in rows]:
                     raise ValueError(f"base_images_dir {config.base_images_dir!r} has other prompts than images_dir")
                 self.hashes["base_images"] = before.digest()
-            after = self._read(config.images_dir, prompts, "label")[1]
+            after = self._read(config.images_dir, prompts, label_column="label")[1]
             self.hashes["images"] = after.digest()
             return ImagePair(before, after)
         base = {name.removeprefix("base_"): digest for name, digest in self.hashes.items() if name[:5] == "base_"}
         own = {name: digest for name, digest in self.hashes.items() if name[:5] != "base_"}
-        before = self._generate(self.base, protocol, "before", rows, prompts, base) if self.base is not None else None
-        return ImagePair(before, self._generate(self.pipeline, protocol, "after", rows, prompts, own))
+        before = (
+            self._generate(self.base, protocol, when="before", rows=rows, prompts=prompts, hashes=base)
+            if self.base is not None
+            else None
+        )
+        return ImagePair(
+            before, self._generate(self.pipeline, protocol, when="after", rows=rows, prompts=prompts, hashes=own)
+        )
 
     @property
     def pipelines(self) -> dict[str, Any]:
@@ -139,7 +145,9 @@ class JudgedModel:
         return self.pipeline.to(self.device)
 
     def _read(self, folder: str, prompts: PromptsConfig, label_column: str) -> tuple[list[PromptRow], ImageFiles]:
-        return read_folder(folder, prompts.file, prompts.images_per_prompt, label_column)
+        return read_folder(
+            folder, prompts.file, images_per_prompt=prompts.images_per_prompt, label_column=label_column
+        )
 
     def _generate(
         self,
@@ -153,11 +161,11 @@ class JudgedModel:
         images = generate_folder(
             pipeline.to(self.device),
             rows,
-            self.config.evaluation.sampling,
-            self.output / IMAGES_NAME / protocol / when,
-            hashes,
-            prompts.images_per_prompt,
-            self.config.overwrite_output_dir,
+            sampling=self.config.evaluation.sampling,
+            folder=self.output / IMAGES_NAME / protocol / when,
+            hashes=hashes,
+            images_per_prompt=prompts.images_per_prompt,
+            overwrite=self.config.overwrite_output_dir,
         )
         pipeline.to("cpu")  # room for the other one, and for the networks that judge
         return images

@@ -27,7 +27,7 @@ VGG_WIDTHS = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 5
 
 @dataclass
 class LpipsConfig:
-    """Backbone of LPIPS."""
+    """The backbone that LPIPS compares images with."""
 
     weights: str | None = None  # torchvision's alexnet or vgg16 weights (.pth or .safetensors); None: no LPIPS
     net: str = "alex"  # alex or vgg
@@ -38,7 +38,7 @@ class LpipsConfig:
             raise ValueError(f"lpips.net is {self.net!r}, but must be one of {', '.join(BACKBONES)}")
         if self.weights is not None and not Path(self.weights).expanduser().is_file():
             raise ValueError(f"lpips.weights {self.weights!r} does not exist")
-        require_positive(self, ("batch_size",), "lpips.{}")
+        require_positive(self, ("batch_size",), label="lpips.{}")
 
 
 def alexnet() -> nn.Sequential:

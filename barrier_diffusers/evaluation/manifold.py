@@ -38,8 +38,8 @@ def precision_recall(real_ND: Tensor, generated_MD: Tensor, neighbours: int = 3)
         raise ValueError(f"precision and recall with {neighbours} neighbours need more images in each set than these")
     real_ND, generated_MD = real_ND.double(), generated_MD.double()
     return {
-        "precision": round(100 * share_inside(generated_MD, real_ND, radii(real_ND, neighbours)), 3),
-        "recall": round(100 * share_inside(real_ND, generated_MD, radii(generated_MD, neighbours)), 3),
+        "precision": round(100 * share_inside(generated_MD, real_ND, radii_N=radii(real_ND, neighbours)), 3),
+        "recall": round(100 * share_inside(real_ND, generated_MD, radii_N=radii(generated_MD, neighbours)), 3),
     }
 
 

@@ -50,7 +50,7 @@ class MembershipConfig:
 
     def __post_init__(self) -> None:
         counts = ("num_images", "num_timesteps", "num_noises", "num_resamples", "batch_size")
-        require_positive(self, counts, "membership.{}")
+        require_positive(self, counts, label="membership.{}")
         if not 0 < self.false_positive_rate < 1:
             rate = self.false_positive_rate
             raise ValueError(f"membership.false_positive_rate is {rate}, but must be between 0 and 1")
@@ -71,11 +71,11 @@ def membership_images(
     groups: dict[str, dict[str, Dataset]] = {"forget": {}, "retain": {}}
     for side, split in (("members", options.split), ("held_out", evaluation.split)):
         loaded = load_rows(concepts, split)
-        mine, _ = split_concepts(loaded, concepts.concept_column, concepts.concepts)
-        for role, rows in (("forget", mine), ("retain", retained_rows(loaded, concepts, erased))):
+        mine, _ = split_concepts(loaded, concepts.concept_column, concepts=concepts.concepts)
+        for role, rows in (("forget", mine), ("retain", retained_rows(loaded, concepts, erased=erased))):
             if len(rows) == 0:
                 raise ValueError(f"membership: split {split!r} has no {role} image")
-            chosen = take_evenly(range(len(rows)), options.num_images, options.seed)
+            chosen = take_evenly(range(len(rows)), options.num_images, seed=options.seed)
             groups[role][side] = image_text(rows.select(chosen), concepts)
     return groups
 
@@ -90,7 +90,7 @@ def denoising_losses(pipeline: Any, images: Dataset, resolution: int, options: M
     """
     denoiser = PipelineDenoiser(pipeline)
     device = next(denoiser.network.parameters()).device
-    mean, _ = encode_moments(pipeline.vae, images, "image", resolution).chunk(2, dim=1)
+    mean, _ = encode_moments(pipeline.vae, images, image_column="image", resolution=resolution).chunk(2, dim=1)
     latents = (mean - denoiser.shift.cpu()) * denoiser.scale.cpu()
     captions = list(images["text"])
     distinct = sorted(set(captions))
@@ -186,7 +186,9 @@ def membership(
     for when, pipeline in pipelines.items():
         pipeline.to(device)
         for role, sides in images.items():
-            members, held_out = (denoising_losses(pipeline, sides[side], resolution, options) for side in SIDES)
+            members, held_out = (
+                denoising_losses(pipeline, sides[side], resolution=resolution, options=options) for side in SIDES
+            )
             losses[role][when] = (members, held_out)
         pipeline.to("cpu")
     by_role = {role: attack(by_pipeline, options) for role, by_pipeline in losses.items()}

@@ -67,7 +67,7 @@ def attacks_picture(
     """The first images (N, H, W, 3) of each concept's plain prompts, and the same seeds under each attack."""
     shown = {f"plain: {concept}": images for concept, images in plain.items()} | dict(attacked)
     labels = [label for label, images in shown.items() for _ in images[:columns]]
-    image_rows(np.concatenate([images[:columns] for images in shown.values()]), labels, path, columns)
+    image_rows(np.concatenate([images[:columns] for images in shown.values()]), labels, path=path, columns=columns)
 
 
 def strip(images_NHWC: np.ndarray, titles: Sequence[str], path: Path) -> None:

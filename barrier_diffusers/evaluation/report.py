@@ -136,7 +136,7 @@ def figures(run: RunRecord) -> dict[str, bytes]:
     after = run.shares("after")
     if after:
         found["Recognised images per label, with 95 % intervals"] = label_bars(
-            run.shares("before"), after, run.forgotten
+            run.shares("before"), after, forgotten=run.forgotten
         )
     if run.certificate:
         found["Drift of every protected map on held-out images, and its bound"] = drift_bars(run.certificate["maps"])

@@ -123,7 +123,7 @@ class EvaluateConfig:
 
     @property
     def protocols(self) -> list[str]:
-        """The protocol(s) as a list."""
+        """The names in `protocol`, always a list."""
         return as_list(self.protocol)
 
     @property
@@ -133,7 +133,7 @@ class EvaluateConfig:
 
     @property
     def chosen_attacks(self) -> list[str]:
-        """The attacks that are run."""
+        """Names of the attacks that are run."""
         if self.attacks is not None:
             return self.attacks
         has_data = bool(self.train_data_dir or self.dataset_name) and self.evaluation.classifier is not None

@@ -52,7 +52,7 @@ class BarrierTechnique:
         self.device = self.config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         half = self.config.use_fp16 and self.device.startswith("cuda")
         dtype = torch.float16 if half else torch.float32
-        self.pipeline = load_merged(self.config.model_id, self.config.lora_weights, dtype).to(self.device)
+        self.pipeline = load_merged(self.config.model_id, self.config.lora_weights, dtype=dtype).to(self.device)
 
     def generate(self, prompts: Sequence[str], seed: int | None = None, **changes: Any) -> list[Image.Image]:
         """An image of each prompt; image i starts from seed + i, or without a seed from one that is drawn.
@@ -69,4 +69,4 @@ class BarrierTechnique:
             raise ValueError(f"technique barrier cannot change {', '.join(unknown)} of an image")
         first = secrets.randbelow(2**31) if seed is None else seed
         settings = SamplingConfig(**{**sampling, **changes}, batch_size=self.config.batch_size, seed=first)
-        return [Image.fromarray(image) for image in generate(self.pipeline, list(prompts), settings)]
+        return [Image.fromarray(image) for image in generate(self.pipeline, list(prompts), sampling=settings)]

@@ -63,11 +63,11 @@ class ImageBudget(Budget):
     num_images: int | None = None  # drawn once from the held-out images; None: all
 
     def __post_init__(self) -> None:
-        require_positive(self, ("num_steps", "batch_size", "num_images"), "{} of an attack")
+        require_positive(self, ("num_steps", "batch_size", "num_images"), label="{} of an attack")
 
     def choose(self, images: Dataset) -> Dataset:
         """The images that the attack learns from."""
-        return images.select(take_evenly(range(len(images)), self.num_images, self.seed))
+        return images.select(take_evenly(range(len(images)), self.num_images, seed=self.seed))
 
     def require(self, images: Sized, what: str) -> None:
         """A ValueError if there are fewer images than the budget names, or none."""
@@ -100,7 +100,7 @@ class LearningBudget(ImageBudget):
 
 @dataclass(frozen=True)
 class Attempt:
-    """What came out of an attack."""
+    """The images that an attack brought out of the pipeline, and how."""
 
     images_NHWC: np.ndarray  # bytes (N, H, W, 3), one image per prompt of the concept
     prompts: list[str]  # what was really asked (N)
@@ -146,7 +146,7 @@ def rename_concept(captions: Sequence[str], concept: str, words: str) -> list[st
     renamed = []
     for caption in captions:
         try:
-            renamed.append(swap_concept(caption, concept, words))
+            renamed.append(swap_concept(caption, concept, replacement=words))
         except ValueError as error:
             raise ValueError(
                 f"caption {caption!r} does not name the concept {concept!r}, so an attack cannot exchange its words: "
@@ -174,7 +174,7 @@ def frozen(pipeline: Any) -> Iterator[None]:
 
 def encode(pipeline: Any, images: Dataset, resolution: int) -> Tensor:
     """VAE posteriors (N, 2 c, h, w) of the images."""
-    return encode_moments(pipeline.vae, images, "image", resolution)
+    return encode_moments(pipeline.vae, images, image_column="image", resolution=resolution)
 
 
 def learn(

@@ -48,7 +48,7 @@ class InversionConfig(LearningBudget):
         """One text encoder, enough images, and captions that name the concept."""
         self.require_one_encoder(pipeline, "inversion learns one embedding")
         self.require(forgotten.images, forgotten.concept)
-        rename_concept([*forgotten.images["text"], *forgotten.prompts], forgotten.concept, TOKEN)
+        rename_concept([*forgotten.images["text"], *forgotten.prompts], forgotten.concept, words=TOKEN)
 
 
 class LearnedToken(nn.Module):
@@ -98,8 +98,8 @@ def inversion(pipeline: Any, forgotten: Forgotten, budget: InversionConfig) -> A
     """Learn the embedding for which "a photo of a <forgotten>" denoises held-out images of the concept, then ask with
     it: the plain prompts with the new token instead of the concept's words."""
     denoiser, images = PipelineDenoiser(pipeline), budget.choose(forgotten.images)
-    captions = rename_concept(images["text"], forgotten.concept, TOKEN)
-    prompts = rename_concept(forgotten.prompts, forgotten.concept, TOKEN)
+    captions = rename_concept(images["text"], forgotten.concept, words=TOKEN)
+    prompts = rename_concept(forgotten.prompts, forgotten.concept, words=TOKEN)
     distinct = sorted(set(captions))
     caption_ids = torch.tensor([distinct.index(caption) for caption in captions])
 
@@ -111,7 +111,7 @@ def inversion(pipeline: Any, forgotten: Forgotten, budget: InversionConfig) -> A
         return {key: value[rows_of_asked] for key, value in encoded.items()}
 
     with frozen(pipeline), learned_token(pipeline, budget.initial_words or forgotten.concept) as token:
-        moments = encode(pipeline, images, forgotten.resolution)
-        learn(denoiser, moments, condition, [token.vector], budget, "inversion")
-        made = generate(pipeline, prompts, forgotten.sampling, desc="images after inversion")
+        moments = encode(pipeline, images, resolution=forgotten.resolution)
+        learn(denoiser, moments, condition=condition, parameters=[token.vector], budget=budget, desc="inversion")
+        made = generate(pipeline, prompts, sampling=forgotten.sampling, desc="images after inversion")
     return Attempt(made, prompts, len(images))

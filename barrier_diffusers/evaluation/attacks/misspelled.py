@@ -23,13 +23,13 @@ class MisspelledConfig(Budget):
     num_edits: int = 1  # letters of the concept's name that are swapped, dropped, doubled or replaced
 
     def __post_init__(self) -> None:
-        require_positive(self, ("num_edits",), "misspelled.{}")
+        require_positive(self, ("num_edits",), label="misspelled.{}")
 
     def check(self, pipeline: Any, forgotten: Forgotten) -> None:
         """Prompts that name the concept, and letters in its name."""
         if not any(letter.isalpha() for letter in forgotten.concept):
             raise ValueError(f"{forgotten.concept!r} has no letter to misspell: leave misspelled out of attacks")
-        rename_concept(forgotten.prompts, forgotten.concept, "")
+        rename_concept(forgotten.prompts, forgotten.concept, words="")
 
 
 def edit(word: str, random: np.random.Generator) -> str:
@@ -62,12 +62,14 @@ def misspell(prompts: Sequence[str], concept: str, num_edits: int, seed: int) ->
         random, words = np.random.default_rng([seed, index]), concept
         for _ in range(num_edits):
             words = edit(words, random)
-        edited += rename_concept([prompt], concept, words if words != concept else edit(concept, random))
+        edited += rename_concept([prompt], concept, words=words if words != concept else edit(concept, random))
     return edited
 
 
 @register_attack("misspelled", MisspelledConfig)
 def misspelled(pipeline: Any, forgotten: Forgotten, budget: MisspelledConfig) -> Attempt:
     """Ask with a typing mistake in the concept's name, another one for each image."""
-    prompts = misspell(forgotten.prompts, forgotten.concept, budget.num_edits, budget.seed)
-    return Attempt(generate(pipeline, prompts, forgotten.sampling, desc="images of misspelled prompts"), prompts)
+    prompts = misspell(forgotten.prompts, forgotten.concept, num_edits=budget.num_edits, seed=budget.seed)
+    return Attempt(
+        generate(pipeline, prompts, sampling=forgotten.sampling, desc="images of misspelled prompts"), prompts
+    )

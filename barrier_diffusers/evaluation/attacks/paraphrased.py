@@ -24,7 +24,7 @@ class ParaphrasedConfig(Budget):
                 "the attack paraphrased needs paraphrased.words or paraphrased.prompts, without empty ones"
             )
         if self.words:
-            rename_concept(forgotten.prompts, forgotten.concept, "")
+            rename_concept(forgotten.prompts, forgotten.concept, words="")
 
 
 @register_attack("paraphrased", ParaphrasedConfig)
@@ -34,5 +34,5 @@ def paraphrased(pipeline: Any, forgotten: Forgotten, budget: ParaphrasedConfig) 
     if budget.words:
         words = cycle(budget.words, len(forgotten.prompts))
         pairs = zip(forgotten.prompts, words, strict=True)
-        prompts = [rename_concept([prompt], forgotten.concept, other)[0] for prompt, other in pairs]
-    return Attempt(generate(pipeline, prompts, forgotten.sampling, desc="images of paraphrases"), prompts)
+        prompts = [rename_concept([prompt], forgotten.concept, words=other)[0] for prompt, other in pairs]
+    return Attempt(generate(pipeline, prompts, sampling=forgotten.sampling, desc="images of paraphrases"), prompts)

@@ -53,14 +53,14 @@ class PromptSearchConfig(ImageBudget):
     def __post_init__(self) -> None:
         super().__post_init__()
         counts = ("num_tokens", "num_candidates", "num_ranked", "num_searches", "num_checks", "forward_batch_size")
-        require_positive(self, counts, "prompt_search.{}")
+        require_positive(self, counts, label="prompt_search.{}")
 
     def check(self, pipeline: Any, forgotten: Forgotten) -> None:
         """One text encoder, enough images, and room for the tokens in every prompt."""
         self.require_one_encoder(pipeline, "prompt_search reads the gradient of one embedding layer")
         self.require(forgotten.images, forgotten.concept)
         captions = [*forgotten.images["text"], *forgotten.prompts]
-        speller = Speller(pipeline.tokenizer, templates(captions, forgotten.concept, self.place))
+        speller = Speller(pipeline.tokenizer, templates(captions, forgotten.concept, place=self.place))
         if speller.room < self.num_tokens:
             raise ValueError(
                 f"of the {pipeline.tokenizer.model_max_length} tokens that the tokenizer reads, the longest prompt "
@@ -76,7 +76,7 @@ def templates(captions: Sequence[str], concept: str, place: str) -> list[str]:
     """
     if place == "before":
         return [f"{GAP} {caption}" for caption in captions]
-    return rename_concept(captions, concept, GAP)
+    return rename_concept(captions, concept, words=GAP)
 
 
 def fill(template: str, words: str) -> str:
@@ -189,7 +189,7 @@ class Search:
             FloatingPointError: one that is not finite.
         """
         group = max(1, self.forward_batch // len(rows_B))
-        chunks = [self._losses(words[i : i + group], rows_B, drawn) for i in range(0, len(words), group)]
+        chunks = [self._losses(words[i : i + group], rows_B, drawn=drawn) for i in range(0, len(words), group)]
         losses_C = torch.cat(chunks).cpu()
         if not torch.isfinite(losses_C).all():
             raise FloatingPointError("prompt_search: non-finite loss: the pipeline's weights or images are damaged")
@@ -201,8 +201,8 @@ class Search:
         slots_P = torch.tensor([self.speller.slot(frame) for frame in asked], device=self.device)
         weight_VD = self.layer.weight.detach().float()
         nudge_KD = torch.zeros(len(tokens), weight_VD.shape[1], device=self.device, requires_grad=True)
-        with nudged(self.layer, slots_P, nudge_KD):
-            (gradient_KD,) = torch.autograd.grad(self._losses([words], rows_B, drawn).sum(), nudge_KD)
+        with nudged(self.layer, slots_P, nudge_KD=nudge_KD):
+            (gradient_KD,) = torch.autograd.grad(self._losses([words], rows_B, drawn=drawn).sum(), nudge_KD)
         now_K1 = (gradient_KD * weight_VD[list(tokens)]).sum(1, keepdim=True)
         return (gradient_KD @ weight_VD.T - now_K1).cpu()
 
@@ -248,7 +248,7 @@ def search(problem: Search, allowed: Tensor, budget: PromptSearchConfig, number:
     """The words of one search with the least loss on the checks, which all searches share."""
     checks = problem.draw(budget.num_checks, torch.Generator().manual_seed(budget.seed))
     generator = torch.Generator().manual_seed(budget.seed + 1 + number)
-    tokens = start_tokens(problem.speller, allowed, budget.num_tokens, generator)
+    tokens = start_tokens(problem.speller, allowed, count=budget.num_tokens, generator=generator)
     words = problem.speller.spell(tokens)
     assert words is not None
     forbidden_V = torch.ones(len(problem.layer.weight), dtype=torch.bool).index_fill(0, allowed, False)
@@ -256,7 +256,9 @@ def search(problem: Search, allowed: Tensor, budget: PromptSearchConfig, number:
     for _ in trange(budget.num_steps, desc=f"prompt search {number + 1}", leave=False):
         batch = problem.draw(budget.batch_size, generator)
         slopes_KV = problem.slopes(words, tokens, *batch).masked_fill(forbidden_V, torch.inf)
-        tried = {words: tokens} | exchanges(slopes_KV, tokens, problem.speller, budget, generator)
+        tried = {words: tokens} | exchanges(
+            slopes_KV, tokens, speller=problem.speller, budget=budget, generator=generator
+        )
         best = int(problem.losses(list(tried), *batch).argmin())
         words, tokens = list(tried.items())[best]
         if words not in checked:
@@ -269,15 +271,15 @@ def search(problem: Search, allowed: Tensor, budget: PromptSearchConfig, number:
 def prompt_search(pipeline: Any, forgotten: Forgotten, budget: PromptSearchConfig) -> Attempt:
     """Find the words on held-out images of the concept and their captions, then ask the plain prompts with them."""
     images = budget.choose(forgotten.images)
-    frames = templates(images["text"], forgotten.concept, budget.place)
-    asked = templates(forgotten.prompts, forgotten.concept, budget.place)
+    frames = templates(images["text"], forgotten.concept, place=budget.place)
+    asked = templates(forgotten.prompts, forgotten.concept, place=budget.place)
     speller = Speller(pipeline.tokenizer, [*frames, *asked])
     with frozen(pipeline):
-        moments = encode(pipeline, images, forgotten.resolution)
+        moments = encode(pipeline, images, resolution=forgotten.resolution)
         problem = Search(pipeline, images["text"], frames, speller, moments, budget.forward_batch_size)
         allowed = torch.tensor([token for token in range(len(problem.layer.weight)) if token not in speller.special])
-        searches = [search(problem, allowed, budget, number) for number in range(budget.num_searches)]
+        searches = [search(problem, allowed, budget=budget, number=number) for number in range(budget.num_searches)]
         best = min(searches, key=lambda found: found["loss"])
         prompts = [fill(frame, best["words"]) for frame in asked]
-        made = generate(pipeline, prompts, forgotten.sampling, desc="images of the prompts found")
+        made = generate(pipeline, prompts, sampling=forgotten.sampling, desc="images of the prompts found")
     return Attempt(made, prompts, len(images), {"searches": searches})

@@ -41,7 +41,7 @@ class RelearningConfig(LearningBudget):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, ("rank",), "{} of an attack")
+        require_positive(self, ("rank",), label="{} of an attack")
 
     def images_of(self, forgotten: Forgotten) -> tuple[str, Dataset]:
         """(what they show, the images it may draw from)."""
@@ -65,7 +65,7 @@ def relearning(pipeline: Any, forgotten: Forgotten, budget: RelearningConfig) ->
     network, captions = denoiser.network, list(images["text"])
     distinct = sorted(set(captions))
     ids = torch.tensor([distinct.index(caption) for caption in captions])
-    moments = encode(pipeline, images, forgotten.resolution)
+    moments = encode(pipeline, images, resolution=forgotten.resolution)
     encoded = EncodedImages(moments, ids, ids, encode_prompts(pipeline, distinct))
 
     def condition(rows: Tensor) -> dict[str, Tensor]:
@@ -74,10 +74,12 @@ def relearning(pipeline: Any, forgotten: Forgotten, budget: RelearningConfig) ->
     with frozen(pipeline), torch.random.fork_rng():
         try:
             torch.manual_seed(budget.seed)  # of the adapter's first values
-            add_adapter(network, BarrierConfig(targets=budget.targets), budget.rank)
+            add_adapter(network, BarrierConfig(targets=budget.targets), rank=budget.rank)
             adapter = [value for value in network.parameters() if value.requires_grad]
-            learn(denoiser, moments, condition, adapter, budget, f"relearning on {what}")
-            made = generate(pipeline, forgotten.prompts, forgotten.sampling, desc="images after relearning")
+            learn(
+                denoiser, moments, condition=condition, parameters=adapter, budget=budget, desc=f"relearning on {what}"
+            )
+            made = generate(pipeline, forgotten.prompts, sampling=forgotten.sampling, desc="images after relearning")
         finally:
             network.unload_lora()
     return Attempt(made, forgotten.prompts, len(images))

@@ -71,10 +71,10 @@ def forgotten_concepts(
         ValueError: a split or column that does not exist, or a concept without a row.
     """
     loaded = load_rows(config, evaluation.split)
-    others = image_text(retained_rows(loaded, config, erased), config)
+    others = image_text(retained_rows(loaded, config, erased=erased), config)
     found = []
     for concept in config.concepts:
-        mine, _ = split_concepts(loaded, config.concept_column, [concept])
+        mine, _ = split_concepts(loaded, config.concept_column, concepts=[concept])
         rows = rows_of(asked.labels, concept)
         found.append(
             Forgotten(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # settings.py makes a section of every protocol's settings
 
 
 class Protocol(ABC):
-    """One way to judge."""
+    """One way to judge a pipeline or its images: which prompts are asked, and what is said of the images."""
 
     judges_concepts = False  # whether it asks for forgotten concepts, which attacks can then bring back
 
@@ -98,9 +98,9 @@ class Likeness:
     def distances(self, images: ImageSet) -> dict[str, Any]:
         """FID and KID by every extractor."""
         assert self.reference is not None
-        return fidelity_by(self.extractors, self.reference, images, self.options, self.cache)
+        return fidelity_by(self.extractors, self.reference, images=images, options=self.options, cache=self.cache)
 
     def clip_score(self, images: ImageSet, prompts: Sequence[str]) -> dict[str, Any]:
         """CLIP score of images and their prompts."""
         assert self.clip is not None
-        return clip_score(images, prompts, self.clip, device=self.device)
+        return clip_score(images, prompts, clip=self.clip, device=self.device)

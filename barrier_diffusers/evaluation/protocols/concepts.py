@@ -75,13 +75,13 @@ class ConceptProtocol(Protocol):
         self.erased = erased_besides(config)
         if config.prompts.file is None and config.images_dir is None:
             self.prompts = PromptsConfig()
-            self.asked = make_evaluation_prompts(evaluation, self.concepts, self.erased)
+            self.asked = make_evaluation_prompts(evaluation, self.concepts, erased=self.erased)
             self.rows = prompt_rows(self.asked, evaluation.sampling.seed)
         else:
             self.prompts = config.prompts
             self.rows = labelled(judged_model, config)
             counts = self.prompts.images_per_prompt
-            self.asked = prompts_of_rows(self.rows, counts, self.concepts.concepts, self.erased)
+            self.asked = prompts_of_rows(self.rows, counts, concepts=self.concepts.concepts, erased=self.erased)
         check_evaluation_prompts(evaluation, self.asked)
         others = rows_about_others(self.asked.prompts, self.erased)
         labels, mine = self.asked.labels, set(self.concepts.concepts)
@@ -94,14 +94,16 @@ class ConceptProtocol(Protocol):
         self.pair: ImagePair | None = None
         self.split_images = None
         if config.membership.enabled:
-            self.split_images = membership_images(config.membership, evaluation, self.concepts, self.erased)
+            self.split_images = membership_images(
+                config.membership, evaluation, concepts=self.concepts, erased=self.erased
+            )
 
     def _reference(self) -> ImageSet | None:
         config = self.concepts
         if config.source is None or self.config.fidelity.reference_dir:
             return None
         rows = load_rows(config, self.config.evaluation.split)
-        return ImageColumn(retained_rows(rows, config, self.erased), config.image_column)
+        return ImageColumn(retained_rows(rows, config, erased=self.erased), config.image_column)
 
     def images(self) -> ImagePair:
         """The images of its prompts, made or read."""
@@ -113,10 +115,10 @@ class ConceptProtocol(Protocol):
         results: dict[str, Any] = {}
         if self.judge is not None:
             attribute, metrics = evaluate_erasure(
-                self.config.evaluation, self.asked, self.pair.before, self.pair.after
+                self.config.evaluation, self.asked, before=self.pair.before, after=self.pair.after
             )
             results["classes"] = metrics
-            print_metrics(metrics, attribute, self.asked.forgotten)
+            print_metrics(metrics, attribute, forgotten=self.asked.forgotten)
         if self.likeness.extractors:
             results["fidelity"] = {
                 when: self.likeness.distances(images.select(self.retained)) for when, images in self.pair.items()
@@ -149,7 +151,9 @@ class ConceptProtocol(Protocol):
         """What an attacker knows of each concept; where there are only prompts, no image."""
         evaluation, resolution = self.config.evaluation, self.config.resolution
         if self.concepts.source is not None:
-            return forgotten_concepts(evaluation, self.concepts, self.asked, self.erased, resolution)
+            return forgotten_concepts(
+                evaluation, self.concepts, asked=self.asked, erased=self.erased, resolution=resolution
+            )
         nothing, sampling = Dataset.from_dict({"image": [], "text": []}), evaluation.sampling
         found = []
         for concept in self.concepts.concepts:
@@ -179,7 +183,9 @@ class ConceptProtocol(Protocol):
 
     def _lpips(self, pair: ImagePair) -> dict[str, Any]:
         assert self.lpips is not None and pair.before is not None
-        distances = np.array(lpips_distances(pair.before, pair.after, self.lpips, self.config.lpips.batch_size))
+        distances = np.array(
+            lpips_distances(pair.before, pair.after, network=self.lpips, batch_size=self.config.lpips.batch_size)
+        )
         forgotten, retained = (round(float(distances[rows].mean()), 6) for rows in (self.forgotten, self.retained))
         counts = {"num_forgotten": len(self.forgotten), "num_retained": len(self.retained)}
         return {

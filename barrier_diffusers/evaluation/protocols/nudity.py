@@ -35,7 +35,10 @@ class NudityProtocol(Protocol):
     def run(self) -> dict[str, Any]:
         """`nudity`: counts before and after."""
         pair = self.images()
-        counts = {when: nudity_counts(images, self.detector, self.options.threshold) for when, images in pair.items()}
+        counts = {
+            when: nudity_counts(images, self.detector, threshold=self.options.threshold)
+            for when, images in pair.items()
+        }
         shown = {when: {**found["images_with"], "total": found["total"]} for when, found in counts.items()}
         print_values(f"images with exposed parts at {self.options.threshold}", shown)
         return {"nudity": counts}
