@@ -43,7 +43,7 @@ NOTE = "*Written by `python docs/write_reference.py` from the source; change it 
 
 USE = """Each is a key of `--config FILE.yaml` and a flag (`--barrier.lambda_interval 1`). A flag wins over the file, a
 later file over an earlier one. `null` stands for None, and numbers may be written 1e-5. A list is `'[A, B]'`, or as a
-flag also its words one after another (`--attacks inversion benign`; not in pipelines and sweeps); numbers by name are
+flag also its words one after another (`--attacks inversion benign`); numbers by name are
 `'{A: 1, B: 2}'`. `--help` lists the same, and `--print_config` prints what would be used. Contradictions are refused
 in one line before any work.
 """

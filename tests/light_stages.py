@@ -65,12 +65,19 @@ class JudgeConfig:
 
 
 LIGHT = (
-    Stage(name="unlearn", script="train_scripts/train.py", settings="light_stages:TrainConfig", result="metrics.json"),
+    Stage(
+        name="unlearn",
+        script="train_scripts/train.py",
+        settings="light_stages:TrainConfig",
+        result="metrics.json",
+        metrics=("loss",),
+    ),
     Stage(
         name="evaluate",
         script="train_scripts/judge.py",
         settings="light_stages:JudgeConfig",
         result="evaluation.json",
+        metrics=("classes.unlearning_accuracy", "classes.retain_accuracy_drop", "attacks.*"),
         filled=frozenset(("output_dir", "model")),
         fill=lambda plan: {"model": str(plan.unlearned)},
         shared={"concept": "unlearn.concept"},

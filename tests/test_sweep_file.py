@@ -105,7 +105,7 @@ def test_every_sweep_of_the_repository(path, tmp_path, monkeypatch):
 def test_every_value_of_a_large_grid_is_checked_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     light_stages.install(tmp_path)
-    (tmp_path / "pipeline.yaml").write_text("kind: sd\nunlearn: {concept: bag}\n")
+    (tmp_path / "pipeline.yaml").write_text("kind: sd\nunlearn: {concept: bag}\nscore: {unlearn.loss: 1}\n")
     many = {"unlearn.learning_rate": {"values": list(range(10))}, "evaluate.bonus": {"values": list(range(8))}}
     assert len(check_sweep(read_sweep(write(tmp_path / "s.yaml", parameters=many)), tmp_path)) == 18
     many["evaluate.bonus"]["values"][-1] = "none"

@@ -11,14 +11,17 @@ import light_stages
 import optuna
 import pytest
 import yaml
+from optuna.storages.journal import JournalFileSymlinkLock
 from optuna.trial import TrialState
 from PIL import Image
 from test_workflow import own_workflows, wait_for  # noqa: F401
 
+from barrier_diffusers.scripts import sweep as sweep_script
 from barrier_diffusers.workflow.processes import Stopped
 from barrier_diffusers.workflow.sweep_file import read_sweep
 from barrier_diffusers.workflow.sweep_report import fanova, report
 from barrier_diffusers.workflow.sweeps import SweepConfig, Worker, check_sweep, retried
+from barrier_diffusers.workflow.tracking import UnknownMetric
 from barrier_diffusers.workflow.workflow import stop_message
 
 AXES = ["evaluate.classes.unlearning_accuracy", "evaluate.classes.retain_accuracy_drop"]
@@ -151,6 +154,33 @@ def test_a_trial_that_kills_its_workers_is_given_up(sweep):
     assert report(worker.study, plan, AXES, worker.output)[0]["error"] == "killed too often"
 
 
+def test_a_trial_whose_workers_are_killed_twice_comes_to_its_end(sweep):
+    config, plan, root = sweep({RATE: {"values": [1.0]}}, settings={"max_retries": 2, "grace_seconds": 0.2})
+    for _ in range(2):
+        assert Worker(config, plan, root).next_trial() is not None
+        time.sleep(0.5)
+    worker = work(config, plan, root)
+    assert states(worker) == ["FAIL", "FAIL", "COMPLETE"] and len(ran()) == 1
+    assert retried(worker.study.get_trials()) == {0, 1}
+    assert [row[AXES[0]] for row in report(worker.study, plan, AXES, worker.output)] == [10.0]
+
+
+def test_an_unfinished_line_that_somebody_still_writes_is_left_alone(sweep):
+    config, plan, root = sweep({RATE: {"values": [1.0]}})
+    journal = Worker(config, plan, root).journal
+    lock = JournalFileSymlinkLock(str(journal))
+    lock.acquire()
+    with journal.open("a") as file:
+        file.write('{"op_code"')
+        file.flush()
+        other = in_process(config, plan, root)
+        time.sleep(1)
+        file.write(':4,"worker_id":"w","trial_id":0,"user_attr":{}}\n')
+    lock.release()
+    other.join(60)
+    assert other.exitcode is not None and '"worker_id":"w","trial_id":0' in journal.read_text()
+
+
 def test_a_living_worker_keeps_its_trial(sweep):
     config, plan, root = sweep({RATE: {"values": [1.0]}})
     worker, other = Worker(config, plan, root), Worker(config, plan, root)
@@ -196,6 +226,13 @@ def test_a_line_that_was_cut_off_is_mended(sweep):
 
 
 BAD = {
+    "misspelled metric": (
+        None,
+        {"metric": {"name": "evaluate.classes.unlearning_acuracy"}},
+        "metric 'evaluate.classes.unlearning_acuracy' is none that evaluate gives; the nearest are classes",
+    ),
+    "metric of no stage": (None, {"metric": {"name": "judge.loss"}}, "those with numbers are unlearn, evaluate"),
+    "no weights": (None, {"metric": {"name": "score"}}, "metric is score, but the workflow has no weights"),
     "unknown setting": ({"unlearn.rate": {"values": [1]}}, {}, "trial --unlearn.rate=1"),
     "bad value": ({RATE: {"values": ["fast"]}}, {}, "trial --unlearn.learning_rate=fast"),
     "one folder for all": (
@@ -212,6 +249,27 @@ def test_bad_trials_are_found_before_any_runs(name, sweep):
     _, plan, root = sweep(parameters, **changes)
     with pytest.raises(ValueError, match=message):
         check_sweep(plan, root)
+
+
+def test_a_misspelled_axis_is_found_before_any_trial_runs(sweep):
+    _, plan, root = sweep()
+    with pytest.raises(ValueError, match="trade_off 'unlearn.los' is none that unlearn gives; the nearest are loss"):
+        check_sweep(plan, root, ["unlearn.los", AXES[1]])
+
+
+def test_a_metric_that_the_first_trial_does_not_give_ends_the_sweep(sweep):
+    config, plan, root = sweep(metric={"name": "evaluate.attacks.benign.post.value"})
+    check_sweep(plan, root)
+    with pytest.raises(UnknownMetric, match="gave no 'evaluate.attacks.benign.post.value'"):
+        work(config, plan, root)
+    assert len(ran()) == 1
+
+
+def test_a_sweep_without_any_result_is_an_error(sweep, monkeypatch):
+    config, _, root = sweep({RATE: {"values": [-1.0, -2.0]}})
+    monkeypatch.setattr(sweep_script, "ROOT", root)
+    with pytest.raises(ValueError, match="all 2 trials failed: stage unlearn failed"):
+        sweep_script.main(config)
 
 
 def test_another_sweep_is_refused(sweep):

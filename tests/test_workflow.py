@@ -104,6 +104,36 @@ def test_changed_data_code_and_results_run_again(light, tmp_path):
     assert light(**{"unlearn.data": "elsewhere", "output_dir": "moved"})[1] == []
 
 
+def test_inputs_count_wholly(light, tmp_path):
+    def ran():
+        return light(**{"unlearn.data": "data"})[1] != []
+
+    (tmp_path / "data/inner/logs/cache").mkdir(parents=True)
+    (tmp_path / "other/deep").mkdir(parents=True)
+    (tmp_path / "data/link").symlink_to(tmp_path / "other")
+    files = ["data/a.txt", "data/inner/logs/b.txt", "data/inner/logs/cache/c.txt", "other/deep/d.txt"]
+    for name in files:
+        (tmp_path / name).write_text("1")
+    assert ran() and not ran()
+    for name in files:
+        (tmp_path / name).write_text("22")
+        assert ran() and not ran(), name
+    (tmp_path / "other/up").symlink_to(tmp_path / "data")  # a circle
+    assert ran() and not ran()
+
+
+def test_lists_are_words_one_after_another(light, capsys):
+    base = ["--config", "pipeline.yaml", "--unlearn.concept=bag"]
+    words = ["--unlearn.targets", "a", "b", "--stages", "unlearn", "evaluate", "--unlearn.sleep", "0"]
+    workflow = parse_workflow([*base, *words], light.root)
+    assert workflow.settings["unlearn"]["targets"] == ["a", "b"] and workflow.names == ["unlearn", "evaluate"]
+    assert parse_workflow([*base, "--stages", "unlearn"], light.root).names == ["unlearn"]
+    with pytest.raises(ValueError, match="stages is empty: leave it out for all, or name some of unlearn, evaluate"):
+        parse_workflow([*base, "--stages", "[]"], light.root)
+    with pytest.raises(ValueError, match="score 'evaluate.classes.retain_acuracy_drop' is none that evaluate gives"):
+        parse_workflow([*base, "--score", "{evaluate.classes.retain_acuracy_drop: 1}"], light.root)
+
+
 def test_a_failed_stage_is_one_line_and_the_next_run_goes_on_there(light, tmp_path):
     with pytest.raises(
         ValueError, match=r"stage unlearn failed \(exit status 1\): the learning rate is below 0; log "

@@ -11,6 +11,8 @@ import pytest
 import yaml
 from short_runs import ROOT
 
+from barrier_diffusers.workflow.workflow import check_metric, parse_workflow
+
 pytestmark = pytest.mark.slow
 SD = {
     "unlearn.max_train_steps": 3,
@@ -76,6 +78,9 @@ def test_a_pipeline_from_end_to_end(name, tmp_path):
     stages = content.get("stages") or ["unlearn", "generate", "evaluate"]
     ran, results = run(name, tmp_path / "run")
     assert ran == stages and "score" in results
+    workflow = parse_workflow(["--config", str(ROOT / f"train_scripts/configs/pipeline_{name}.yaml")], ROOT)
+    for metric in results["metrics"]:
+        check_metric(workflow, metric, "metric")
     again, same = run(name, tmp_path / "run")
     assert again == [] and same == results
     if changes := AGAIN[content["kind"]]:

@@ -23,7 +23,7 @@ from barrier_diffusers.workflow.workflow import stop_message
 def main(config: SweepConfig) -> None:
     """Read and check the file -> trials until none is left -> table and plots."""
     sweep = read_sweep(config.sweep)
-    workflows = check_sweep(sweep, ROOT)
+    workflows = check_sweep(sweep, ROOT, config.trade_off or [])
     if config.dry_run:
         points = sweep.grid() if sweep.method == "grid" else []
         for point in points:
@@ -39,6 +39,8 @@ def main(config: SweepConfig) -> None:
     rows = report(worker.study, sweep, config.trade_off or [], worker.output)
     if rows:
         print((worker.output / MARKDOWN_NAME).read_text(encoding="utf-8"))
+    if rows and all(row["error"] for row in rows):
+        raise ValueError(f"all {len(rows)} trials failed: {rows[0]['error']}")
 
 
 def command() -> None:

@@ -9,7 +9,7 @@ import sys
 import types
 import typing
 from argparse import ArgumentError
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 from functools import partial
 from pathlib import Path
@@ -53,25 +53,29 @@ def run_script(main: Callable[[Any], None], config_class: type | Callable[[list[
 def list_fields(config_class: type, prefix: str = "") -> dict[str, bool]:
     """Dotted name of every field of a settings dataclass that takes a list -> whether a bare string will do, too."""
     found: dict[str, bool] = {}
-    for name, kind in typing.get_type_hints(config_class).items():
-        kinds = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
-        for entry in kinds:
-            if is_dataclass(entry) and isinstance(entry, type):
-                found |= list_fields(entry, f"{prefix}{name}.")
-        if any(typing.get_origin(entry) is list for entry in kinds):
+    for name, hint in typing.get_type_hints(config_class).items():
+        kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+        for kind in kinds:
+            if is_dataclass(kind) and isinstance(kind, type):
+                found |= list_fields(kind, f"{prefix}{name}.")
+        if any(typing.get_origin(kind) is list for kind in kinds):
             found[prefix + name] = str in kinds
     return found
 
 
-def join_lists(config_class: type, arguments: list[str]) -> list[str]:
-    """`--name A B` as the one word that the parser takes, `--name ["A", "B"]`, where the field is a list."""
-    lists, joined, position = list_fields(config_class), list[str](), 0
+def join_lists(lists: Mapping[str, bool], arguments: Sequence[str]) -> list[str]:
+    """`--name A B` as the one word that the parser takes, `--name ["A", "B"]`, where the setting is a list.
+
+    Args:
+        lists: see `list_fields`.
+    """
+    joined, position = list[str](), 0
     while position < len(arguments):
         name = arguments[position]
         end = position + 1
         while end < len(arguments) and not arguments[end].startswith("--"):
             end += 1
-        words = arguments[position + 1 : end]
+        words = list(arguments[position + 1 : end])
         position = end
         field = name.removeprefix("--")
         as_it_is = len(words) == 1 and (lists.get(field) or words[0].startswith("[") or words[0] == "null")
@@ -87,7 +91,7 @@ def parse_config(config_class: type, arguments: list[str]) -> Any:
     parser = ArgumentParser(exit_on_error=False, description=config_class.__doc__)
     parser.add_argument("--config", action="config", help="YAML file with any of the fields below")
     parser.add_class_arguments(config_class)
-    values = vars(parser.instantiate_classes(parser.parse_args(join_lists(config_class, arguments))))
+    values = vars(parser.instantiate_classes(parser.parse_args(join_lists(list_fields(config_class), arguments))))
     values.pop("config")
     return config_class(**values)
 

@@ -78,6 +78,44 @@ FORGOTTEN = ("forget_class", "forget_fraction", "forget_count", "forget_seed")
 JUDGED = frozenset(("output_dir", "pretrained_model_name_or_path"))
 
 
+def _names(*names: str) -> tuple[str, ...]:
+    """The names with WHEN in them once with `before` and once with `after`."""
+    return tuple(dict.fromkeys(name.replace("WHEN", when) for name in names for when in ("before", "after")))
+
+
+ACCURACIES = _names("unlearning_accuracy", "*_accuracy_WHEN", "*_accuracy_drop", "per_*_WHEN.*", "num_images")
+ACCURACIES += _names("erased_before_unlearning_accuracy_WHEN", "details.*")
+
+
+TRAINING = (
+    *("num_steps", "seconds_training", "seconds_setup", "seconds_set_up", "drift.*", "certificate.*"),
+    *("num_parameters", "num_trainable", "percent_trainable", "num_trained", "trained_percent"),
+)
+
+
+IMAGE_METRICS = (
+    *(f"classes.{name}" for name in ACCURACIES),
+    *_names("fidelity.WHEN.fid_*", "fidelity.WHEN.kid_*.mean", "fidelity.WHEN.kid_*.std", "fidelity.*details.*"),
+    *_names("coco.WHEN.fid_*", "coco.WHEN.kid_*.mean", "coco.WHEN.kid_*.std", "coco.WHEN.clip_score"),
+    *_names("coco.WHEN.details.*", "coco.details.*"),
+    *_names("nudity.WHEN.total", "nudity.WHEN.num_unsafe_images", "nudity.WHEN.num_images"),
+    *_names("nudity.WHEN.images_with.*", "nudity.WHEN.details.*", "nudity.details.*"),
+    *_names("clip_score.WHEN.forgotten", "clip_score.WHEN.retained", "clip_score.WHEN.details.*"),
+    *("lpips.forgotten", "lpips.retained", "lpips.difference", "lpips.details.*"),
+    *("membership.*", "attacks.*", "certificate.*", "scheduler.*"),
+)
+
+
+CLASSIFIER_METRICS = (
+    *("unlearning_accuracy", "unlearning_accuracy_test", "retain_accuracy", "test_accuracy", "mia", "mia_features.*"),
+    *("lira.*", "average_gap", "*_gap", "per_*", "details.*"),
+)
+
+
+LABEL_METRICS = _names("fid_*", "is_*", "precision_*", "recall_*", "*_entropy_WHEN", "retained_WHEN.*", "attacks.*")
+LABEL_METRICS += (*ACCURACIES, "accuracy", "fidelity.*", "judge.*")
+
+
 IMAGE_SETTINGS = {
     "settings": "barrier_diffusers.evaluation.settings:EvaluateConfig",
     "filled": JUDGED | {"lora_weights"},
@@ -94,6 +132,7 @@ WORKFLOWS: dict[str, tuple[Stage, ...]] = {
             script="train_scripts/unlearn_sd.py",
             settings="barrier_diffusers.workflow.settings:UnlearnConfig",
             result="metrics.json",
+            metrics=(*ACCURACIES, *TRAINING),
             fill=_cache,
             needed=lambda plan: not _judges_images(plan),
         ),
@@ -112,6 +151,7 @@ WORKFLOWS: dict[str, tuple[Stage, ...]] = {
             name="evaluate",
             script="train_scripts/evaluate_sd.py",
             result="metrics.json",
+            metrics=IMAGE_METRICS,
             keep=("images",),
             **IMAGE_SETTINGS,  # type: ignore[arg-type]
         ),
@@ -122,12 +162,14 @@ WORKFLOWS: dict[str, tuple[Stage, ...]] = {
             script="classification_ext/train.py",
             settings="classification_ext.settings:TrainConfig",
             result="metrics.json",
+            metrics=(*CLASSIFIER_METRICS, *TRAINING),
         ),
         Stage(
             name="retrain",
             script="classification_ext/unlearn.py",
             settings="classification_ext.settings:UnlearnConfig",
             result="metrics.json",
+            metrics=(*CLASSIFIER_METRICS, *(f"before.{name}" for name in CLASSIFIER_METRICS), *TRAINING),
             shared=_like_unlearn("pretrained_model_name_or_path", *LABELLED, *FORGOTTEN),
         ),
         Stage(
@@ -135,6 +177,7 @@ WORKFLOWS: dict[str, tuple[Stage, ...]] = {
             script="classification_ext/unlearn.py",
             settings="classification_ext.settings:UnlearnConfig",
             result="metrics.json",
+            metrics=(*CLASSIFIER_METRICS, *(f"before.{name}" for name in CLASSIFIER_METRICS), *TRAINING),
             shared={"pretrained_model_name_or_path": "train", **{name: f"train.{name}" for name in LABELLED}},
         ),
         Stage(
@@ -142,6 +185,7 @@ WORKFLOWS: dict[str, tuple[Stage, ...]] = {
             script="classification_ext/evaluate.py",
             settings="classification_ext.settings:EvaluateConfig",
             result="evaluation.json",
+            metrics=tuple(f"metrics.{name}" for name in CLASSIFIER_METRICS),
             filled=JUDGED,
             fill=_judged_classifier,
             shared=_like_unlearn(*LABELLED, *FORGOTTEN),
@@ -158,6 +202,7 @@ WORKFLOWS: dict[str, tuple[Stage, ...]] = {
             script="ddpm_ext/unlearn.py",
             settings="ddpm_ext.settings:UnlearnConfig",
             result="metrics.json",
+            metrics=(*LABEL_METRICS, *TRAINING),
             fill=_cache,
             shared={"pretrained_model_name_or_path": "train"},
         ),
@@ -173,6 +218,7 @@ WORKFLOWS: dict[str, tuple[Stage, ...]] = {
             script="ddpm_ext/evaluate.py",
             settings="ddpm_ext.settings:EvaluateConfig",
             result="evaluation.json",
+            metrics=LABEL_METRICS,
             filled=JUDGED | {"data"},
             fill=_judged_ddpm,
             shared={"concept": "unlearn.concept", "base_model": "unlearn.pretrained_model_name_or_path"},

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from barrier_diffusers.utils.files import file_hash, remove, write_json
 from barrier_diffusers.utils.installation import shipped
 from barrier_diffusers.utils.run_records import package_versions
 
-SKIPPED = ("cache", "logs", "checkpoints")  # folders in a result that are no part of it
+SKIPPED = ("cache", "logs", "checkpoints")  # folders at the top of a result that are no part of it
 
 
 WITHOUT_EFFECT = frozenset(  # settings that change no number of a result
@@ -39,6 +40,7 @@ class Stage:
     script: str  # path in the repository
     settings: str  # "module:class" of its dataclass
     result: str | None = None  # JSON file in its output folder with its numbers
+    metrics: tuple[str, ...] = ()  # names of these numbers, * for labels and the like: what a sweep may ask for
     filled: frozenset[str] = frozenset(("output_dir",))  # settings that the workflow decides
     fill: Callable[[Any], dict[str, Any]] = field(default=lambda plan: {})  # the values of all but output_dir
     # setting -> "STAGE.SETTING" whose value it has, or "STAGE" whose folder it is, unless it is given one of its own
@@ -70,12 +72,12 @@ class Stage:
 
 
 def content_hash(path: Path, without: Sequence[str] = ()) -> str:
-    """SHA-256 of a file, or of all names and files of a folder but hidden ones and those of caches, logs, checkpoints.
+    """SHA-256 of a file, or of all names and files of a folder but hidden ones; links are followed.
 
     A file is not read again while its size and time of change stay the same.
 
     Args:
-        without: names in the folder that do not count either.
+        without: names at the top of the folder that do not count.
     """
     if path.is_file():
         status = path.stat()
@@ -83,13 +85,16 @@ def content_hash(path: Path, without: Sequence[str] = ()) -> str:
         if key not in _known:
             _known[key] = file_hash(path)
         return _known[key]
-    digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")):
-        parts = file.relative_to(path).parts
-        hidden = any(part.startswith(".") or part in SKIPPED for part in parts)
-        if hidden or parts[0] in without or not file.is_file():
-            continue
-        digest.update(f"{'/'.join(parts)} {content_hash(file)}\n".encode())
+    digest, seen = hashlib.sha256(), set[str]()
+    for folder, subfolders, names in os.walk(path, followlinks=True):
+        real, top = os.path.realpath(folder), Path(folder) == path
+        kept = [name for name in subfolders if not (name.startswith(".") or top and name in without)]
+        subfolders[:] = sorted(kept) if real not in seen else []  # a link may lead to a folder above
+        seen.add(real)
+        for name in sorted(names):
+            file = Path(folder, name)
+            if not (name.startswith(".") or top and name in without) and file.is_file():
+                digest.update(f"{file.relative_to(path).as_posix()} {content_hash(file)}\n".encode())
     return digest.hexdigest()
 
 
@@ -162,7 +167,9 @@ class Record:
     @property
     def complete(self) -> bool:
         """Whether the stage has ended well and its result is as it left it."""
-        return bool(self.content.get("complete")) and self.content["output"] == content_hash(self.folder, self.keep)
+        return bool(self.content.get("complete")) and self.content["output"] == content_hash(
+            self.folder, (*SKIPPED, *self.keep)
+        )
 
     def check_owner(self) -> None:
         """Refuse a folder that no workflow made.
@@ -172,6 +179,9 @@ class Record:
         """
         if not self.content and self._own():
             raise ValueError(f"{str(self.folder)!r} holds files that no workflow left there: name another output_dir")
+
+    def _output(self) -> str:
+        return content_hash(self.folder, (*SKIPPED, *self.keep))
 
     def _own(self) -> list[Path]:
         paths = list(self.folder.iterdir()) if self.folder.is_dir() else []
@@ -209,7 +219,6 @@ class Record:
         Args:
             inputs: of the stage as they are now.
         """
-        output = content_hash(self.folder, self.keep)
-        self.content = {**self.content, "complete": True, "output": output, "seconds": round(seconds, 1)}
+        self.content = {**self.content, "complete": True, "output": self._output(), "seconds": round(seconds, 1)}
         write_json(self.path, self.content)
         return differences(self.content["inputs"], inputs)

@@ -1,12 +1,15 @@
 """Run a sweep file through Optuna: many workers share one journal file, and a killed worker's trial is retried.
 
-Who wants a trial takes the claim lock, so that no two workers count or draw at once. A running trial's worker touches
-a file every few seconds; a trial whose file is older than the grace period is given to the next worker. Ages are
-differences of times that the file system itself noted, so clocks of several machines need not agree.
+The journal is Optuna's storage for a folder that several machines share. Optuna's heartbeat belongs to its data base
+storage, and SQLite's locks fail on network file systems, so a worker's sign of life is a file here, which it touches
+every few seconds; what a worker left is queued again by Optuna's callback. Ages are differences of times that the file
+system itself noted, so clocks of several machines need not agree. Who wants a trial takes the claim lock, so that no
+two workers count or draw at once.
 """
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 import warnings
@@ -18,15 +21,15 @@ from typing import Any
 
 from optuna.samplers import BaseSampler, GridSampler, RandomSampler, TPESampler
 from optuna.storages import JournalStorage, RetryHeartbeatStaleTrialCallback
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from barrier_diffusers.utils.checks import require_positive
 from barrier_diffusers.utils.run_records import fingerprint
 from barrier_diffusers.workflow.processes import Stopped
 from barrier_diffusers.workflow.sweep_file import Sweep, encode
-from barrier_diffusers.workflow.tracking import require_metric
-from barrier_diffusers.workflow.workflow import HASH, Workflow, parse_workflow, run_workflow
+from barrier_diffusers.workflow.tracking import UnknownMetric, require_metric
+from barrier_diffusers.workflow.workflow import HASH, Workflow, check_metric, parse_workflow, run_workflow
 
 try:
     import optuna
@@ -83,13 +86,16 @@ def sampler_of(sweep: Sweep, seed: int, num_trials: int) -> BaseSampler:
     return TPESampler(seed=seed + num_trials, constant_liar=True)
 
 
-def check_sweep(sweep: Sweep, root: Path) -> list[Workflow]:
+def check_sweep(sweep: Sweep, root: Path, axes: Sequence[str] = ()) -> list[Workflow]:
     """The workflows of all trials of a grid, or of one trial in the middle of every range, with all their checks.
 
     Of a grid of more than MANY_TRIALS, every value is tried once, beside the first values of the other parameters.
 
+    Args:
+        axes: metrics that are drawn against each other.
+
     Raises:
-        ValueError: a trial that no workflow accepts, or one without a folder of its own.
+        ValueError: a trial that no workflow accepts, one without a folder of its own, or a metric that no trial has.
     """
     if sweep.method == "grid":
         points = sweep.grid()
@@ -106,6 +112,9 @@ def check_sweep(sweep: Sweep, root: Path) -> list[Workflow]:
             workflows.append(parse_workflow(sweep.command_line(point), root))
         except Exception as error:
             raise ValueError(f"trial {' '.join(sweep.flags(point))}: {error}") from error
+        check_metric(workflows[-1], sweep.metric, "metric")
+        for name in axes:
+            check_metric(workflows[-1], name, "trade_off")
     return workflows
 
 
@@ -143,11 +152,12 @@ class Worker:
         self.journal = self.output / JOURNAL_NAME
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-        self._retry = RetryHeartbeatStaleTrialCallback()
+        self._retry = RetryHeartbeatStaleTrialCallback(max_retry=config.max_retries)
+        lock = JournalFileSymlinkLock(str(self.journal))
         with self._claim():
-            self._mend_journal()
+            self._mend_journal(lock)
             self.study = optuna.create_study(
-                storage=JournalStorage(JournalFileBackend(str(self.journal))),
+                storage=JournalStorage(JournalFileBackend(str(self.journal), lock)),
                 study_name=sweep.name,
                 direction=sweep.goal,
                 load_if_exists=True,
@@ -167,14 +177,24 @@ class Worker:
         finally:
             lock.release()
 
-    def _mend_journal(self) -> None:
-        """Cut off the end of a line that a killed worker, or a full disk, left unfinished."""
+    def _mend_journal(self, lock: JournalFileSymlinkLock) -> None:
+        """Cut off the end of a line that a killed worker, or a full disk, left unfinished.
+
+        Optuna reads past such an end, but the next writer would go on in the same line, which nobody can read then.
+
+        Args:
+            lock: of all who write to the journal, as a line that is being written is unfinished, too.
+        """
         if not self.journal.is_file():
             return
-        content = self.journal.read_bytes()
-        if content and not content.endswith(b"\n"):
-            with self.journal.open("r+b") as file:
-                file.truncate(content.rfind(b"\n") + 1)
+        lock.acquire()
+        try:
+            content = self.journal.read_bytes()
+            if content and not content.endswith(b"\n"):
+                with self.journal.open("r+b") as file:
+                    file.truncate(content.rfind(b"\n") + 1)
+        finally:
+            lock.release()
 
     def _alive(self, number: int) -> Path:
         return self.output / ALIVE / f"trial-{number}"
@@ -190,13 +210,14 @@ class Worker:
         return [trial for trial, path in files if not path.is_file() or now - path.stat().st_mtime > limit]
 
     def _give_back(self, trial: FrozenTrial, why: str) -> None:
-        """End a trial that has no worker, and queue its settings again."""
-        queued = trial.number in retried(self.study.get_trials(deepcopy=False))
-        again = queued or len(RetryHeartbeatStaleTrialCallback.retry_history(trial)) < self.config.max_retries
-        if again and not queued:
-            self._retry(self.study, trial)
+        """End a trial that has no worker, and queue its settings again unless that was done too often."""
+        if not self._queued_again(trial):  # else who did so was killed before the trial was ended
+            self._retry(self.study, copy.deepcopy(trial))  # a copy, as it appends to a list of the trial
         self.study.tell(trial.number, state=TrialState.FAIL)
-        print(f"trial {trial.number}: {why}" + ("; queued again" if again else ""), flush=True)
+        print(f"trial {trial.number}: {why}" + ("; queued again" if self._queued_again(trial) else ""), flush=True)
+
+    def _queued_again(self, trial: FrozenTrial) -> bool:
+        return trial.number in retried(self.study.get_trials(deepcopy=False))
 
     def _taken(self) -> int:
         """Trials that count: all but those that were queued again."""
@@ -241,6 +262,7 @@ class Worker:
 
         Raises:
             Stopped: a signal came; the trial is queued again.
+            UnknownMetric: the workflow has no such number.
         """
         print(f"trial {trial.number}: {' '.join(self.sweep.flags(trial.user_attrs['settings']))}", flush=True)
         ended = threading.Event()
@@ -252,6 +274,9 @@ class Worker:
             with self._claim():
                 self._give_back(self.study.trials[trial.number], str(stopped))
             raise
+        except UnknownMetric as error:
+            self._tell(trial, None, str(error))
+            raise  # no other trial has it either
         except (ValueError, OSError) as error:
             self._tell(trial, None, str(error))
             print(f"trial {trial.number}: failed, {error}", flush=True)

@@ -25,15 +25,19 @@ class TrackConfig:
     project: str = "barrier_diffusers"  # of wandb
 
 
+class UnknownMetric(ValueError):
+    """The numbers of a workflow do not have the one that was asked for."""
+
+
 def require_metric(metrics: Mapping[str, float], name: str) -> float:
     """The metric of that name.
 
     Raises:
-        ValueError: there is none; those with the most similar names.
+        UnknownMetric: there is none; those with the most similar names.
     """
     if name not in metrics:
         near = difflib.get_close_matches(name, metrics, 5, 0.3)
-        raise ValueError(f"the workflow gave no {name!r}; of its {len(metrics)} numbers the nearest are {near}")
+        raise UnknownMetric(f"the workflow gave no {name!r}; of its {len(metrics)} numbers the nearest are {near}")
     return metrics[name]
 
 
@@ -41,7 +45,7 @@ def score_of(metrics: Mapping[str, float], weights: Mapping[str, float]) -> floa
     """The weighted sum of metrics; None without weights.
 
     Raises:
-        ValueError: a metric that the workflow did not give.
+        UnknownMetric: a metric that the workflow did not give.
     """
     for name in weights:
         require_metric(metrics, name)

@@ -6,6 +6,7 @@ Its output_dir holds a folder per stage with the stage's result, `stages` with w
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -21,7 +23,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from barrier_diffusers.utils.checks import flat, require_positive
-from barrier_diffusers.utils.command_line import config_from
+from barrier_diffusers.utils.command_line import config_from, join_lists, list_fields
 from barrier_diffusers.utils.files import remove, require_writable, write_json
 from barrier_diffusers.utils.installation import resolve_named_files, shipped
 from barrier_diffusers.workflow.definitions import WORKFLOWS
@@ -63,15 +65,19 @@ class WorkflowConfig:
     track: TrackConfig = field(default_factory=TrackConfig)
 
     def __post_init__(self) -> None:
-        check_stages(self.kind, self.stages or [])
+        check_stages(self.kind, self.stages)
         if self.unlearned_dir and not Path(self.unlearned_dir).is_dir():
             raise ValueError(f"unlearned_dir {self.unlearned_dir!r} does not exist")
 
 
-def check_stages(kind: str, stages: Sequence[str]) -> None:
-    """A ValueError for a stage that the kind does not have."""
+def check_stages(kind: str, stages: Sequence[str] | None) -> None:
+    """A ValueError for a stage that the kind does not have, or an empty list."""
+    if stages is None:
+        return
     known = [stage.name for stage in WORKFLOWS[kind]]
     unknown = [str(name) for name in stages if name not in known]
+    if not stages:
+        raise ValueError(f"stages is empty: leave it out for all, or name some of {', '.join(known)}")
     if unknown:
         raise ValueError(f"unknown stage {', '.join(unknown)}; {kind!r} has {', '.join(known)}")
 
@@ -99,6 +105,11 @@ class Workflow:
     def names(self) -> list[str]:
         """The stages' names."""
         return [stage.name for stage in self.stages]
+
+    def results(self) -> dict[str, Path]:
+        """Name of a stage that leaves numbers -> the JSON file with them."""
+        stages = [stage for stage in self.stages if stage.result]
+        return {stage.name: self.output / stage.subfolder / str(stage.result) for stage in stages}
 
     def filled(self, stage: Stage) -> dict[str, Any]:
         """All settings of a stage, those that the workflow decides included."""
@@ -153,8 +164,12 @@ def parse_workflow(arguments: list[str], root: Path) -> Workflow:
     if kind not in WORKFLOWS:
         given = "no kind is given" if kind is None else f"unknown kind {kind!r}"
         raise ValueError(f"{given}: set kind to one of {', '.join(WORKFLOWS)}")
+    lists = list_fields(WorkflowConfig)
+    for stage in WORKFLOWS[kind]:
+        lists |= list_fields(stage.config_class, f"{stage.section or stage.name}.")
+    arguments = join_lists(lists, arguments)
     chosen = _peek(arguments, "stages")
-    check_stages(kind, chosen if isinstance(chosen, list) else [])
+    check_stages(kind, chosen if isinstance(chosen, list) else None)
     stages = [stage for stage in WORKFLOWS[kind] if not isinstance(chosen, list) or stage.name in chosen]
     names = [stage.name for stage in stages]
     sections = [stage for stage in stages if stage.section in ("", stage.name) or stage.section not in names]
@@ -190,6 +205,9 @@ def parse_workflow(arguments: list[str], root: Path) -> Workflow:
     workflow = Workflow(config, stages, settings, root)
     for stage in stages:
         _check(workflow, stage)
+    for metric in config.score:
+        if metric.partition(".")[0] in names:
+            check_metric(workflow, metric, "score")
     return workflow
 
 
@@ -281,6 +299,27 @@ def run_stage(workflow: Workflow, stage: Stage, lock: FolderLock) -> None:
     print(f"{stage.name}: done in {seconds:.0f} seconds", flush=True)
 
 
+def check_metric(workflow: Workflow, name: str, setting: str) -> None:
+    """Refuse a metric that no run of the workflow gives.
+
+    Args:
+        setting: which one names it.
+
+    Raises:
+        ValueError: `score` without weights, a stage that was not chosen, or a name that the stage does not have.
+    """
+    stage, _, metric = name.partition(".")
+    chosen = {stage.name: stage for stage in workflow.stages if stage.result}
+    if name == "score":
+        if not workflow.config.score:
+            raise ValueError(f"{setting} is score, but the workflow has no weights in its setting score")
+    elif stage not in chosen:
+        raise ValueError(f"{setting} {name!r} is no number of a stage; those with numbers are {', '.join(chosen)}")
+    elif not any(fnmatchcase(metric, known) for known in chosen[stage].metrics):
+        near = difflib.get_close_matches(metric, chosen[stage].metrics, 4, 0.3)
+        raise ValueError(f"{setting} {name!r} is none that {stage} gives; the nearest are {', '.join(near)}")
+
+
 def stages_to_run(workflow: Workflow) -> list[Stage]:
     """All stages, or those after `unlearn` where the unlearned result is given.
 
@@ -320,10 +359,7 @@ def run_workflow(workflow: Workflow, wait_seconds: float = 0) -> dict[str, Any]:
     with FolderLock(workflow.output, wait_seconds) as lock:
         for stage in (stage for stage in stages if stage.needed(workflow)):
             run_stage(workflow, stage, lock)
-        paths = {
-            stage.name: workflow.output / stage.subfolder / stage.result for stage in workflow.stages if stage.result
-        }
-        results = collect(paths, workflow.config.score)
+        results = collect(workflow.results(), workflow.config.score)
         before = workflow.output / RESULTS_NAME
         if not before.is_file() or json.loads(before.read_text(encoding="utf-8")) != results:
             publish(workflow.config.track, workflow.output, workflow.settings, results)
