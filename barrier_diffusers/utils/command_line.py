@@ -87,7 +87,7 @@ def join_lists(lists: Mapping[str, bool], arguments: Sequence[str]) -> list[str]
 
 def parse_config(config_class: type, arguments: list[str]) -> Any:
     """An instance of a settings dataclass from `--config FILE.yaml` and dotted flags; lists are `[A, B]` or `A B`."""
-    config_class = class_with_open_sections(config_class, join_lists(config_class, arguments))
+    config_class = class_with_open_sections(config_class, join_lists(list_fields(config_class), arguments))
     parser = ArgumentParser(exit_on_error=False, description=config_class.__doc__)
     parser.add_argument("--config", action="config", help="YAML file with any of the fields below")
     parser.add_class_arguments(config_class)
