@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from barrier_diffusers.protection.projection import RetainProjection
     from barrier_diffusers.protection.region import ForgetRegion
     from barrier_diffusers.training.steps import StepMaker
+    from barrier_diffusers.workflow.notebook import UnlearnResult, unlearn
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,8 @@ _HOMES = {
     "PipelineDenoiser": "models.denoiser",
     "RetainProjection": "protection.projection",
     "StepMaker": "training.steps",
+    "UnlearnResult": "workflow.notebook",
+    "unlearn": "workflow.notebook",
     "encode_images": "data.encoding",
     "get_architecture": "models.architectures",
     "get_objective": "objectives",
@@ -53,12 +56,14 @@ __all__ = [
     "PipelineDenoiser",
     "RetainProjection",
     "StepMaker",
+    "UnlearnResult",
     "__version__",
     "encode_images",
     "get_architecture",
     "get_objective",
     "register_architecture",
     "register_objective",
+    "unlearn",
 ]
 
 

@@ -7,6 +7,7 @@ Any field of `TrainConfig` is a dotted flag. output_dir becomes the classifier, 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,16 +18,16 @@ from barrier_diffusers.utils.command_line import run_script
 from barrier_diffusers.utils.files import write_json
 from barrier_diffusers.utils.run_records import MANIFEST_NAME, METRICS_NAME, manifest, module_hash
 from classification_ext.data import load_split, make_splits
-from classification_ext.loop import open_seeded_run
 from classification_ext.metrics import correct, predict
 from classification_ext.models import ARCHITECTURES, Classifier, build_classifier
 from classification_ext.settings import TrainConfig
-from classification_ext.supervised import fit
+from classification_ext.supervised import fit, open_seeded_run
 
 
 def main(config: TrainConfig) -> None:
     """Load -> build -> train -> test -> save."""
-    accelerator, output = open_seeded_run(config)
+    trainer = open_seeded_run(config)
+    accelerator, output = trainer.accelerator, Path(config.output_dir)
     side, channels = config.resolution, config.num_channels
     with accelerator.main_process_first():
         if config.model_name_or_path not in ARCHITECTURES:  # what is fine-tuned says itself what it reads
@@ -39,7 +40,7 @@ def main(config: TrainConfig) -> None:
         splits = make_splits(train, test, config)
         train, test = splits.retain, splits.test
     model = build_classifier(config.model_name_or_path, names, side, channels, config.seed)
-    loop, seconds = fit(accelerator, config, config, model, train)
+    seconds = fit(trainer, config, recipe=config, model=model, images=train)
     if not accelerator.is_main_process:
         return
     if config.save_dtype == "fp16" and isinstance(model, Classifier):
@@ -55,11 +56,11 @@ def main(config: TrainConfig) -> None:
         scores[f"{name}_per_label"] = {
             label: share(right[images.rows_of(label).numpy()])["value"] for label in present
         }
-    facts = {"num_steps": loop.max_steps, "seconds_training": seconds}
-    loss_curves(loop.history.values, output / "loss_curves.png")
+    facts = {"num_steps": trainer.max_steps, "seconds_training": seconds}
+    loss_curves(trainer.history.values, output / "loss_curves.png")
     write_json(output / METRICS_NAME, {**scores, **facts})
     hashes = {**digests, "model": module_hash(model)}
-    write_json(output / MANIFEST_NAME, manifest(config, hashes, **facts, history=loop.history.values))
+    write_json(output / MANIFEST_NAME, manifest(config, hashes, **facts, history=trainer.history.values))
     said = ", ".join(f"{name} {scores[f'{name}_accuracy']['value']:.2f} %" for name in ("train", "test"))
     print(f"accuracy: {said}; {seconds:.0f} s on {torch.get_num_threads()} threads\nclassifier: {output}")
     accelerator.end_training()

@@ -22,10 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from barrier_diffusers.data.labelled_images import LabelledImages, LabelledSource, as_pixels, load_labelled
 from barrier_diffusers.evaluation.pictures import loss_curves
 from barrier_diffusers.models.loading import module_hashes
-from barrier_diffusers.training.checkpoints import Checkpoints
-from barrier_diffusers.training.loop import History, endless, train
-from barrier_diffusers.training.runs import open_run, schedule_of
-from barrier_diffusers.training.scratch import Averages
+from barrier_diffusers.training.trainer import Averages, Trainer, open_run
 from barrier_diffusers.utils.command_line import run_script
 from barrier_diffusers.utils.files import write_json
 from barrier_diffusers.utils.run_records import MANIFEST_NAME, manifest
@@ -79,7 +76,7 @@ def plain_attention(unet: nn.Module) -> None:
             module.set_processor(AttnProcessor())
 
 
-def batches(rows: LabelledImages, config: TrainConfig) -> DataLoader:
+def shuffled(rows: LabelledImages, config: TrainConfig) -> DataLoader:
     """Shuffled (bytes, labels) in an order that depends on the seed alone."""
     generator = torch.Generator().manual_seed(config.seed)
     pairs = TensorDataset(rows.images, rows.labels)
@@ -88,9 +85,8 @@ def batches(rows: LabelledImages, config: TrainConfig) -> DataLoader:
 
 def main(config: TrainConfig) -> None:
     """Load -> train -> save the averaged weights as a pipeline."""
-    accelerator, output = open_run(config), Path(config.output_dir)
-    checkpoints = Checkpoints(accelerator, output, config, config.checkpoints_total_limit)
-    checkpoint = checkpoints.find(config.resume_from_checkpoint)
+    trainer = Trainer(open_run(config), config)
+    accelerator, output = trainer.accelerator, Path(config.output_dir)
     with accelerator.main_process_first():
         rows = training_rows(config)
     set_seed(config.seed)
@@ -102,24 +98,20 @@ def main(config: TrainConfig) -> None:
     pipeline = ClassConditionalDDPMPipeline(unet, sampler, rows.names, config.unet.patch_size)
     if accelerator.process_index:
         set_seed(config.seed + accelerator.process_index)
+    unet.to(accelerator.device)
     parameters = list(unet.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.adam_weight_decay)
-    model, optimizer, loader = accelerator.prepare(unet, optimizer, batches(rows, config))
-    steps_per_epoch = -(-len(loader) // config.gradient_accumulation_steps)
-    max_steps = config.max_train_steps or config.num_train_epochs * steps_per_epoch
-    schedule = schedule_of(config, optimizer, max_steps, accelerator.num_processes)
-    schedule = accelerator.prepare(schedule)
     averages = Averages(parameters, decay=config.ema_decay, use_ema_warmup=True, power=0.75)
     averages.to(accelerator.device)
-    optimizer.optimizer.register_step_post_hook(lambda *_: averages.step(parameters))
-    checkpoints.states["history"] = history = History()
-    checkpoints.states["averages"] = averages
-    accelerator.init_trackers("logs")
-    first = checkpoints.load(checkpoint, max_steps) if checkpoint else 0
-    stream = endless(loader, first * config.gradient_accumulation_steps)
+    optimizer.register_step_post_hook(lambda *_: averages.step(parameters))
+    trainer.checkpoints.states["averages"] = averages
+    (batches,) = trainer.prepare(
+        models=[unet], parameters=parameters, optimizer=optimizer, loaders=[shuffled(rows, config)]
+    )
+    model = trainer.models[0].train()
 
     def noise_error(step: int) -> dict[str, Tensor]:
-        images, labels = next(stream)
+        images, labels = next(batches)
         pixels = as_pixels(images)
         if config.random_flip:
             mirrored = torch.rand(len(pixels), 1, 1, 1, device=pixels.device) < 0.5
@@ -131,33 +123,19 @@ def main(config: TrainConfig) -> None:
         prediction = model(noising.add_noise(clean, noise, timesteps), timesteps, class_labels=condition).sample
         return {"loss": F.mse_loss(prediction.float(), noise)}
 
-    model.train()
-    seconds = train(
-        accelerator,
-        [model],
-        parameters,
-        optimizer,
-        schedule,
-        noise_error,
-        config,
-        checkpoints,
-        history,
-        range(first, max_steps),
-        desc="training",
-    )
+    seconds = trainer.fit(noise_error, desc="training")
     if accelerator.is_main_process:
-        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         averages.copy_to(parameters)
-        losses = history.values["loss"][-100:]
+        last = trainer.history.values["loss"][-100:]
         facts = {
-            "num_steps": max_steps,
+            "num_steps": trainer.max_steps,
             "seconds_training": seconds,
             "num_images": len(rows),
             "num_parameters": sum(parameter.numel() for parameter in parameters),
-            "loss_of_the_last_100_steps": round(sum(losses) / len(losses), 5),
+            "loss_of_the_last_100_steps": round(sum(last) / len(last), 5),
         }
         pipeline.to(getattr(torch, config.save_dtype)).save_pretrained(output)
-        loss_curves(history.values, output / "loss_curves.png")
+        loss_curves(trainer.history.values, output / "loss_curves.png")
         hashes = {"data": rows.digest(), **module_hashes(pipeline)}
         write_json(output / MANIFEST_NAME, manifest(config, hashes, **facts))
         print(f"pipeline: {output}")

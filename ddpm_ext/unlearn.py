@@ -8,18 +8,19 @@ pipeline, with metrics.json, manifest.json and the pictures beside it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
 from barrier_diffusers import Barrier
 from barrier_diffusers.evaluation.erasure import generate_cached
-from barrier_diffusers.evaluation.judge import Judge, as_rgb
 from barrier_diffusers.evaluation.pictures import before_after_grid, loss_curves, strip
 from barrier_diffusers.evaluation.report import REPORT_NAME, write_report
 from barrier_diffusers.evaluation.tables import print_metrics
@@ -27,17 +28,15 @@ from barrier_diffusers.models.generation import generate
 from barrier_diffusers.models.loading import module_hashes
 from barrier_diffusers.objectives import Objective
 from barrier_diffusers.protection.targets import Snapshots, snapshot_of
-from barrier_diffusers.training.checkpoints import Checkpoints
-from barrier_diffusers.training.preparation import rates_of_maps
-from barrier_diffusers.training.runs import open_run
-from barrier_diffusers.training.unlearn import unlearn
+from barrier_diffusers.training.trainer import Trainer, open_run
+from barrier_diffusers.training.unlearn import Unlearner, rates_of_maps
 from barrier_diffusers.utils.command_line import run_script
 from barrier_diffusers.utils.files import write_json
 from barrier_diffusers.utils.run_records import MANIFEST_NAME, METRICS_NAME, fingerprint, manifest
 from ddpm_ext.attacks import Images, attack_images, run_attacks
 from ddpm_ext.diffusion import LabelDenoiser, LabelRows, UnlearningRows, draw
 from ddpm_ext.loading import load_pipeline, load_rows
-from ddpm_ext.metrics import EvaluationLabels, evaluate, make_evaluation_labels, make_judge, real_images
+from ddpm_ext.metrics import EvaluationLabels, Judge, as_rgb, evaluate, make_evaluation_labels, real_images
 from ddpm_ext.pipeline import ClassConditionalDDPMPipeline
 from ddpm_ext.settings import UnlearnConfig, chosen_objective
 
@@ -57,10 +56,20 @@ def unlearning_rows(
         raise ValueError("every label is to be forgotten: nothing is left to retain")
     forget = draw(data, forget_ids, config.max_forget_images, generator)
     null = pipeline.null_label if objective.needs_unconditional else None
-    anchors = anchor_ids(config, forget.labels, forget_ids, retain_ids, data.names, generator)
+    anchors = anchor_ids(
+        config,
+        forget.labels,
+        forget_ids=forget_ids,
+        retain_ids=retain_ids,
+        names=data.names,
+        generator=generator,
+    )
     with_images = not objective.samples_from_model or config.saliency_mask is not None
     rows = LabelRows(
-        forget.labels, forget.images if with_images else None, anchors if objective.needs_anchor else None, null
+        forget.labels,
+        images=forget.images if with_images else None,
+        anchors=anchors if objective.needs_anchor else None,
+        null_label=null,
     )
     if not config.needs_retain:
         return UnlearningRows(rows, None)
@@ -84,7 +93,7 @@ def anchor_ids(
     Raises:
         ValueError: an anchor that there is not.
     """
-    anchors = [anchor for anchor in config.objective.anchors_of(config.concepts, labels=True) if anchor is not None]
+    anchors = [anchor for anchor in config.objective.anchors_of(config.concepts) if anchor is not None]
     if not anchors:
         return torch.tensor(retain_ids)[torch.randint(len(retain_ids), (len(labels_N),), generator=generator)]
     for anchor in anchors:
@@ -97,112 +106,151 @@ def anchor_ids(
 @torch.no_grad()
 def relative_drifts(barrier: Barrier, before: Snapshots) -> dict[str, float]:
     """|W - W0| / |W0| of every map, with or without a protection."""
-    pairs = [(entry.layer.weight.float(), before[entry.name][0].float()) for entry in barrier.maps]
+    pairs = [(linear_map.layer.weight.float(), before[linear_map.name][0].float()) for linear_map in barrier.maps]
     ratios = torch.stack([(now - then).norm() / then.norm() for now, then in pairs]).tolist()
-    return {entry.name: round(value, 6) for entry, value in zip(barrier.maps, ratios, strict=True)}
+    return {linear_map.name: round(value, 6) for linear_map, value in zip(barrier.maps, ratios, strict=True)}
 
 
 @dataclass
-class Job:
-    """What a run started from, as far as its end asks for it again."""
+class LoadedModel:
+    """The pipeline that is unlearned."""
 
-    config: UnlearnConfig
-    output: Path
-    cache: Path
     pipeline: ClassConditionalDDPMPipeline
-    barrier: Barrier
-    snapshots: Snapshots
-    judge: Judge | None
+    barrier: Barrier  # of its UNet; fitted once it is protected
+    hashes: dict[str, str]  # part -> SHA-256 of its weights, before anything changes
+    snapshots: Snapshots  # of the maps' weights
+
+
+@dataclass
+class Before:
+    """What the pipeline is asked before and after, and its answers; images in the main process alone."""
+
     questions: EvaluationLabels
-    before: np.ndarray  # images (N, S, S, C) of the questions' labels
-    real: np.ndarray | None
-    attack_images: Images
-    base_hash: str
+    judge: Judge | None
+    images: np.ndarray  # (N, S, S, C) of the questions' labels
+    real: np.ndarray | None = None
+    attack_images: Images = field(default_factory=dict)
 
 
-def finish(job: Job, history: dict[str, list[float]], facts: dict[str, Any]) -> None:
-    """Save the weights first, then look at what they do: images after, metrics, pictures, manifest, attacks."""
-    config, output, pipeline = job.config, job.output, job.pipeline
-    pipeline.unet.eval()
-    (job.barrier if config.protected else config.barrier).save_pretrained(output)
-    trained, everything = job.barrier.num_trainable, sum(p.numel() for p in pipeline.unet.parameters())
+def load_model(config: UnlearnConfig, device: torch.device) -> LoadedModel:
+    """The pipeline on its device, everything frozen but the targets."""
+    pipeline = load_pipeline(config.pretrained_model_name_or_path).to(device)
+    barrier = Barrier(pipeline.unet, config.barrier)
+    rates_of_maps(barrier.maps, config.learning_rates)  # an error now, not after the data is read
+    snapshots = {linear_map.name: snapshot_of(linear_map.layer) for linear_map in barrier.maps}
+    return LoadedModel(pipeline, barrier, module_hashes(pipeline), snapshots)
+
+
+def look_before(config: UnlearnConfig, model: LoadedModel, accelerator: Accelerator) -> Before:
+    """What the pipeline draws before it changes; then every process gets random numbers of its own, the first those
+    that a single one would have."""
+    pipeline, evaluation = model.pipeline, config.evaluation
+    judge = Judge(evaluation, pipeline.labels) if evaluation.judge else None
+    before = Before(make_evaluation_labels(evaluation, pipeline.labels, config.concepts), judge, np.empty(0))
+    if accelerator.is_main_process:
+        if judge is not None:
+            before.real = real_images(evaluation, config.data, pipeline, config.concepts)
+        before.attack_images = attack_images(evaluation, config.data, pipeline, config.concepts)
+        before.images = generate_cached(
+            pipeline,
+            before.questions.labels,
+            sampling=evaluation.sampling,
+            cache=cache_of(config),
+            model_hash=fingerprint(model.hashes),
+        )
+    accelerator.wait_for_everyone()
+    if accelerator.process_index:
+        set_seed(config.seed + accelerator.process_index)
+    return before
+
+
+def cache_of(config: UnlearnConfig) -> Path:
+    """Folder of what is computed once from the base model."""
+    return Path(config.cache_dir or Path(config.output_dir) / "cache")
+
+
+def validate(config: UnlearnConfig, pipeline: ClassConditionalDDPMPipeline, step: int) -> None:
+    """Sample the validation labels as the pipeline is now."""
+    images = generate(pipeline, config.validation_prompt, config.evaluation.sampling, desc="validation")
+    strip(images, config.validation_prompt, Path(config.output_dir) / "validation" / f"step-{step:06d}.png")
+
+
+def save_weights(config: UnlearnConfig, model: LoadedModel, results: dict[str, Any]) -> dict[str, Any]:
+    """Write the barrier and the pipeline; the results without the history, and what trained how far."""
+    output, barrier, unet = Path(config.output_dir), model.barrier, model.pipeline.unet.eval()
+    (barrier if config.protected else config.barrier).save_pretrained(output)
+    trained, everything = barrier.num_trainable, sum(parameter.numel() for parameter in unet.parameters())
+    facts = {key: value for key, value in results.items() if key != "history"}
     facts |= {"num_trainable": trained, "num_parameters": everything}
     facts |= {"percent_trainable": round(100 * trained / everything, 4)}
-    facts["drift"] = relative_drifts(job.barrier, job.snapshots)
-    job.barrier.remove()
-    pipeline.save_pretrained(output)
-    after = generate(pipeline, job.questions.labels, config.evaluation.sampling, desc="images after")
-    was, now = as_rgb(job.before), as_rgb(after)
-    before_after_grid(was, now, job.questions.labels, job.questions.forgotten, output / "before_after.png")
+    facts["drift"] = relative_drifts(barrier, model.snapshots)
+    barrier.remove()
+    model.pipeline.save_pretrained(output)
+    return facts
+
+
+def judge_after(
+    config: UnlearnConfig, model: LoadedModel, before: Before, history: dict[str, list[float]], facts: dict[str, Any]
+) -> None:
+    """The same labels after, what the judge says of them, pictures, manifest, and at last the attacks."""
+    output, pipeline, questions = Path(config.output_dir), model.pipeline, before.questions
+    after = generate(pipeline, questions.labels, config.evaluation.sampling, desc="images after")
+    was, now = as_rgb(before.images), as_rgb(after)
+    before_after_grid(was, now, questions.labels, questions.forgotten, output / "before_after.png")
     loss_curves(history, output / "loss_curves.png")
     metrics: dict[str, Any] = {"num_images": len(after), **facts}
-    if job.judge is not None:
-        metrics = {
-            **evaluate(config.evaluation, job.judge, job.questions, job.before, after, job.real, job.cache),
-            **facts,
-        }
-        print_metrics(metrics, config.evaluation.attribute, job.questions.forgotten)
+    if before.judge is not None:
+        scores = evaluate(
+            before.judge,
+            questions,
+            before=before.images,
+            after=after,
+            real=before.real,
+            cache=cache_of(config),
+        )
+        metrics = {**scores, **facts}
+        print_metrics(metrics, config.evaluation.attribute, questions.forgotten)
     write_json(output / METRICS_NAME, metrics)
-    hashes = {"base_denoiser": job.base_hash, **module_hashes(pipeline)}
+    hashes = {"base_denoiser": model.hashes["unet"], **module_hashes(pipeline)}
     write_json(output / MANIFEST_NAME, manifest(config, hashes, history=history, **facts))
-    if job.attack_images and job.judge is not None:
-        place = (job.judge, job.questions, after, output)
-        metrics |= run_attacks(pipeline, config.evaluation, job.attack_images, *place)
+    if before.attack_images and before.judge is not None:
+        metrics |= run_attacks(
+            pipeline,
+            config.evaluation,
+            images=before.attack_images,
+            judge=before.judge,
+            questions=questions,
+            plain=after,
+            output=output,
+        )
         write_json(output / METRICS_NAME, metrics)
-    print(f"pipeline: {output}\npicture:  {output / 'before_after.png'}")
-    print(f"report:   {write_report([output], output / REPORT_NAME)}")
 
 
 def main(config: UnlearnConfig) -> None:
-    """Load -> before -> protect -> train -> save -> after."""
+    """Load -> encode -> protect -> train -> save -> judge."""
     objective = chosen_objective(config)
-    accelerator = open_run(config)
-    output, device = Path(config.output_dir), accelerator.device
-    checkpoints = Checkpoints(accelerator, output, config, config.checkpoints_total_limit)
-    checkpoint = checkpoints.find(config.resume_from_checkpoint)
+    trainer = Trainer(open_run(config), config)
+    accelerator, output = trainer.accelerator, Path(config.output_dir)
     set_seed(config.seed)
-    pipeline = load_pipeline(config.pretrained_model_name_or_path).to(device)
-    unet, denoiser = pipeline.unet, LabelDenoiser(pipeline)
-    hashes = module_hashes(pipeline)
-    questions = make_evaluation_labels(config.evaluation, pipeline.labels, config.concepts)
-    judge = make_judge(config.evaluation, pipeline.labels) if config.evaluation.judge else None
-    barrier = Barrier(unet, config.barrier)
-    rates_of_maps(barrier.maps, config.learning_rates)  # an error now, not after the data is read
+    model = load_model(config, accelerator.device)
     with accelerator.main_process_first():
-        rows = unlearning_rows(config, objective, pipeline)
-    cache = Path(config.cache_dir or output / "cache")
-    before, real, to_attack = np.empty(0), None, {}
-    if accelerator.is_main_process:
-        real = real_images(config.evaluation, config.data, pipeline, config.concepts) if judge else None
-        to_attack = attack_images(config.evaluation, config.data, pipeline, config.concepts)
-        made_by = fingerprint(hashes)
-        before = generate_cached(pipeline, questions.labels, config.evaluation.sampling, cache, made_by)
-    accelerator.wait_for_everyone()
-    if accelerator.process_index:  # the first process draws as a single one would, the others their own noise
-        set_seed(config.seed + accelerator.process_index)
-    snapshots = {entry.name: snapshot_of(entry.layer) for entry in barrier.maps}
-
-    def validate(step: int) -> None:
-        images = generate(pipeline, config.validation_prompt, config.evaluation.sampling, desc="validation")
-        strip(images, config.validation_prompt, output / "validation" / f"step-{step:06d}.png")
-
-    barrier, results = unlearn(
-        accelerator,
-        config,
-        objective,
-        barrier,
-        denoiser,
-        rows,
-        checkpoints,
-        checkpoint,
-        {},
-        pipeline.resolution,
-        validate,
+        rows = unlearning_rows(config, objective, model.pipeline)
+    before = look_before(config, model, accelerator)
+    unlearner = Unlearner(
+        trainer,
+        objective=objective,
+        barrier=model.barrier,
+        denoiser=LabelDenoiser(model.pipeline),
+        resolution=model.pipeline.resolution,
     )
+    unlearner.protect(rows)
+    model.barrier = unlearner.barrier
+    results = unlearner.train(rows, partial(validate, config, model.pipeline))
     if accelerator.is_main_process:
-        seen = (before, real, to_attack, hashes["unet"])
-        job = Job(config, output, cache, pipeline, barrier, snapshots, judge, questions, *seen)
-        finish(job, results.pop("history"), results)
+        facts = save_weights(config, model, results)
+        judge_after(config, model, before, history=results["history"], facts=facts)
+        print(f"pipeline: {output}\npicture:  {output / 'before_after.png'}")
+        print(f"report:   {write_report([output], output / REPORT_NAME)}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

@@ -9,7 +9,7 @@ from short_runs import BASE
 
 from barrier_diffusers import Barrier, BarrierConfig
 from barrier_diffusers.models.loading import choose_attention_backend
-from barrier_diffusers.training.runs import SHARDING, open_run
+from barrier_diffusers.training.trainer import SHARDING, open_run
 from barrier_diffusers.workflow.settings import UnlearnConfig
 
 CPU = torch.device("cpu")

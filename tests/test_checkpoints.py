@@ -18,7 +18,7 @@ from barrier_diffusers.data.concepts import write_image_folder
 from barrier_diffusers.data.encoding import cached_tensors
 from barrier_diffusers.models.publishing import save_pipeline
 from barrier_diffusers.training.checkpoints import Checkpoints, Interruption
-from barrier_diffusers.training.loop import History
+from barrier_diffusers.training.trainer import History
 from barrier_diffusers.utils.command_line import parse_config
 from barrier_diffusers.utils.files import WriteError, write_json
 from barrier_diffusers.workflow.settings import UnlearnConfig

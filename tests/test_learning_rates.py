@@ -5,7 +5,7 @@ import torch
 from ddpm_models import Place, make_pipeline
 
 from barrier_diffusers import Barrier, BarrierConfig
-from barrier_diffusers.training.preparation import parameter_groups
+from barrier_diffusers.training.unlearn import parameter_groups
 from barrier_diffusers.utils.command_line import parse_config
 from barrier_diffusers.workflow.settings import UnlearnConfig, chosen_objective
 from ddpm_ext.loading import load_pipeline

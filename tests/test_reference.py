@@ -8,7 +8,7 @@ from conftest import make_small_unet, run_unet, unet_batches
 from peft import LoraConfig
 
 from barrier_diffusers import Barrier, BarrierConfig
-from barrier_diffusers.training.reference import FrozenReference
+from barrier_diffusers.training.steps import FrozenReference
 
 TARGETS = ["attn2.to_q", "attn2.to_k", "attn2.to_v"]
 

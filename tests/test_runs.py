@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from barrier_diffusers.training.runs import schedule_of
+from barrier_diffusers.training.trainer import schedule_of
 
 
 def rates(name, warmup, num_steps, num_processes):

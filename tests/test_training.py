@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from barrier_diffusers import BarrierConfig
-from barrier_diffusers.training.loop import endless
 from barrier_diffusers.training.steps import freeze_normalisation
+from barrier_diffusers.training.trainer import endless
 from barrier_diffusers.utils.command_line import parse_config, run_script
 from barrier_diffusers.utils.files import move_into, write_json
 from barrier_diffusers.utils.run_records import claim_output_dir, manifest, module_hash

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from datasets import Dataset
 from torch import Tensor
@@ -19,15 +16,20 @@ from tqdm.auto import tqdm
 from barrier_diffusers.data.encoding import to_pixels
 from barrier_diffusers.data.readers import load_image_text
 from barrier_diffusers.evaluation.classifier import AttributeClassifier
+from barrier_diffusers.training.run_config import RunConfig, StageConfig
+from barrier_diffusers.training.trainer import ONE_CYCLE, Trainer, make_accelerator, require_usable
 from barrier_diffusers.utils.command_line import run_script
+from barrier_diffusers.utils.files import write_json
+from barrier_diffusers.utils.run_records import METRICS_NAME
 
 
-@dataclass
-class ClassifierConfig:
+@dataclass(kw_only=True)
+class ClassifierConfig(RunConfig, StageConfig):
     """Everything the classifier depends on."""
 
     train_data_dir: str = "runs/fashion_mnist"  # folder or hub name with an image column and one column per attribute
     output_dir: str = "assets/fashion_classifier"
+    overwrite_output_dir: bool = True  # False: output_dir must be new or empty. Nothing in it is deleted either way
     train_split: str = "train"
     test_split: str = "test"
     image_column: str = "image"
@@ -37,10 +39,12 @@ class ClassifierConfig:
     num_train_epochs: int = 8
     train_batch_size: int = 128
     learning_rate: float = 4e-3  # peak of the one-cycle schedule
+    lr_scheduler: str = ONE_CYCLE
     weight_decay: float = 0.02
     label_smoothing: float = 0.1
-    mixed_precision: Literal["no", "bf16"] = "bf16"
-    seed: int = 0
+    max_grad_norm: float | None = None  # None: no clipping
+    mixed_precision: Literal["no", "fp16", "bf16"] = "bf16"
+    report_to: Literal["tensorboard", "wandb", "all", "none"] = "none"
 
 
 def decode(dataset: Dataset, config: ClassifierConfig) -> Tensor:
@@ -67,57 +71,68 @@ def augment(pixels: Tensor) -> Tensor:
     return padded[..., top : top + side, left : left + side]
 
 
+def train_classifier(trainer: Trainer, config: ClassifierConfig, labels: dict[str, list[str]], train: Dataset) -> Any:
+    """A classifier of all attributes; their losses are summed."""
+    model = AttributeClassifier(labels, config.channels, config.resolution).to(memory_format=torch.channels_last)
+    indices = [torch.tensor([labels[name].index(value) for value in train[name]]) for name in labels]
+    rows = TensorDataset(decode(train, config), *indices)
+    order = torch.Generator().manual_seed(config.seed)
+    loader = DataLoader(rows, config.train_batch_size, shuffle=True, drop_last=True, generator=order)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    (batches,) = trainer.prepare(models=[model], parameters=parameters, optimizer=optimizer, loaders=[loader])
+    network = trainer.models[0].train()
+
+    def terms(step: int) -> dict[str, Tensor]:
+        images, *truth = next(batches)
+        logits = network(augment(as_pixels(images)))
+        return {
+            name: F.cross_entropy(logits[name], own, label_smoothing=config.label_smoothing)
+            for name, own in zip(labels, truth, strict=True)
+        }
+
+    trainer.fit(terms, desc="classifier")
+    return model.eval()
+
+
+def score(model: Any, config: ClassifierConfig, test: Dataset) -> dict[str, Any]:
+    """Accuracy in percent of every attribute, and of every label of the first one."""
+    predicted = model.predict(as_pixels(images) for images in decode(test, config).split(256))
+    correct = {
+        name: [says == true for says, true in zip(predicted[name], test[name], strict=True)]
+        for name in config.attributes
+    }
+    first = config.attributes[0]
+    of_label = {
+        label: [ok for ok, true in zip(correct[first], test[first], strict=True) if true == label]
+        for label in sorted(set(test[first]))
+    }
+    return {
+        "num_test_images": len(test),
+        "test_accuracy": {name: 100 * sum(values) / len(values) for name, values in correct.items()},
+        "per_label": {label: 100 * sum(values) / len(values) for label, values in of_label.items()},
+    }
+
+
 def main(config: ClassifierConfig) -> None:
-    """Train, test, save."""
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    """Load -> train -> save -> test."""
+    output = require_usable(
+        config.output_dir, config.overwrite_output_dir or config.resume_from_checkpoint is not None
+    )
+    accelerator = make_accelerator(config, logs_in=config.output_dir, data_seed=config.seed)
+    trainer = Trainer(accelerator, config)
     set_seed(config.seed)
     train = load_image_text(config.train_data_dir, config.train_split, config.image_column, config.attributes[0])
     test = load_image_text(config.train_data_dir, config.test_split, config.image_column, config.attributes[0])
     labels = {name: sorted(set(train[name])) for name in config.attributes}
-    model = AttributeClassifier(labels, config.channels, config.resolution).to(memory_format=torch.channels_last)
-    indices = [torch.tensor([labels[name].index(value) for value in train[name]]) for name in labels]
-    rows = TensorDataset(decode(train, config), *indices)
-    loader = DataLoader(rows, config.train_batch_size, shuffle=True, drop_last=True)
-    steps = config.num_train_epochs * len(loader)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=steps, pct_start=0.2)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    progress = tqdm(total=steps, desc="classifier", disable=not accelerator.is_local_main_process)
-    for _ in range(config.num_train_epochs):
-        model.train()
-        for images, *truth in loader:
-            logits = model(augment(as_pixels(images)))
-            smoothing = config.label_smoothing
-            losses = [
-                F.cross_entropy(logits[n], t, label_smoothing=smoothing) for n, t in zip(labels, truth, strict=True)
-            ]
-            accelerator.backward(torch.stack(losses).sum())
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            progress.update()
-    if not accelerator.is_main_process:
-        return
-    judge = accelerator.unwrap_model(model).eval()
-    predicted = judge.predict(as_pixels(images) for images in decode(test, config).split(256))
-    correct = {n: [p == t for p, t in zip(predicted[n], test[n], strict=True)] for n in labels}
-    accuracy = {n: 100 * sum(values) / len(values) for n, values in correct.items()}
-    first = config.attributes[0]
-    per_label = {
-        label: 100
-        * sum(ok for ok, t in zip(correct[first], test[first], strict=True) if t == label)
-        / test[first].count(label)
-        for label in labels[first]
-    }
-    judge.save_pretrained(config.output_dir)
-    report = {
-        "config": asdict(config),
-        "num_test_images": len(test),
-        "test_accuracy": accuracy,
-        "per_label": per_label,
-    }
-    Path(config.output_dir, "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
-    print("; ".join(f"{name} {value:.2f} %" for name, value in accuracy.items()), f"on {len(test)} test images")
+    model = train_classifier(trainer, config, labels, train)
+    if accelerator.is_main_process:
+        model.save_pretrained(output)
+        scores = score(model, config, test)
+        write_json(output / METRICS_NAME, {"config": asdict(config), **scores})
+        said = "; ".join(f"{name} {value:.2f} %" for name, value in scores["test_accuracy"].items())
+        print(f"{said} on {len(test)} test images")
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -7,42 +7,45 @@ exponential moving average -> pipeline folder. A VAE that is already in work_dir
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate.utils import set_seed
 from datasets import Dataset
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from barrier_diffusers.data.encoding import cached_tensors, encode_moments, image_batches, tokenize
 from barrier_diffusers.data.readers import load_image_text
 from barrier_diffusers.models.noising import sample_latents
 from barrier_diffusers.models.vocabulary import cut_clip_vocabulary, find_clip_vocabulary
-from barrier_diffusers.training.scratch import Averages, Training
+from barrier_diffusers.training.run_config import RunConfig, StageConfig
+from barrier_diffusers.training.trainer import ONE_CYCLE, Averages, Trainer, make_accelerator, require_usable
 from barrier_diffusers.utils.checks import require_positive
 from barrier_diffusers.utils.command_line import run_script
 from barrier_diffusers.utils.files import require_writable, write_json, written_whole
 from barrier_diffusers.utils.run_records import fingerprint
 
 
-@dataclass
-class VaeConfig:
+@dataclass(kw_only=True)
+class VaeConfig(StageConfig):
     """The autoencoder: 32 x 32 pixels <-> 4 x 8 x 8 latents with three levels."""
 
     block_out_channels: list[int] = field(default_factory=lambda: [24, 48, 64])  # halves the side at each step but one
     latent_channels: int = 4
-    max_train_steps: int = 1600
+    max_train_steps: int | None = 1600
     train_batch_size: int = 64
     learning_rate: float = 2e-3  # peak of the one-cycle schedule
+    lr_scheduler: str = ONE_CYCLE
     kl_weight: float = 1e-5  # per latent element; keeps the latents near a unit Gaussian without blurring
+
+    ONE_CYCLE_WARMUP = 0.1
 
 
 @dataclass
@@ -70,47 +73,51 @@ class TextConfig:
     vocabulary_package: str = "open_clip"  # installed package that carries CLIP's byte-pair merges
 
 
-@dataclass
-class UnetConfig:
+@dataclass(kw_only=True)
+class UnetConfig(StageConfig):
     """The noise predictor and its training."""
 
     block_out_channels: list[int] = field(default_factory=lambda: [64, 128])
     layers_per_block: int = 1
     attention_head_dim: int = 4  # number of heads: diffusers' historical name
     norm_num_groups: int = 16
-    max_train_steps: int = 5000
+    max_train_steps: int | None = 5000
     train_batch_size: int = 128
     learning_rate: float = 1.5e-3  # peak of the one-cycle schedule
+    lr_scheduler: str = ONE_CYCLE
     weight_decay: float = 0.01
     ema_decay: float = 0.999
     caption_dropout: float = 0.1  # share of captions replaced by "" for classifier-free guidance
 
+    ONE_CYCLE_WARMUP = 0.1
 
-@dataclass
-class TrainConfig:
+
+@dataclass(kw_only=True)
+class TrainConfig(RunConfig):
     """Everything the recipe depends on."""
 
     train_data_dir: str = "runs/fashion_mnist"  # folder or hub name with an image and a caption column
     output_dir: str = "assets/fashion_sd"  # becomes the pipeline folder
+    overwrite_output_dir: bool = True  # False: output_dir must be new or empty. Nothing in it is deleted either way
     work_dir: str = "runs/fashion_sd_work"  # trained VAE, cached latents, logs
     split: str = "train"
     image_column: str = "image"
     caption_column: str = "text"
     resolution: int = 32
-    seed: int = 0
-    report_to: Literal["tensorboard", "wandb", "all", "none"] = "tensorboard"
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float16"  # of the written weights
-    checkpointing_steps: int | None = None  # None: a checkpoint only when a signal stops the run
-    checkpoints_total_limit: int | None = 2
     resume_from_checkpoint: Literal["latest"] | None = None
     vae: VaeConfig = field(default_factory=VaeConfig)
     text: TextConfig = field(default_factory=TextConfig)
     unet: UnetConfig = field(default_factory=UnetConfig)
 
     def __post_init__(self) -> None:
-        require_positive(self)
+        super().__post_init__()
         require_positive(self.vae, label="vae.{}")
         require_positive(self.unet, label="unet.{}")
+
+    def trainer(self, accelerator: Accelerator, stage: StageConfig, name: str) -> Trainer:
+        """The trainer of one of the two stages, with checkpoints of its own in work_dir."""
+        return Trainer(accelerator, self, stage=stage, folder=Path(self.work_dir) / f"{name}_training")
 
 
 def train_vae(accelerator: Accelerator, config: TrainConfig, dataset: Dataset) -> AutoencoderKL:
@@ -129,10 +136,17 @@ def train_vae(accelerator: Accelerator, config: TrainConfig, dataset: Dataset) -
     optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.learning_rate, weight_decay=1e-4)
     vae.to(memory_format=torch.channels_last)
 
-    def terms(batch: dict[str, Tensor], models: Sequence[nn.Module]) -> dict[str, Tensor]:
-        pixels, network = batch["pixels"], models[0]
-        posterior = network.encode(pixels).latent_dist
-        reconstruction = network.decode(posterior.sample()).sample
+    loader = shuffled(rows, settings.train_batch_size, config.seed)
+    trainer = config.trainer(accelerator, settings, "vae")
+    (batches,) = trainer.prepare(
+        models=[vae], parameters=list(vae.parameters()), optimizer=optimizer, loaders=[loader]
+    )
+
+    def terms(step: int) -> dict[str, Tensor]:
+        pixels = next(batches)["pixels"]
+        with accelerator.autocast():  # neither is the network's forward function
+            posterior = vae.encode(pixels).latent_dist
+            reconstruction = vae.decode(posterior.sample()).sample
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         squared = F.mse_loss(reconstruction, pixels)
         return {
@@ -141,8 +155,8 @@ def train_vae(accelerator: Accelerator, config: TrainConfig, dataset: Dataset) -
             "vae/kl": settings.kl_weight * kl,
         }
 
-    folder = Path(config.work_dir) / "vae_training"
-    Training(accelerator, config, settings, folder).run([vae], optimizer, rows, terms, desc="VAE")
+    trainer.fit(terms, desc="VAE")
+    accelerator.free_memory()  # the next stage's checkpoints hold its own networks alone
     return vae.eval()
 
 
@@ -181,48 +195,63 @@ def build_unet(config: TrainConfig) -> UNet2DConditionModel:
     )
 
 
+def shuffled(rows: Any, batch_size: int, seed: int) -> DataLoader:
+    """Batches in an order that draws nothing from the global generator."""
+    generator = torch.Generator().manual_seed(seed)
+    return DataLoader(rows, batch_size, shuffle=True, drop_last=True, generator=generator)
+
+
 def train_text_to_image(
     accelerator: Accelerator,
     config: TrainConfig,
-    moments: Tensor,
+    *,
+    rows: TensorDataset,
     captions: list[str],
-    tokenizer,
-    scheduler,
+    tokenizer: CLIPTokenizer,
+    scheduler: DDIMScheduler,
     scale: float,
 ) -> tuple[CLIPTextModel, UNet2DConditionModel]:
-    """Noise prediction on cached latents; returns the averaged (EMA) text encoder and UNet."""
+    """Noise prediction on cached latents; returns the averaged (EMA) text encoder and UNet.
+
+    Args:
+        rows: VAE posteriors, and for each the number of its caption.
+        captions: distinct ones, the empty prompt first.
+        scale: of the latents.
+    """
     settings = config.unet
-    distinct = ["", *sorted(set(captions))]
-    position = {text: index for index, text in enumerate(distinct)}
-    token_ids = tokenize(tokenizer, distinct).to(accelerator.device)
-    rows = TensorDataset(moments, torch.tensor([position[text] for text in captions]))
+    token_ids = tokenize(tokenizer, captions).to(accelerator.device)
     text_encoder = build_text_encoder(config.text, tokenizer).train()
     unet = build_unet(config).to(memory_format=torch.channels_last).train()
     models = (unet, text_encoder)
     parameters = [*unet.parameters(), *text_encoder.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    training = Training(accelerator, config, settings, Path(config.work_dir) / "unet_training")
+    trainer = config.trainer(accelerator, settings, "unet")
     averages = [Averages(m.parameters(), decay=settings.ema_decay, use_ema_warmup=True, power=0.75) for m in models]
     for name, average in zip(("unet", "text_encoder"), averages, strict=True):
         average.to(accelerator.device)
-        training.checkpoints.states[f"average_{name}"] = average
+        trainer.checkpoints.states[f"average_{name}"] = average
+    loader = shuffled(rows, settings.train_batch_size, config.seed)
+    (batches,) = trainer.prepare(models=models, parameters=parameters, optimizer=optimizer, loaders=[loader])
 
-    def terms(batch: tuple[Tensor, Tensor], models: Sequence[nn.Module]) -> dict[str, Tensor]:
-        batch_moments, caption_ids = batch
+    def terms(step: int) -> dict[str, Tensor]:
+        batch_moments, caption_ids = next(batches)
         latents = sample_latents(batch_moments, scale)
         drop = torch.rand(len(caption_ids), device=latents.device) < settings.caption_dropout
         used, inverse = caption_ids.masked_fill(drop, 0).unique(return_inverse=True)
-        embeddings = models[1](token_ids[used]).last_hidden_state[inverse]
+        embeddings = text_encoder(token_ids[used]).last_hidden_state[inverse]
         noise = torch.randn_like(latents)
         timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
-        prediction = models[0](scheduler.add_noise(latents, noise, timesteps), timesteps, embeddings).sample
+        prediction = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, embeddings).sample
         return {"unet/noise": F.mse_loss(prediction, noise)}
 
-    def average_weights() -> None:  # before the next step, so that a checkpoint's averages lack its own weights
+    def average_weights(step: int) -> None:  # after a step's checkpoint, whose averages lack its own weights
         for average, model in zip(averages, models, strict=True):
             average.step(model.parameters())
 
-    training.run(models, optimizer, rows, terms, average_weights, desc="UNet")
+    if trainer.first_step:
+        average_weights(trainer.first_step)
+    trainer.fit(terms, after_step=average_weights, desc="UNet")
+    accelerator.free_memory()
     for average, model in zip(averages, models, strict=True):
         average.copy_to(model.parameters())
     return text_encoder.eval(), unet.eval()
@@ -232,22 +261,17 @@ def main(config: TrainConfig) -> None:
     """VAE -> latents -> text encoder and UNet -> pipeline folder."""
     dataset = load_image_text(config.train_data_dir, config.split, config.image_column, config.caption_column)
     vocabulary = find_clip_vocabulary(config.text.vocabulary_package)
-    for folder in (config.output_dir, config.work_dir):
-        require_writable(folder)
-    accelerator = Accelerator(
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_dir=config.work_dir,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
-    )
+    require_usable(config)
+    require_writable(config.work_dir)
+    accelerator = make_accelerator(config, logs_in=config.work_dir, data_seed=None)
+    if accelerator.num_processes > 1:
+        raise ValueError("this recipe trains in one process: launch it with --num_processes 1")
     output, work = Path(config.output_dir), Path(config.work_dir)
-    accelerator.init_trackers("logs")
     set_seed(config.seed)
     if not (work / "vae" / "config.json").is_file():
         vae = train_vae(accelerator, config, dataset)
-        if accelerator.is_main_process:
-            with written_whole(work / "vae") as temporary:
-                vae.save_pretrained(temporary)
-        accelerator.wait_for_everyone()
+        with written_whole(work / "vae") as temporary:
+            vae.save_pretrained(temporary)
     vae = AutoencoderKL.from_pretrained(work / "vae").to(accelerator.device).eval().requires_grad_(False)
     name = f"moments-{fingerprint(dataset._fingerprint, asdict(config.vae), config.seed)}.safetensors"
     moments = cached_tensors(
@@ -267,21 +291,30 @@ def main(config: TrainConfig) -> None:
         steps_offset=1,
     )
     set_seed(config.seed + 1)
-    text_encoder, unet = train_text_to_image(accelerator, config, moments, captions, tokenizer, scheduler, scale)
-    if accelerator.is_main_process:
-        pipeline = StableDiffusionPipeline(
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            unet=unet,
-            scheduler=scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-        pipeline.to(getattr(torch, config.save_dtype)).save_pretrained(output)
-        write_json(output / "training_config.json", asdict(config))
-        print(f"pipeline saved in {output}")
+    distinct = ["", *sorted(set(captions))]
+    position = {text: index for index, text in enumerate(distinct)}
+    text_encoder, unet = train_text_to_image(
+        accelerator,
+        config,
+        rows=TensorDataset(moments, torch.tensor([position[text] for text in captions])),
+        captions=distinct,
+        tokenizer=tokenizer,
+        scheduler=scheduler,
+        scale=scale,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.to(getattr(torch, config.save_dtype)).save_pretrained(output)
+    write_json(output / "training_config.json", asdict(config))
+    print(f"pipeline saved in {output}")
     accelerator.end_training()
 
 

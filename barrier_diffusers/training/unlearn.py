@@ -3,56 +3,135 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from torch import Tensor
+from torch.utils.data import DataLoader, Subset
 
-from barrier_diffusers.models.denoiser import Denoiser
-from barrier_diffusers.objectives import DiffusionStep, Objective, ObjectiveConfig
+from barrier_diffusers.data.concepts import ConceptData
+from barrier_diffusers.data.encoding import NoisedBatches, encode_prompts
+from barrier_diffusers.models.denoiser import Denoiser, PipelineDenoiser
+from barrier_diffusers.models.partial_sampler import PartialSampler, SampledBatches
+from barrier_diffusers.objectives import DiffusionStep, Objective, ObjectiveConfig, PromptEdit
 from barrier_diffusers.protection.barrier import Barrier
-from barrier_diffusers.protection.config import BarrierConfig
-from barrier_diffusers.training.checkpoints import Checkpoints
-from barrier_diffusers.training.loop import History, endless, share_random_state, train
-from barrier_diffusers.training.preparation import (
-    ForgetAndRetain,
-    attach_saliency_mask,
-    batches,
-    parameter_groups,
-    sampler_and_reference,
-    set_up_protection,
-)
-from barrier_diffusers.training.runs import RunSettings, schedule_of
-from barrier_diffusers.training.steps import StepMaker, freeze_normalisation
+from barrier_diffusers.protection.targets import ProtectedMap, matches
+from barrier_diffusers.training.run_config import DiffusionUnlearningConfig
+from barrier_diffusers.training.saliency import SaliencyMask, saliency_scores
+from barrier_diffusers.training.steps import FrozenReference, StepMaker, freeze_normalisation
+from barrier_diffusers.training.trainer import Trainer, share_random_state
 
 MakeStep = Callable[[dict[str, Any]], DiffusionStep]
 
 
-class UnlearningSettings(RunSettings, Protocol):
-    """What is read here of a run's settings."""
-
-    train_batch_size: int
-    num_train_epochs: int
-    max_train_steps: int | None
-    learning_rate: float
-    learning_rates: dict[str, float]
-    adam_weight_decay: float
-    saliency_mask: float | None
-    validation_prompt: list[str]
-    validation_steps: int
-    checkpointing_steps: int | None
-    objective: ObjectiveConfig
-    barrier: BarrierConfig
+class ForgetAndRetain(Protocol):
+    """Data sets of rows as `EncodedImages` has them; retain is None where nothing needs it."""
 
     @property
-    def protected(self) -> bool: ...
+    def forget(self) -> Any: ...
 
     @property
-    def max_grad_norm(self) -> float | None: ...
+    def retain(self) -> Any: ...
+
+
+def every_row(images: Any, batch_size: int, accelerator: Accelerator) -> Iterator[dict[str, Any]]:
+    """One pass over this process's share of the rows, in order, on the device."""
+    rows = range(accelerator.process_index, len(images), accelerator.num_processes)
+    for batch in DataLoader(Subset(images, rows), batch_size=batch_size):
+        yield send_to_device(batch, accelerator.device)
+
+
+def shuffled_batches(images: Any, batch_size: int, seed: int, num_processes: int) -> DataLoader:
+    """Batches of cached images, in an order that depends on the seed alone."""
+    size = min(batch_size, len(images) // num_processes)
+    if size == 0:
+        raise ValueError(f"{len(images)} images cannot be shared between {num_processes} processes: use fewer")
+    generator = torch.Generator().manual_seed(seed)
+    return DataLoader(images, batch_size=size, shuffle=True, drop_last=True, generator=generator)
+
+
+def rates_of_maps(maps: Sequence[ProtectedMap], learning_rates: Mapping[str, float]) -> dict[str, float]:
+    """Map name -> its own learning rate, of the maps that have one.
+
+    Args:
+        learning_rates: target, named as in `BarrierConfig.targets`, -> learning rate.
+
+    Raises:
+        ValueError: a target that names no trained map, or two that name the same one.
+    """
+    rates: dict[str, float] = {}
+    for target, rate in learning_rates.items():
+        named = [linear_map.name for linear_map in maps if matches(linear_map, target)]
+        if not named:
+            trained = ", ".join(dict.fromkeys(linear_map.name.rpartition(".")[2] for linear_map in maps))
+            raise ValueError(f"learning_rates names {target!r}, but no target of that name trains; there is {trained}")
+        twice = [name for name in named if name in rates]
+        if twice:
+            raise ValueError(f"learning_rates gives {twice[0]} two learning rates: name each map once")
+        rates |= dict.fromkeys(named, rate)
+    return rates
+
+
+def parameter_groups(
+    barrier: Barrier, learning_rate: float, learning_rates: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """The trained parameters by learning rate, in the form a torch optimizer takes; see `rates_of_maps`."""
+    rates = rates_of_maps(barrier.maps, learning_rates)
+    groups: dict[float, list[Any]] = {}
+    for linear_map in barrier.maps:
+        rate = rates.get(linear_map.name, learning_rate)
+        groups.setdefault(rate, []).extend(barrier.trainable_of(linear_map))
+    return [{"params": parameters, "lr": rate} for rate, parameters in groups.items() if parameters]
+
+
+def maps_of_prompts(config: Any, denoiser: PipelineDenoiser) -> list[str]:
+    """The targets whose retain inputs are the text embeddings of the retain prompts; none unless the settings say so.
+
+    Raises:
+        ValueError: no target reads the prompt and nothing else.
+    """
+    if config.retain_statistics != "prompts":
+        return []
+    reads = denoiser.architecture.targets
+    targets = [target for target in config.barrier.targets or [] if reads.get(target) == "prompt"]
+    if not targets:
+        known = ", ".join(target for target, what in reads.items() if what == "prompt") or "none in this architecture"
+        raise ValueError(f"retain_statistics='prompts' is for maps that read the prompt alone ({known})")
+    return targets
+
+
+def prompt_inputs(targets: Sequence[str], pipeline: Any, prompts: Sequence[str]) -> dict[str, list[Tensor]]:
+    """What reaches these targets on the prompts, padding included, in the form `Barrier.setup_protection` takes."""
+    embeddings = list(encode_prompts(pipeline, prompts)["encoder_hidden_states"].split(64))
+    return {target: embeddings for target in targets}
+
+
+def apply_edit(
+    objective: Objective, options: ObjectiveConfig, barrier: Barrier, pipeline: Any, concepts: ConceptData, seed: int
+) -> None:
+    """Run a closed-form objective on the captions of the forget rows, their anchors and the retain captions."""
+    assert objective.edit is not None
+    forget, retain = (list(rows[concepts.config.caption_column]) for rows in (concepts.forget, concepts.retain))
+    anchors = concepts.anchors(options.anchor, options.anchor_prompt, seed) if objective.needs_anchor else forget
+    tokenizer = pipeline.tokenizer
+
+    def tokenize(prompt: str) -> list[int]:
+        return tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length).input_ids
+
+    objective.edit(
+        PromptEdit(
+            maps=barrier.maps,
+            pairs=list(zip(forget, anchors, strict=True)),
+            preserve=retain,
+            tokenize=tokenize,
+            embed=lambda prompts: encode_prompts(pipeline, prompts)["encoder_hidden_states"],
+            options=options,
+        )
+    )
 
 
 @dataclass
@@ -85,101 +164,153 @@ class UnlearningTerms:
         return terms
 
 
-def unlearn(
-    accelerator: Accelerator,
-    config: UnlearningSettings,
-    objective: Objective,
-    barrier: Barrier,
-    denoiser: Denoiser,
-    data: ForgetAndRetain,
-    checkpoints: Checkpoints,
-    checkpoint: Path | None,
-    retain_inputs: dict[str, list[Tensor]],
-    resolution: int,
-    validate: Callable[[int], None],
-) -> tuple[Barrier, dict[str, Any]]:
-    """Protect, then train; the barrier (another one in a resumed run) and `history`, `num_steps`, seconds.
+class Unlearner:
+    """Protects a diffusion model, then makes it forget: `protect`, then `train`.
 
     Args:
-        checkpoint: folder to go on from.
-        retain_inputs: as `Barrier.setup_protection` takes them.
+        trainer: of the run, with settings for unlearning; a checkpoint that it found is gone on from.
+        barrier: of the denoiser's network, with nothing fitted yet.
         resolution: side of the images in pixels.
-        validate: draws the validation prompts after so many steps; called in the main process alone.
 
-    Raises:
-        FloatingPointError: a loss or the weights became non-finite.
-        SystemExit: a signal came; a whole checkpoint was written.
+    Attributes:
+        barrier: the fitted one; in a resumed run another than was given.
     """
-    options, network = config.objective, barrier.model
-    sampler, reference = sampler_and_reference(objective, options, barrier, denoiser, resolution)
-    start = time.perf_counter()
-    if config.protected and checkpoint:
-        barrier.remove()
-        barrier = Barrier.from_pretrained(checkpoint / "barrier", network)
-    elif config.protected:
-        set_up_protection(barrier, accelerator, config, denoiser, data, sampler, retain_inputs)
-    seconds_setup = time.perf_counter() - start
 
-    parameters = barrier.trainable_parameters()
-    groups = parameter_groups(barrier, config.learning_rate, config.learning_rates)
-    optimizer: Any = torch.optim.AdamW(groups, weight_decay=config.adam_weight_decay)
-    mask = None
-    if config.saliency_mask is not None:
-        rows = (StepMaker(network, denoiser), data.forget, config.train_batch_size)
-        checkpoints.states["saliency_mask"] = mask = attach_saliency_mask(
-            config.saliency_mask, barrier, optimizer, *rows, accelerator, checkpoint is not None
+    def __init__(
+        self, trainer: Trainer, *, objective: Objective, barrier: Barrier, denoiser: Denoiser, resolution: int
+    ):
+        self.trainer, self.accelerator = trainer, trainer.accelerator
+        self.config = cast(DiffusionUnlearningConfig, trainer.config)
+        self.objective, self.barrier, self.denoiser = objective, barrier, denoiser
+        self.sampler: PartialSampler | None = None  # of the model's own x_t, for an objective that trains on them
+        self.reference: FrozenReference | None = None  # the model as it is now, for an objective that reads it
+        options = self.config.objective
+        if objective.samples_from_model:
+            shape = denoiser.latent_shape(resolution)
+            self.sampler = PartialSampler(denoiser, shape, options.guidance_scale, options.num_inference_steps)
+        if "reference" in objective.needs:
+            self.reference = FrozenReference(barrier.model, barrier.trainable_parameters())
+        self.seconds_setup = 0.0
+
+    def protect(self, data: ForgetAndRetain, retain_inputs: Mapping[str, list[Tensor]] | None = None) -> None:
+        """Fit the barrier on the forget inputs (and the retain inputs, where the options ask for them), or load the
+        checkpoint's; nothing to do where nothing is protected.
+
+        The x_t are of the kind that the objective trains on: noised images, or the model's own samples.
+
+        Args:
+            retain_inputs: as `Barrier.setup_protection` takes them.
+        """
+        start = time.perf_counter()
+        if self.config.protected and self.trainer.checkpoint:
+            self.barrier.remove()
+            self.barrier = Barrier.from_pretrained(self.trainer.checkpoint / "barrier", self.barrier.model)
+        elif self.config.protected:
+            self._fit_barrier(data, dict(retain_inputs or {}))
+        self.seconds_setup = time.perf_counter() - start
+
+    def _fit_barrier(self, data: ForgetAndRetain, retain_inputs: dict[str, list[Tensor]]) -> None:
+        config = self.config
+        retain = data.retain if config.barrier.needs_retain_data else None
+        if retain is not None and set(retain_inputs) == set(config.barrier.targets or []):
+            retain = None
+        with self.accelerator.autocast():
+            self.barrier.setup_protection(
+                self._recorded(data.forget, config.seed) if config.barrier.has_penalty else None,
+                self.denoiser.predict_batch,
+                retain_loader=self._recorded(retain, config.seed + 1) if retain is not None else None,
+                retain_inputs=retain_inputs,
+            )
+
+    def _recorded(self, images: Any, seed: int) -> NoisedBatches | SampledBatches:
+        """Re-iterable batches of x_t of this process's share of the rows."""
+        accelerator, batch_size = self.accelerator, self.config.train_batch_size
+        if self.sampler is not None:  # small batches, as each has one timestep
+            rows = every_row(images, min(batch_size, 8), accelerator)
+            return SampledBatches(rows, self.sampler, accelerator.device)
+        return NoisedBatches(
+            images,
+            self.denoiser,
+            batch_size=batch_size * accelerator.num_processes,
+            seed=seed,
+            device=accelerator.device,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
         )
-    processes, micro_steps = accelerator.num_processes, config.gradient_accumulation_steps
-    forget_loader = batches(data.forget, config, config.seed, processes)
-    use_retain = options.alpha > 0 and data.retain
-    retain_loader = batches(data.retain, config, config.seed + 1, processes) if use_retain else None
-    model, optimizer, forget_loader, retain_loader = accelerator.prepare(
-        network, optimizer, forget_loader, retain_loader
-    )
-    max_steps = config.max_train_steps or config.num_train_epochs * -(-len(forget_loader) // micro_steps)
-    schedule = accelerator.prepare(schedule_of(config, optimizer, max_steps, processes))
-    share_random_state(accelerator)
-    share = (accelerator.process_index, processes)
-    checkpoints.states["history"] = history = History()
-    accelerator.init_trackers("logs")
-    first = checkpoints.load(checkpoint, max_steps) if checkpoint else 0
 
-    terms = UnlearningTerms(
-        objective,
-        StepMaker(model, denoiser, options, reference, sampler, share),
-        endless(forget_loader, first * micro_steps),
-        options.alpha,
-        StepMaker(model, denoiser, share=share),
-        endless(retain_loader, first * micro_steps) if retain_loader else None,
-        barrier if config.protected else None,
-        micro_steps,
-    )
+    def train(self, data: ForgetAndRetain, validate: Callable[[int], None] | None = None) -> dict[str, Any]:
+        """Train to the end: `history`, `num_steps`, `seconds_training` and `seconds_setup`.
 
-    def after_step(step: int) -> None:
-        if config.validation_prompt and step % config.validation_steps == 0 and accelerator.is_main_process:
-            network.eval()
-            validate(step)
-            freeze_normalisation(model)
+        Args:
+            validate: draws the validation prompts after so many steps; called in the main process alone.
 
-    freeze_normalisation(model)
-    seconds = train(
-        accelerator,
-        [model],
-        parameters,
-        optimizer,
-        schedule,
-        terms,
-        config,
-        checkpoints,
-        history,
-        range(first, max_steps),
-        terms.barrier,
-        after_step,
-        names=UnlearningTerms.NAMES,
-    )
-    if mask is not None:
-        mask.detach()
-    if accelerator.is_main_process:
-        accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # gives the denoiser its own forward back
-    facts = {"num_steps": max_steps, "seconds_training": seconds, "seconds_setup": round(seconds_setup, 2)}
-    return barrier, {"history": history.values, **facts}
+        Raises:
+            FloatingPointError: a loss or the weights became non-finite.
+            SystemExit: a signal came; a whole checkpoint was written.
+        """
+        config, trainer, accelerator, barrier = self.config, self.trainer, self.accelerator, self.barrier
+        network, options = barrier.model, config.objective
+        groups = parameter_groups(barrier, config.learning_rate, config.learning_rates)
+        optimizer: Any = torch.optim.AdamW(groups, weight_decay=config.adam_weight_decay)
+        mask = self._attach_mask(optimizer, data.forget) if config.saliency_mask is not None else None
+        loaders = [shuffled_batches(data.forget, config.train_batch_size, config.seed, accelerator.num_processes)]
+        if options.alpha > 0 and data.retain:
+            size, seed = config.train_batch_size, config.seed + 1
+            loaders.append(shuffled_batches(data.retain, size, seed, accelerator.num_processes))
+        share_random_state(accelerator)
+        forget, *retain = trainer.prepare(
+            models=[network], parameters=barrier.trainable_parameters(), optimizer=optimizer, loaders=loaders
+        )
+        model, share = trainer.models[0], (accelerator.process_index, accelerator.num_processes)
+        terms = UnlearningTerms(
+            self.objective,
+            StepMaker(
+                model,
+                self.denoiser,
+                options=options,
+                reference=self.reference,
+                sampler=self.sampler,
+                share=share,
+            ),
+            forget=forget,
+            alpha=options.alpha,
+            make_retain_step=StepMaker(model, self.denoiser, share=share),
+            retain=retain[0] if retain else None,
+            barrier=barrier if config.protected else None,
+            micro_steps=config.gradient_accumulation_steps,
+        )
+
+        def after_step(step: int) -> None:
+            due = config.validation_prompt and step % config.validation_steps == 0
+            if validate is not None and due and accelerator.is_main_process:
+                network.eval()
+                validate(step)
+                freeze_normalisation(model)
+
+        freeze_normalisation(model)
+        seconds = trainer.fit(terms, barrier=terms.barrier, after_step=after_step, names=UnlearningTerms.NAMES)
+        if mask is not None:
+            mask.detach()
+        return {
+            "history": trainer.history.values,
+            "num_steps": trainer.max_steps,
+            "seconds_training": seconds,
+            "seconds_setup": round(self.seconds_setup, 2),
+        }
+
+    def _attach_mask(self, optimizer: Any, forget: Any) -> SaliencyMask:
+        """Let only the share `saliency_mask` of the trained entries move; a checkpoint has the mask itself."""
+        accelerator, barrier, fraction = self.accelerator, self.barrier, self.config.saliency_mask
+        assert fraction is not None
+        mask = SaliencyMask(barrier.trainable_parameters())
+        make_step = StepMaker(barrier.model, self.denoiser)
+
+        def steps() -> Iterator[DiffusionStep]:
+            return (make_step(batch) for batch in every_row(forget, self.config.train_batch_size, accelerator))
+
+        if self.trainer.checkpoint is None:
+            with accelerator.autocast():
+                mask.choose(saliency_scores(barrier.maps, steps, accelerator.reduce), fraction)
+        mask.attach(optimizer)
+        self.trainer.checkpoints.states["saliency_mask"] = mask
+        return mask

@@ -11,7 +11,7 @@ from classification_ext.methods import (
     rl,
     wfisher,
 )
-from classification_ext.methods.base import METHODS, Edit, Method, Step, enter, get_method
+from classification_ext.methods.base import METHODS, Edit, Method, Step
 
 __all__ = [
     "METHODS",
@@ -20,11 +20,9 @@ __all__ = [
     "Step",
     "boundary_expand",
     "boundary_shrink",
-    "enter",
     "fisher",
     "ft",
     "ga",
-    "get_method",
     "l1_sparse",
     "retrain",
     "rl",

@@ -73,11 +73,11 @@ class Method:
             ValueError: says which setting, and what to do.
         """
         read = {"name", *self.reads} | ({"alpha"} if self.loss and self.over == "forget" else set())
-        for entry in fields(MethodConfig):
-            value = getattr(config.method, entry.name)
-            if entry.name not in read and value != entry.default:
+        for setting in fields(MethodConfig):
+            value = getattr(config.method, setting.name)
+            if setting.name not in read and value != setting.default:
                 raise ValueError(
-                    f"method {self.name!r} does not read method.{entry.name}: leave it at {entry.default}"
+                    f"method {self.name!r} does not read method.{setting.name}: leave it at {setting.default}"
                 )
         if self.loss is None:
             if config.protected:
@@ -94,17 +94,3 @@ class Method:
 
 
 METHODS: Registry[Method] = Registry("method")
-
-
-def enter(method: Method) -> None:
-    """Put a method into the registry; a second one of the same name is a ValueError."""
-    METHODS.register(method)
-
-
-def get_method(name: str) -> Method:
-    """The method called `name`.
-
-    Raises:
-        ValueError: unknown name; the message lists the known ones.
-    """
-    return METHODS.find(name)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from classification_ext.methods.base import Method, Step, enter
+from classification_ext.methods.base import METHODS, Method, Step
 
 
 class ShadowLabel(nn.Module):
@@ -48,4 +48,4 @@ class ShadowLabel(nn.Module):
         self._features = None
 
 
-enter(Method("boundary_expand", Step.ordinary_loss, shadow_label=True))
+METHODS.register(Method("boundary_expand", Step.ordinary_loss, shadow_label=True))

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from classification_ext.methods.base import Logits, Method, Step, enter
+from classification_ext.methods.base import METHODS, Logits, Method, Step
 from classification_ext.settings import MethodConfig
 
 
@@ -21,4 +21,4 @@ def nearest_other_label(model: Logits, pixels: Tensor, labels: Tensor, options: 
     return logits.scatter(1, labels[:, None], -torch.inf).argmax(1)
 
 
-enter(Method("boundary_shrink", Step.ordinary_loss, relabel=nearest_other_label, reads=("epsilon",)))
+METHODS.register(Method("boundary_shrink", Step.ordinary_loss, relabel=nearest_other_label, reads=("epsilon",)))

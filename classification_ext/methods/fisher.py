@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from classification_ext.data import Batch, pixels_of
-from classification_ext.methods.base import Edit, Method, enter
+from classification_ext.methods.base import METHODS, Edit, Method
 from classification_ext.methods.gradients import drawn, sample_gradients
 
 
@@ -39,4 +39,4 @@ def scrub(edit: Edit) -> None:
             parameter.add_(unit * (options.noise / diagonal[name].clamp_min(least).sqrt()).sqrt())
 
 
-enter(Method("fisher", edit=scrub, reads=("noise", "num_samples")))
+METHODS.register(Method("fisher", edit=scrub, reads=("noise", "num_samples")))

@@ -1,5 +1,5 @@
 """Fine-tuning on the retained images: what is not rehearsed may fade (Warnecke et al., 2108.11577)."""
 
-from classification_ext.methods.base import Method, Step, enter
+from classification_ext.methods.base import METHODS, Method, Step
 
-enter(Method("ft", Step.ordinary_loss, over="retain"))
+METHODS.register(Method("ft", Step.ordinary_loss, over="retain"))

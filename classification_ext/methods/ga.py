@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from classification_ext.methods.base import Method, Step, enter
+from classification_ext.methods.base import METHODS, Method, Step
 
 
 def ascent(step: Step) -> Tensor:
@@ -10,4 +10,4 @@ def ascent(step: Step) -> Tensor:
     return -step.ordinary_loss()
 
 
-enter(Method("ga", ascent))
+METHODS.register(Method("ga", ascent))

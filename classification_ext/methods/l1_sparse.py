@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from classification_ext.methods.base import Method, Step, enter
+from classification_ext.methods.base import METHODS, Method, Step
 
 
 def sparse_tuning(step: Step) -> Tensor:
@@ -12,4 +12,4 @@ def sparse_tuning(step: Step) -> Tensor:
     return step.ordinary_loss() + step.options.l1_weight * (1 - step.progress) * norms.sum()
 
 
-enter(Method("l1_sparse", sparse_tuning, over="retain", reads=("l1_weight",)))
+METHODS.register(Method("l1_sparse", sparse_tuning, over="retain", reads=("l1_weight",)))

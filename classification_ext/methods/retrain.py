@@ -1,5 +1,5 @@
 """Retraining from scratch on the retained images: what every other method is measured against."""
 
-from classification_ext.methods.base import Method, enter
+from classification_ext.methods.base import METHODS, Method
 
-enter(Method("retrain"))  # new weights, the recipe and epochs of the settings: see unlearn.py
+METHODS.register(Method("retrain"))  # new weights, the recipe and epochs of the settings: see unlearn.py

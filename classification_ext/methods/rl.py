@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from classification_ext.methods.base import Method, Step, enter
+from classification_ext.methods.base import METHODS, Method, Step
 
 
 def other_labels(labels: Tensor, num_labels: int) -> Tensor:
@@ -17,4 +17,4 @@ def random_label(step: Step) -> Tensor:
     return F.cross_entropy(step.model(step.pixels).float(), other_labels(step.labels, step.num_labels))
 
 
-enter(Method("rl", random_label))
+METHODS.register(Method("rl", random_label))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from classification_ext.data import in_order, pixels_of
-from classification_ext.methods.base import Edit, Method, enter
+from classification_ext.methods.base import METHODS, Edit, Method
 from classification_ext.methods.gradients import add_flat, drawn, flat, sample_gradients
 
 
@@ -42,4 +42,4 @@ def influence(edit: Edit) -> None:
     add_flat(parameters, options.scale * len(edit.forget) / len(edit.retain) * step_P)
 
 
-enter(Method("wfisher", edit=influence, reads=("damping", "scale", "num_samples")))
+METHODS.register(Method("wfisher", edit=influence, reads=("damping", "scale", "num_samples")))

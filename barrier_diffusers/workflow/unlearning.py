@@ -1,0 +1,364 @@
+"""The steps of unlearning a text-to-image pipeline: load -> encode -> protect -> train -> save -> judge.
+
+`train_scripts/unlearn_sd.py` takes them from the command line, `notebook.unlearn` from Python.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from barrier_diffusers.data.concepts import (
+    ConceptData,
+    EncodedConcepts,
+    encode_concepts,
+    load_concepts,
+)
+from barrier_diffusers.data.erased_concepts import ERASED_NAME, ErasedConcepts, as_json
+from barrier_diffusers.evaluation.certification import HeldOut, held_out_images, write_certificate
+from barrier_diffusers.evaluation.erasure import (
+    EvaluationPrompts,
+    check_evaluation_prompts,
+    evaluate_erasure,
+    generate_cached,
+    make_evaluation_prompts,
+)
+from barrier_diffusers.evaluation.pictures import before_after_grid, loss_curves, strip
+from barrier_diffusers.evaluation.tables import print_metrics
+from barrier_diffusers.models.architectures import components, get_architecture
+from barrier_diffusers.models.denoiser import PipelineDenoiser
+from barrier_diffusers.models.generation import generate
+from barrier_diffusers.models.loading import (
+    add_adapter,
+    choose_attention_backend,
+    enable_xformers,
+    load_pipeline,
+    module_hashes,
+)
+from barrier_diffusers.models.publishing import (
+    ModelCardFacts,
+    claim_repo,
+    save_adapter,
+    save_model_card,
+    save_pipeline,
+)
+from barrier_diffusers.objectives import Objective
+from barrier_diffusers.protection.barrier import Barrier
+from barrier_diffusers.training.trainer import Trainer, open_run
+from barrier_diffusers.training.unlearn import Unlearner, apply_edit, maps_of_prompts, prompt_inputs, rates_of_maps
+from barrier_diffusers.utils.files import write_json
+from barrier_diffusers.utils.run_records import MANIFEST_NAME, METRICS_NAME, fingerprint, manifest
+from barrier_diffusers.workflow.settings import UnlearnConfig, chosen_objective, data_needs
+
+FROZEN_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of what is not trained
+
+
+@dataclass
+class Run:
+    """What a run is told, and what trains in it."""
+
+    config: UnlearnConfig
+    objective: Objective
+    trainer: Trainer
+    repo_id: str | None = None  # hub repository that gets the result
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """Of all its processes."""
+        return self.trainer.accelerator
+
+    @property
+    def output(self) -> Path:
+        """Folder of the result."""
+        return Path(self.config.output_dir)
+
+    @property
+    def cache(self) -> Path:
+        """Folder of what is computed once from the base model."""
+        return Path(self.config.cache_dir or self.output / "cache")
+
+
+@dataclass
+class LoadedModel:
+    """The pipeline that is unlearned."""
+
+    pipeline: Any
+    denoiser: PipelineDenoiser
+    barrier: Barrier  # of the denoiser's network; fitted once it is protected
+    hashes: dict[str, str]  # part -> SHA-256 of its weights, before anything changes
+    erased: list[ErasedConcepts]  # by earlier runs
+
+    def made_by(self, config: UnlearnConfig) -> str:
+        """What images and texts that it makes depend on."""
+        return fingerprint(self.hashes, str(FROZEN_DTYPES[config.mixed_precision]))
+
+
+@dataclass
+class RunData:
+    """What a run learns from, and what it is asked before and after."""
+
+    concepts: ConceptData
+    encoded: EncodedConcepts | None  # None for a closed-form edit, which reads captions alone
+    prompts: EvaluationPrompts
+    prompt_targets: list[str]  # targets whose retain inputs are the retain prompts' embeddings
+
+    @property
+    def forgotten(self) -> ErasedConcepts:
+        """What this run erases."""
+        config = self.concepts.config
+        return ErasedConcepts(config.concepts, sorted(set(self.concepts.forget[config.caption_column])))
+
+
+@dataclass
+class Before:
+    """How the pipeline was; empty in all processes but the main one."""
+
+    images: np.ndarray  # (N, H, W, 3) of the evaluation prompts
+    held_out: HeldOut | None  # what the certificate is about
+
+
+def open_unlearning(config: UnlearnConfig) -> Run:
+    """Check the settings against one another, claim the output folder (and the hub repository, where one gets the
+    result), find the checkpoint, set the seed.
+
+    Raises:
+        ValueError: settings that contradict one another, or a folder or repository that may not be used.
+    """
+    objective, accelerator = chosen_objective(config), open_run(config)
+    repo_id = None
+    if config.push_to_hub and accelerator.is_main_process:
+        repo_id = claim_repo(config.repo_id, config.hub_private)
+    accelerator.wait_for_everyone()
+    trainer = Trainer(accelerator, config)
+    set_seed(config.seed)
+    return Run(config, objective, trainer, repo_id)
+
+
+def load_base(config: UnlearnConfig) -> Any:
+    """The pipeline that the settings name; what trains has full precision."""
+    frozen_dtype = FROZEN_DTYPES[config.mixed_precision]
+    return load_pipeline(
+        config.pretrained_model_name_or_path,
+        revision=config.revision,
+        variant=config.variant,
+        dtype=frozen_dtype,
+        denoiser_dtype=frozen_dtype if config.rank else torch.float32,
+        pipeline_config=config.pipeline_config,
+        original_config=config.original_config,
+    )
+
+
+def make_ready(run: Run, pipeline: Any, erased: list[ErasedConcepts]) -> LoadedModel:
+    """Move the pipeline to the run's device, add what the settings ask for, and freeze all but the targets.
+
+    Raises:
+        ValueError: settings that do not fit the pipeline.
+    """
+    config, device = run.config, run.accelerator.device
+    denoiser = PipelineDenoiser(pipeline, config.guidance_scale)
+    denoiser.check_resolution(config.resolution)
+    denoiser.check_text_encoder(pipeline)
+    config.barrier.targets = config.barrier.targets or list(denoiser.architecture.targets)
+    network = denoiser.network
+    if config.enable_xformers_memory_efficient_attention:
+        enable_xformers(network, device)
+    if config.attention_backend is not None:
+        choose_attention_backend(network, config.attention_backend, device)
+    if config.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    for module in components(pipeline).values():
+        module.to(device)
+        module.requires_grad_(module is network).eval()
+    hashes = module_hashes(pipeline)
+    if config.rank:
+        add_adapter(network, config.barrier, config.rank)
+    barrier = Barrier(network, config.barrier)
+    rates_of_maps(barrier.maps, config.learning_rates)  # an error now, not after the data is read
+    if run.objective.check_maps is not None:
+        run.objective.check_maps(barrier.maps)
+    return LoadedModel(pipeline, denoiser, barrier, hashes, erased)
+
+
+def encode_data(run: Run, model: LoadedModel) -> RunData:
+    """Read or make the images of what is forgotten and retained, and encode them; cached on disk.
+
+    Raises:
+        ValueError: data that cannot be read, or evaluation prompts that the classifier cannot judge.
+    """
+    config, objective, options = run.config, run.objective, run.config.objective
+    prompt_targets = maps_of_prompts(config, model.denoiser)
+    needs = data_needs(config, objective, set(prompt_targets) == set(config.barrier.targets or []))
+    with run.accelerator.main_process_first():  # the others find the cache filled
+        concepts = load_concepts(
+            config,
+            model.pipeline,
+            run.cache,
+            base_hash=model.made_by(config),
+            seed=config.seed,
+            needs=needs,
+            erased=model.erased if config.protect_erased else [],
+        )
+        prompts = make_evaluation_prompts(config.evaluation, config, model.erased)
+        check_evaluation_prompts(config.evaluation, prompts)
+        if objective.edit is not None:
+            return RunData(concepts, None, prompts, prompt_targets)
+        anchors = None
+        if objective.needs_anchor:
+            anchors = concepts.anchors(options.anchor, options.anchor_prompt, config.seed)
+        encoded = encode_concepts(
+            concepts, anchors, pipeline=model.pipeline, cache=run.cache, resolution=config.resolution, needs=needs
+        )
+    return RunData(concepts, encoded, prompts, prompt_targets)
+
+
+def look_before(run: Run, model: LoadedModel, data: RunData) -> Before:
+    """The pipeline's answers to the evaluation prompts and what is held out, in the main process; then every process
+    gets random numbers of its own, the first those that a single one would have."""
+    config, before = run.config, Before(np.empty(0), None)
+    if run.accelerator.is_main_process:
+        before.images = generate_cached(
+            model.pipeline,
+            data.prompts.prompts,
+            sampling=config.evaluation.sampling,
+            cache=run.cache,
+            model_hash=model.made_by(config),
+        )
+        if config.protected:
+            before.held_out = held_out_images(
+                config.certificate,
+                config.evaluation,
+                concepts=config,
+                erased=model.erased,
+                questions=data.prompts,
+                before_NHWC=before.images,
+            )
+    run.accelerator.wait_for_everyone()
+    if run.accelerator.process_index:
+        set_seed(config.seed + run.accelerator.process_index)
+    return before
+
+
+def protect(run: Run, model: LoadedModel, data: RunData) -> Unlearner:
+    """Fit the barrier, or load a checkpoint's; what then trains the model."""
+    unlearner = Unlearner(
+        run.trainer,
+        objective=run.objective,
+        barrier=model.barrier,
+        denoiser=model.denoiser,
+        resolution=run.config.resolution,
+    )
+    assert data.encoded is not None
+    inputs = {}
+    if data.prompt_targets and run.trainer.checkpoint is None:
+        inputs = prompt_inputs(data.prompt_targets, model.pipeline, data.concepts.retain_captions)
+    unlearner.protect(data.encoded, inputs)
+    model.barrier = unlearner.barrier
+    return unlearner
+
+
+def validate(run: Run, model: LoadedModel, step: int) -> None:
+    """Sample the validation prompts as the pipeline is now, for the output folder and the trackers."""
+    prompts = run.config.validation_prompt
+    images = generate(model.pipeline, prompts, run.config.evaluation.sampling, desc="validation")
+    strip(images, prompts, run.output / "validation" / f"step-{step:06d}.png")
+    for tracker in run.accelerator.trackers:
+        if tracker.name in ("tensorboard", "wandb"):
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"validation": images}, step=step, **layout)
+
+
+def train(run: Run, model: LoadedModel, data: RunData, unlearner: Unlearner) -> dict[str, Any]:
+    """Train to the end: `history`, `num_steps` and seconds."""
+    assert data.encoded is not None
+    return unlearner.train(data.encoded, lambda step: validate(run, model, step))
+
+
+def edit(run: Run, model: LoadedModel, data: RunData) -> dict[str, Any]:
+    """Change the weights in closed form, in the main process, which alone saves them; the same results."""
+    start = time.perf_counter()
+    if run.accelerator.is_main_process:
+        apply_edit(
+            run.objective,
+            run.config.objective,
+            barrier=model.barrier,
+            pipeline=model.pipeline,
+            concepts=data.concepts,
+            seed=run.config.seed,
+        )
+    return {"history": {}, "num_steps": 0, "seconds_training": round(time.perf_counter() - start, 2)}
+
+
+def save_weights(run: Run, model: LoadedModel, data: RunData) -> None:
+    """Write the barrier, the pipeline or its adapter, and what is erased from it by now."""
+    config, output = run.config, run.output
+    model.denoiser.network.eval()
+    (model.barrier if config.protected else config.barrier).save_pretrained(output)
+    if config.rank:
+        save_adapter(model.pipeline, output)
+    else:
+        save_pipeline(model.pipeline, output)
+    write_json(output / ERASED_NAME, as_json([*model.erased, data.forgotten]))
+
+
+def save_merged(run: Run, model: LoadedModel, data: RunData) -> None:
+    """Fuse the adapter into the weights for good, and write the pipeline in output_dir/merged."""
+    model.denoiser.network.fuse_lora()
+    model.denoiser.network.unload_lora()
+    save_pipeline(model.pipeline, run.output / "merged")
+    write_json(run.output / "merged" / ERASED_NAME, as_json([*model.erased, data.forgotten]))
+
+
+def judge(run: Run, model: LoadedModel, data: RunData, before: Before, results: dict[str, Any]) -> dict[str, Any]:
+    """The certificate, the same images after, what the classifier says of them, and pictures; the metrics."""
+    config, output, prompts = run.config, run.output, data.prompts
+    write_certificate(
+        output,
+        model.barrier,
+        pipeline=model.pipeline,
+        held_out=before.held_out,
+        certificate=config.certificate,
+        resolution=config.resolution,
+    )
+    after = generate(model.pipeline, prompts.prompts, config.evaluation.sampling, desc="images after")
+    if config.merge_adapter:
+        save_merged(run, model, data)
+    red = prompts.forgotten + prompts.erased_before
+    before_after_grid(before.images, after, prompts.labels, red, output / "before_after.png")
+    if results["history"]:
+        loss_curves(results["history"], output / "loss_curves.png")
+    facts = {key: value for key, value in results.items() if key != "history"}
+    metrics: dict[str, Any] = {"num_images": len(after), **facts}
+    if config.evaluation.classifier:
+        attribute, scores = evaluate_erasure(config.evaluation, prompts, before.images, after)
+        metrics = {**scores, **facts}
+        print_metrics(metrics, attribute, prompts.forgotten)
+    write_json(output / METRICS_NAME, metrics)
+    return metrics
+
+
+def save_records(
+    run: Run, model: LoadedModel, data: RunData, metrics: dict[str, Any], results: dict[str, Any]
+) -> None:
+    """Write the model card and the manifest, which ends a run."""
+    config, pipeline = run.config, model.pipeline
+    row = get_architecture(type(pipeline).__name__)
+    card = ModelCardFacts(
+        where=run.repo_id or config.output_dir,
+        base=config.pretrained_model_name_or_path,
+        forgotten=data.prompts.forgotten,
+        objective=config.objective.name,
+        protection=config.barrier.summary,
+        adapter=config.rank > 0,
+        metrics=metrics,
+        absent=[part for part in row.optional if getattr(pipeline, part) is None],
+    )
+    save_model_card(run.output, card)
+    hashes = {"base_denoiser": model.hashes[row.denoiser], **module_hashes(pipeline)}
+    write_json(run.output / MANIFEST_NAME, manifest(config, hashes, **results))
