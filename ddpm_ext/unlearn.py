@@ -127,7 +127,7 @@ class Before:
 
     questions: EvaluationLabels
     judge: Judge | None
-    images: np.ndarray  # (N, S, S, C) of the questions' labels
+    images: np.ndarray = field(default_factory=lambda: np.empty(0))  # (N, S, S, C) of the questions' labels
     real: np.ndarray | None = None
     attack_images: Images = field(default_factory=dict)
 
@@ -141,14 +141,22 @@ def load_model(config: UnlearnConfig, device: torch.device) -> LoadedModel:
     return LoadedModel(pipeline, barrier, module_hashes(pipeline), snapshots)
 
 
-def look_before(config: UnlearnConfig, model: LoadedModel, accelerator: Accelerator) -> Before:
-    """What the pipeline draws before it changes; then every process gets random numbers of its own, the first those
+def choose_questions(config: UnlearnConfig, labels: list[str]) -> Before:
+    """What a pipeline with these labels is asked, and by whom it is judged.
+
+    Raises:
+        ValueError: a label that there is not, or that the judge does not know.
+    """
+    questions = make_evaluation_labels(config.evaluation, labels, config.concepts)
+    return Before(questions, Judge(config.evaluation, labels) if config.evaluation.judge else None)
+
+
+def look_before(config: UnlearnConfig, model: LoadedModel, before: Before, accelerator: Accelerator) -> None:
+    """Let the pipeline answer before it changes; then every process gets random numbers of its own, the first those
     that a single one would have."""
     pipeline, evaluation = model.pipeline, config.evaluation
-    judge = Judge(evaluation, pipeline.labels) if evaluation.judge else None
-    before = Before(make_evaluation_labels(evaluation, pipeline.labels, config.concepts), judge, np.empty(0))
     if accelerator.is_main_process:
-        if judge is not None:
+        if before.judge is not None:
             before.real = real_images(evaluation, config.data, pipeline, config.concepts)
         before.attack_images = attack_images(evaluation, config.data, pipeline, config.concepts)
         before.images = generate_cached(
@@ -161,7 +169,6 @@ def look_before(config: UnlearnConfig, model: LoadedModel, accelerator: Accelera
     accelerator.wait_for_everyone()
     if accelerator.process_index:
         set_seed(config.seed + accelerator.process_index)
-    return before
 
 
 def cache_of(config: UnlearnConfig) -> Path:
@@ -233,9 +240,10 @@ def main(config: UnlearnConfig) -> None:
     accelerator, output = trainer.accelerator, Path(config.output_dir)
     set_seed(config.seed)
     model = load_model(config, accelerator.device)
+    before = choose_questions(config, model.pipeline.labels)
     with accelerator.main_process_first():
         rows = unlearning_rows(config, objective, model.pipeline)
-    before = look_before(config, model, accelerator)
+    look_before(config, model, before, accelerator)
     unlearner = Unlearner(
         trainer,
         objective=objective,

@@ -42,3 +42,33 @@ def run(output, cache, **changes):
     AcceleratorState._reset_state(reset_partial_state=True)
     main(parse_config(UnlearnConfig, flags(output, cache_dir=cache, **changes)))
     return json.loads((output / "metrics.json").read_text()), json.loads((output / "manifest.json").read_text())
+
+
+TINY = {
+    "concept": "boot",
+    "forget_prompts": '["a photo of a red boot"]',
+    "retain_prompts": '["a sneaker"]',
+    "num_generated_images": 2,
+    "generation.num_inference_steps": 2,
+    "generation.resolution": 32,
+    "evaluation.sampling.num_inference_steps": 2,
+    "evaluation.sampling.resolution": 32,
+    "evaluation.images_per_label": 1,
+    "resolution": 32,
+    "train_batch_size": 2,
+    "max_train_steps": 2,
+    "learning_rate": 0.01,
+    "report_to": "none",
+    "objective.anchor": "sneaker",
+    "objective.alpha": 1.0,
+    "barrier.reduced_dim": 4,
+    "barrier.use_actual_bounds": "true",
+}
+
+
+def run_tiny(source, output, **changes):
+    """The manifest of one run on a pipeline of `pipelines`, from its folder."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    settings = {"pretrained_model_name_or_path": source, "output_dir": output, **TINY, **changes}
+    main(parse_config(UnlearnConfig, [word for name, value in settings.items() for word in (f"--{name}", str(value))]))
+    return json.loads((output / "manifest.json").read_text())

@@ -1,5 +1,6 @@
 """Checkpoints and other files: whole or not at all, found again, refused when damaged or of another run."""
 
+import json
 import os
 import resource
 import signal
@@ -132,6 +133,20 @@ def test_the_length_counts_where_the_learning_rate_follows_it(tmp_path):
         return Checkpoints(Accelerator(cpu=True), tmp_path, parse_config(UnlearnConfig, words), 2).settings
 
     assert checkpoints(4) != checkpoints(5)
+
+
+def test_a_setting_that_an_earlier_version_did_not_have_is_at_its_default(tmp_path):
+    small = Small(tmp_path).train(1)
+    path = tmp_path / "checkpoints" / "step-1" / "checkpoint.json"
+    content = json.loads(path.read_text())
+    for name in ("gradient_accumulation_steps", "objective.alpha", "barrier.bound_mode"):
+        content["settings"].pop(name, None)
+    path.write_text(json.dumps(content))
+    small.checkpoints.settings["objective.alpha"] = 0.0  # the default; the configuration file sets it
+    assert small.checkpoints.find("latest").name == "step-1"
+    small.checkpoints.settings["gradient_accumulation_steps"] = 4
+    with pytest.raises(ValueError, match="gradient_accumulation_steps was 1 and is 4"):
+        small.checkpoints.find("latest")
 
 
 def test_weights_that_are_not_finite_become_no_checkpoint(tmp_path):

@@ -11,7 +11,7 @@ from torch.nn.utils import parameters_to_vector
 
 from barrier_diffusers.protection.config import BarrierConfig
 from classification_ext.data import in_order, pixels_of
-from classification_ext.methods import METHODS, Edit, Method, Step, enter, get_method
+from classification_ext.methods import METHODS, Edit, Method, Step
 from classification_ext.methods.boundary_expand import ShadowLabel
 from classification_ext.methods.boundary_shrink import nearest_other_label
 from classification_ext.methods.fisher import fisher_diagonal
@@ -177,21 +177,21 @@ def test_influence_goes_where_retraining_goes():
 
 
 def test_settings_that_a_method_never_reads_are_refused():
-    get_method("rl").check(config(method=MethodConfig(name="rl", alpha=0.5)))
+    METHODS.find("rl").check(config(method=MethodConfig(name="rl", alpha=0.5)))
     with pytest.raises(ValueError, match="method 'ft' does not read method.alpha: leave it at 0.0"):
-        get_method("ft").check(config(method=MethodConfig(name="ft", alpha=1.0)))
+        METHODS.find("ft").check(config(method=MethodConfig(name="ft", alpha=1.0)))
     with pytest.raises(ValueError, match="'fisher' runs no training step that the protection could act on"):
-        get_method("fisher").check(config(method=MethodConfig(name="fisher")))
+        METHODS.find("fisher").check(config(method=MethodConfig(name="fisher")))
     with pytest.raises(ValueError, match="'retrain' trains every weight: set trained_weights to all"):
-        get_method("retrain").check(config(method=MethodConfig(name="retrain"), barrier=NO_BARRIER))
+        METHODS.find("retrain").check(config(method=MethodConfig(name="retrain"), barrier=NO_BARRIER))
     with pytest.raises(ValueError, match="'wfisher' has no training to resume"):
-        get_method("wfisher").check(
+        METHODS.find("wfisher").check(
             config(method=MethodConfig(name="wfisher"), barrier=NO_BARRIER, resume_from_checkpoint="latest")
         )
     with pytest.raises(ValueError, match="unknown method 'gradient'; known are boundary_expand, boundary_shrink"):
-        get_method("gradient")
+        METHODS.find("gradient")
     with pytest.raises(ValueError, match="method 'ga' is registered already"):
-        enter(Method("ga"))
+        METHODS.register(Method("ga"))
 
 
 @pytest.mark.parametrize(

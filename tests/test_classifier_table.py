@@ -23,7 +23,7 @@ from benchmarks.tables.classifier import (
     row_of,
     table_line,
 )
-from classification_ext.methods import get_method
+from classification_ext.methods import METHODS as REGISTERED
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -45,7 +45,7 @@ def test_every_row_is_a_valid_run_with_a_name_of_its_own():
             assert json.loads(json.dumps(row.flags)) == row.flags  # else the row would never count as finished
             config = TRAIN.parse(table.config_of(row), {"output_dir": "x", **row.flags})
             if method != ORIGINAL:
-                get_method(config.method.name).check(config)
+                REGISTERED.find(config.method.name).check(config)
                 assert config.protected == any(word in method for word in ("BARRIER", "projection"))
             assert bool(config.classes) == (case != RANDOM)
 

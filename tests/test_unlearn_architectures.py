@@ -1,34 +1,20 @@
 """unlearn_sd.py on a tiny pipeline of every architecture, from a pipeline folder to one that generates."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from pipelines import build
 from safetensors.torch import load_file
+from short_runs import run_tiny
 
 from barrier_diffusers import Barrier, BarrierConfig
 from barrier_diffusers.models.architectures import get_architecture
 from barrier_diffusers.models.loading import load_pipeline
-from barrier_diffusers.utils.command_line import parse_config
-from barrier_diffusers.workflow.settings import UnlearnConfig
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "train_scripts"))
-
-from unlearn_sd import main
 
 PIPELINES = ["sd", "sd_velocity", "sdxl", "sd3", "flux"]
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator_state():
-    """accelerate keeps the first run's precision for the whole process, which here holds many runs."""
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")
@@ -38,35 +24,6 @@ def folders(tmp_path_factory):
     for name in PIPELINES + ["sd3_plain"]:
         build(name).save_pretrained(root / name)
     return {name: root / name for name in PIPELINES + ["sd3_plain"]}
-
-
-def unlearn(source, output, **changes):
-    settings = {
-        "pretrained_model_name_or_path": source,
-        "output_dir": output,
-        "concept": "boot",
-        "forget_prompts": '["a photo of a red boot"]',
-        "retain_prompts": '["a sneaker"]',
-        "num_generated_images": 2,
-        "generation.num_inference_steps": 2,
-        "generation.resolution": 32,
-        "evaluation.sampling.num_inference_steps": 2,
-        "evaluation.sampling.resolution": 32,
-        "evaluation.images_per_label": 1,
-        "resolution": 32,
-        "train_batch_size": 2,
-        "max_train_steps": 2,
-        "learning_rate": 0.01,
-        "report_to": "none",
-        "objective.anchor": "sneaker",
-        "objective.alpha": 1.0,
-        "barrier.reduced_dim": 4,
-        "barrier.use_actual_bounds": "true",
-        **changes,
-    }
-    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    main(parse_config(UnlearnConfig, words))
-    return json.loads((output / "manifest.json").read_text())
 
 
 def load(folder):
@@ -88,7 +45,7 @@ def sample(pipeline):
 @pytest.mark.parametrize("name", PIPELINES)
 def test_full_weights_from_folder_to_folder(name, folders, tmp_path):
     output = tmp_path / "run"
-    content = unlearn(folders[name], output)
+    content = run_tiny(folders[name], output)
     for losses in content["history"].values():
         assert len(losses) == 2 and np.isfinite(losses).all() and max(losses) > 0
     pipeline = DiffusionPipeline.from_pretrained(output)
@@ -111,7 +68,7 @@ def test_full_weights_from_folder_to_folder(name, folders, tmp_path):
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3_plain", "flux"])
 def test_adapter_loads_and_merges(name, folders, tmp_path):
     output = tmp_path / "run"
-    unlearn(folders[name], output, rank=2, merge_adapter="true")
+    run_tiny(folders[name], output, rank=2, merge_adapter="true")
     pipeline = load(folders[name])
     assert ("text_encoder_3=None, tokenizer_3=None" in (output / "README.md").read_text()) == (name == "sd3_plain")
     before = sample(pipeline)
@@ -131,7 +88,7 @@ def test_half_precision_and_chosen_blocks(name, folders, tmp_path):
     blocks = {"sdxl": "[0, mid_block]", "sd3": "[1]", "flux": "[0, single_transformer_blocks.1]"}[name]
     targets = {"sdxl": "[attn2.to_k]", "sd3": "[attn.to_out.0, ff.net.0.proj]", "flux": "[to_q]"}[name]
     changes = {"barrier.blocks": blocks, "barrier.targets": targets, "mixed_precision": "bf16", "rank": 2}
-    content = unlearn(folders[name], tmp_path / "run", gradient_checkpointing="true", **changes)
+    content = run_tiny(folders[name], tmp_path / "run", gradient_checkpointing="true", **changes)
     assert np.isfinite(content["history"]["protection"]).all()
     found = load_file(tmp_path / "run" / "pytorch_lora_weights.safetensors")
     owners = {key.partition(".lora")[0].partition(".")[2] for key in found}
@@ -147,7 +104,7 @@ def test_half_precision_and_chosen_blocks(name, folders, tmp_path):
 
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
 def test_half_precision_beside_full_weights(name, folders, tmp_path):
-    content = unlearn(folders[name], tmp_path / "run", mixed_precision="bf16")
+    content = run_tiny(folders[name], tmp_path / "run", mixed_precision="bf16")
     assert np.isfinite(content["history"]["objective"]).all()
     assert np.isfinite(sample(load(tmp_path / "run"))).all()
 
@@ -159,7 +116,7 @@ def test_samples_from_the_model_and_projection(name, folders, tmp_path):
     settings |= {"objective.alpha": 0, "barrier.constraint": "both", "barrier.projection_energy": 0.9}
     if name == "sdxl":
         settings |= {"barrier.targets": "[attn2.to_k,attn2.to_v]", "retain_statistics": "prompts"}
-    content = unlearn(folders[name], tmp_path / "run", **settings)
+    content = run_tiny(folders[name], tmp_path / "run", **settings)
     assert min(content["history"]["objective"]) > 0 and np.isfinite(sample(load(tmp_path / "run"))).all()
     assert not list((tmp_path / "run" / "cache").glob("latents-*"))
     found = load_file(tmp_path / "run" / "barrier_projections.safetensors")
@@ -177,4 +134,4 @@ def test_unknown_pipelines_and_files_are_refused_before_loading(folders, tmp_pat
     with pytest.raises(ValueError, match="belong to a .safetensors file"):
         load_pipeline(str(folders["sd"]), pipeline_config="somewhere")
     with pytest.raises(ValueError, match="resolution is 34, but must be a multiple of 8"):
-        unlearn(folders["sd3"], tmp_path / "run", resolution=34)
+        run_tiny(folders["sd3"], tmp_path / "run", resolution=34)

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, Protocol
@@ -56,6 +56,16 @@ def deciding_settings(config: Any, num_processes: int) -> dict[str, Any]:
     return json.loads(json.dumps({"num_processes": num_processes, **deciding}, default=str))
 
 
+def default_settings(config: Any) -> dict[str, Any]:
+    """The defaults of a settings dataclass by dotted name, without the fields that must be given."""
+    found: dict[str, Any] = {}
+    for setting in fields(config):
+        value = setting.default_factory() if setting.default_factory is not MISSING else setting.default
+        if value is not MISSING:
+            found[setting.name] = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    return json.loads(json.dumps(dict(flat(found)), default=str))
+
+
 def step_of(folder: Path) -> int:
     """N of a folder named step-N."""
     return int(folder.name.removeprefix("step-"))
@@ -96,6 +106,7 @@ class Checkpoints:
     def __init__(self, accelerator: Accelerator, output: Path, config: Any, limit: int | None):
         self.accelerator, self.root, self.limit = accelerator, output / "checkpoints", limit
         self.settings = deciding_settings(config, accelerator.num_processes)
+        self.defaults = default_settings(config)
         self.states: dict[str, Stateful] = {}
         self.last: Path | None = None  # read or written by this run
 
@@ -135,9 +146,12 @@ class Checkpoints:
         return None
 
     def _compare(self, folder: Path, settings: dict[str, Any]) -> None:
+        """Refuse a run with other settings. One that the checkpoint does not know, as its version had no such setting,
+        must have its default."""
         names = sorted(set(settings) | set(self.settings))
-        pairs = [(name, settings.get(name, "absent"), self.settings.get(name, "absent")) for name in names]
-        other = [f"{name} was {then!r} and is {now!r}" for name, then, now in pairs if then != now]
+        then = self.defaults | settings
+        pairs = [(name, then.get(name, "absent"), self.settings.get(name, "absent")) for name in names]
+        other = [f"{name} was {was!r} and is {now!r}" for name, was, now in pairs if was != now]
         if other:
             raise ValueError(
                 f"checkpoint {str(folder)!r} belongs to a run with other settings: {'; '.join(other)}. "
