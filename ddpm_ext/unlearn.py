@@ -21,6 +21,7 @@ from torch import Tensor
 
 from barrier_diffusers import Barrier
 from barrier_diffusers.evaluation.erasure import generate_cached
+from barrier_diffusers.evaluation.judge import Judge, as_rgb
 from barrier_diffusers.evaluation.pictures import before_after_grid, loss_curves, strip
 from barrier_diffusers.evaluation.report import REPORT_NAME, write_report
 from barrier_diffusers.evaluation.tables import print_metrics
@@ -36,7 +37,7 @@ from barrier_diffusers.utils.run_records import MANIFEST_NAME, METRICS_NAME, fin
 from ddpm_ext.attacks import Images, attack_images, run_attacks
 from ddpm_ext.diffusion import LabelDenoiser, LabelRows, UnlearningRows, draw
 from ddpm_ext.loading import load_pipeline, load_rows
-from ddpm_ext.metrics import EvaluationLabels, Judge, as_rgb, evaluate, make_evaluation_labels, real_images
+from ddpm_ext.metrics import EvaluationLabels, evaluate, make_evaluation_labels, make_judge, real_images
 from ddpm_ext.pipeline import ClassConditionalDDPMPipeline
 from ddpm_ext.settings import UnlearnConfig, chosen_objective
 
@@ -93,7 +94,7 @@ def anchor_ids(
     Raises:
         ValueError: an anchor that there is not.
     """
-    anchors = [anchor for anchor in config.objective.anchors_of(config.concepts) if anchor is not None]
+    anchors = [anchor for anchor in config.objective.anchors_of(config.concepts, labels=True) if anchor is not None]
     if not anchors:
         return torch.tensor(retain_ids)[torch.randint(len(retain_ids), (len(labels_N),), generator=generator)]
     for anchor in anchors:
@@ -125,9 +126,9 @@ class LoadedModel:
 class Before:
     """What the pipeline is asked before and after, and its answers; images in the main process alone."""
 
-    questions: EvaluationLabels
+    asked: EvaluationLabels
     judge: Judge | None
-    images: np.ndarray = field(default_factory=lambda: np.empty(0))  # (N, S, S, C) of the questions' labels
+    images: np.ndarray = field(default_factory=lambda: np.empty(0))  # (N, S, S, C) of these labels
     real: np.ndarray | None = None
     attack_images: Images = field(default_factory=dict)
 
@@ -141,14 +142,14 @@ def load_model(config: UnlearnConfig, device: torch.device) -> LoadedModel:
     return LoadedModel(pipeline, barrier, module_hashes(pipeline), snapshots)
 
 
-def choose_questions(config: UnlearnConfig, labels: list[str]) -> Before:
+def choose_labels(config: UnlearnConfig, labels: list[str]) -> Before:
     """What a pipeline with these labels is asked, and by whom it is judged.
 
     Raises:
         ValueError: a label that there is not, or that the judge does not know.
     """
-    questions = make_evaluation_labels(config.evaluation, labels, config.concepts)
-    return Before(questions, Judge(config.evaluation, labels) if config.evaluation.judge else None)
+    asked = make_evaluation_labels(config.evaluation, labels, forgotten=config.concepts)
+    return Before(asked, make_judge(config.evaluation, labels) if config.evaluation.judge else None)
 
 
 def look_before(config: UnlearnConfig, model: LoadedModel, before: Before, accelerator: Accelerator) -> None:
@@ -157,11 +158,11 @@ def look_before(config: UnlearnConfig, model: LoadedModel, before: Before, accel
     pipeline, evaluation = model.pipeline, config.evaluation
     if accelerator.is_main_process:
         if before.judge is not None:
-            before.real = real_images(evaluation, config.data, pipeline, config.concepts)
-        before.attack_images = attack_images(evaluation, config.data, pipeline, config.concepts)
+            before.real = real_images(evaluation, config.data, pipeline=pipeline, forgotten=config.concepts)
+        before.attack_images = attack_images(evaluation, config.data, pipeline=pipeline, forgotten=config.concepts)
         before.images = generate_cached(
             pipeline,
-            before.questions.labels,
+            before.asked.labels,
             sampling=evaluation.sampling,
             cache=cache_of(config),
             model_hash=fingerprint(model.hashes),
@@ -178,7 +179,7 @@ def cache_of(config: UnlearnConfig) -> Path:
 
 def validate(config: UnlearnConfig, pipeline: ClassConditionalDDPMPipeline, step: int) -> None:
     """Sample the validation labels as the pipeline is now."""
-    images = generate(pipeline, config.validation_prompt, config.evaluation.sampling, desc="validation")
+    images = generate(pipeline, config.validation_prompt, sampling=config.evaluation.sampling, desc="validation")
     strip(images, config.validation_prompt, Path(config.output_dir) / "validation" / f"step-{step:06d}.png")
 
 
@@ -200,23 +201,24 @@ def judge_after(
     config: UnlearnConfig, model: LoadedModel, before: Before, history: dict[str, list[float]], facts: dict[str, Any]
 ) -> None:
     """The same labels after, what the judge says of them, pictures, manifest, and at last the attacks."""
-    output, pipeline, questions = Path(config.output_dir), model.pipeline, before.questions
-    after = generate(pipeline, questions.labels, config.evaluation.sampling, desc="images after")
+    output, pipeline, asked = Path(config.output_dir), model.pipeline, before.asked
+    after = generate(pipeline, asked.labels, sampling=config.evaluation.sampling, desc="images after")
     was, now = as_rgb(before.images), as_rgb(after)
-    before_after_grid(was, now, questions.labels, questions.forgotten, output / "before_after.png")
+    before_after_grid(was, now, asked.labels, asked.forgotten, output / "before_after.png")
     loss_curves(history, output / "loss_curves.png")
     metrics: dict[str, Any] = {"num_images": len(after), **facts}
     if before.judge is not None:
         scores = evaluate(
+            config.evaluation,
             before.judge,
-            questions,
+            asked=asked,
             before=before.images,
             after=after,
             real=before.real,
             cache=cache_of(config),
         )
         metrics = {**scores, **facts}
-        print_metrics(metrics, config.evaluation.attribute, questions.forgotten)
+        print_metrics(metrics, config.evaluation.attribute, asked.forgotten)
     write_json(output / METRICS_NAME, metrics)
     hashes = {"base_denoiser": model.hashes["unet"], **module_hashes(pipeline)}
     write_json(output / MANIFEST_NAME, manifest(config, hashes, history=history, **facts))
@@ -226,7 +228,7 @@ def judge_after(
             config.evaluation,
             images=before.attack_images,
             judge=before.judge,
-            questions=questions,
+            asked=asked,
             plain=after,
             output=output,
         )
@@ -240,7 +242,7 @@ def main(config: UnlearnConfig) -> None:
     accelerator, output = trainer.accelerator, Path(config.output_dir)
     set_seed(config.seed)
     model = load_model(config, accelerator.device)
-    before = choose_questions(config, model.pipeline.labels)
+    before = choose_labels(config, model.pipeline.labels)
     with accelerator.main_process_first():
         rows = unlearning_rows(config, objective, model.pipeline)
     look_before(config, model, before, accelerator)

@@ -236,7 +236,7 @@ def look_before(run: Run, model: LoadedModel, data: RunData) -> Before:
                 config.evaluation,
                 concepts=config,
                 erased=model.erased,
-                questions=data.prompts,
+                asked=data.prompts,
                 before_NHWC=before.images,
             )
     run.accelerator.wait_for_everyone()
