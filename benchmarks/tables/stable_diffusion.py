@@ -76,7 +76,7 @@ class ErasureTable(MeansTable):
     """One run of train_scripts/unlearn_sd.py per row."""
 
     config: ClassVar[str] = CONFIG
-    pages: tuple[str, ...] = ("README.md",)
+    pages: tuple[str, ...] = ("docs/results.md",)
     metrics: dict[str, str] = field(default_factory=lambda: METRICS)
 
     def run(self, chain: Sequence[Row], output: Path) -> list[Metrics]:
@@ -129,6 +129,22 @@ class AttackTable(Table):
             cells += [with_interval(numbers["attacks"].get(name, {}).get("post_attack")) for name in attacks]
             lines.append(cells)
         return {self.name: lines_of(headings, 1, lines)}
+
+    def short_forms(self, results: Mapping[str, Any]) -> dict[str, str]:
+        """The whole table, and one without intervals and with few attacks, for the front page."""
+        lines = []
+        for result in (results[row.name] for row in self.rows if row.name in results):
+            numbers = result["metrics"]
+            attacked = [numbers["attacks"].get(name, {}).get("post_attack") for name in IN_SHORT]
+            values = [numbers["unlearning_accuracy"]["value"], numbers["retain_accuracy_drop"] + 0.0]
+            cells = [f"{value:.1f}" for value in values]
+            cells += ["" if share is None else f"{share['value']:.1f}" for share in attacked]
+            lines.append([*result["cells"].values(), *cells])
+        headings = ["erased by", "UA", "retain drop", *(f"after {name}" for name in IN_SHORT)]
+        return {**self.markdown(results), f"{self.name} in short": lines_of(headings, 1, lines)}
+
+
+IN_SHORT = ("inversion", "relearning")  # attacks that the front page shows
 
 
 def judged_numbers(record: Mapping[str, Any]) -> Metrics:
