@@ -1,4 +1,4 @@
-"""The baseline: METHOD.md sections 1, 2 and 5 as one would first write them, with nothing of the package.
+"""The baseline: sections 1, 2 and 5 of docs/method.md as one would first write them, with nothing of the package.
 
 Every map is on its own, its raw input rows are kept until they are decomposed, the residual basis is dense, dW of a
 LoRA adapter is multiplied out, statistics stay on the host and are copied to the device at every step, and all

@@ -3,7 +3,7 @@
     python benchmarks/step.py --rank 16 --json FILE
 
 Time comes from interleaved runs in one process, peak memory from a fresh process for every case. The baseline's step
-is measured twice: as METHOD.md section 5 says it, and with the retain side run although alpha is 0.
+is measured twice: as docs/method.md section 5 says it, and with the retain side run although alpha is 0.
 """
 
 from __future__ import annotations
