@@ -17,6 +17,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 
 from barrier_diffusers.evaluation.classifier import ResidualBlock, shortcut
 
+# only classes of transformers: no code of a model's folder is ever run, nor is leave asked to run it
+OURS = {"trust_remote_code": False}
 EXPANSION = 4  # of a bottleneck: outputs per inner channel
 VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)  # 0: halve the side
 
@@ -162,7 +164,7 @@ class TransformersClassifier(nn.Module):
     def fresh(self) -> TransformersClassifier:
         """The same network with new random weights."""
         config = AutoConfig.for_model(**self.network.config.to_dict())
-        return TransformersClassifier(AutoModelForImageClassification.from_config(config), self.processor)
+        return TransformersClassifier(AutoModelForImageClassification.from_config(config, **OURS), self.processor)
 
 
 AnyClassifier = Classifier | TransformersClassifier
@@ -180,8 +182,8 @@ def load_classifier(name_or_path: str) -> AnyClassifier:
         with torch.random.fork_rng():
             if "architecture" in known:
                 return Classifier.from_pretrained(str(folder)).float()
-            network = AutoModelForImageClassification.from_pretrained(name_or_path, dtype=torch.float32)
-            return TransformersClassifier(network, AutoImageProcessor.from_pretrained(name_or_path))
+            network = AutoModelForImageClassification.from_pretrained(name_or_path, dtype=torch.float32, **OURS)
+            return TransformersClassifier(network, AutoImageProcessor.from_pretrained(name_or_path, **OURS))
     except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
         said = str(error).split("\n")[0]
         raise ValueError(f"no image classifier could be loaded from {name_or_path!r}: {said}") from error
@@ -211,8 +213,9 @@ def build_classifier(name: str, names: Sequence[str], resolution: int, num_chann
                 id2label=labels,
                 label2id={label: index for index, label in labels.items()},
                 ignore_mismatched_sizes=True,
+                **OURS,
             )
-            return TransformersClassifier(network, AutoImageProcessor.from_pretrained(name))
+            return TransformersClassifier(network, AutoImageProcessor.from_pretrained(name, **OURS))
         except (OSError, ValueError) as error:
             said = str(error).split("\n")[0]
             raise ValueError(

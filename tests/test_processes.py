@@ -1,15 +1,12 @@
 """Two processes (gloo, CPU) do what one does on the same global batch: regions, losses; one of them writes."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from ddpm_models import Place
+from launching import launch
 from safetensors.torch import load_file
 from short_runs import ROOT, flags, run
 
@@ -31,17 +28,6 @@ VARIANTS = {
     "full weights, bf16": {"mixed_precision": "bf16"},
 }
 FAST = "full weights, retain loss"
-
-
-def launch(script, words, *launcher):
-    """A run of two processes on the CPU. With --cpu accelerate starts a single one, whatever --num_processes says."""
-    with socket.socket() as probe:  # a free port, so that parallel tests do not meet
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
-    command += ["--multi_gpu", "--num_cpu_threads_per_process", "1", "--main_process_port", str(port), *launcher]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
-    return subprocess.run([*command, *script, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")

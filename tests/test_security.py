@@ -19,6 +19,7 @@ from barrier_diffusers.evaluation.classifier import AttributeClassifier
 from barrier_diffusers.models.loading import load_pipeline
 from barrier_diffusers.training.checkpoints import CHECKPOINT_NAME
 from barrier_diffusers.utils.files import file_hash
+from classification_ext.models import build_classifier, load_classifier
 
 SHORT = {"max_train_steps": 1, "evaluation.classifier": "null", "evaluation.images_per_label": 1}
 
@@ -144,3 +145,15 @@ def test_names_from_data_are_no_paths_and_tokens_are_written_nowhere(tmp_path, m
     assert list(home.rglob("events.out.tfevents*"))
     for path in written:
         assert token.encode() not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize("load", [load_classifier, lambda folder: build_classifier(folder, ["a", "b"], 8, 3, seed=0)])
+def test_code_in_a_classifiers_folder_is_neither_run_nor_asked_about(load, tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    names = {"AutoConfig": "own.Config", "AutoModelForImageClassification": "own.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": names}))
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *words: asked.append(words) or "y")
+    with pytest.raises(ValueError):
+        load(str(tmp_path))
+    assert not asked and not (tmp_path / "ran").exists()

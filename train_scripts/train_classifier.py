@@ -43,7 +43,7 @@ class ClassifierConfig(RunConfig, StageConfig):
     weight_decay: float = 0.02
     label_smoothing: float = 0.1
     max_grad_norm: float | None = None  # None: no clipping
-    mixed_precision: Literal["no", "fp16", "bf16"] = "bf16"
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = "bf16"
     report_to: Literal["tensorboard", "wandb", "all", "none"] = "none"
 
 

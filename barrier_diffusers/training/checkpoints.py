@@ -107,6 +107,9 @@ class Checkpoints:
         self.accelerator, self.root, self.limit = accelerator, output / "checkpoints", limit
         self.settings = deciding_settings(config, accelerator.num_processes)
         self.defaults = default_settings(config)
+        if self.settings.get("mixed_precision", "") is None:  # as earlier versions wrote it
+            self.settings["mixed_precision"] = accelerator.mixed_precision
+        self.defaults["mixed_precision"] = "no"
         self.states: dict[str, Stateful] = {}
         self.last: Path | None = None  # read or written by this run
 

@@ -20,7 +20,8 @@ class RunConfig:
     seed: int = 0  # of all random numbers
     gradient_accumulation_steps: int = 1  # batches of a step
     max_grad_norm: float | None = 1.0  # longer gradients are cut to this length; None: no clipping
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"  # of the forward passes
+    # of the forward passes; None: what `accelerate launch` or its configuration says
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     report_to: Literal["tensorboard", "wandb", "all", "none"] = "tensorboard"  # gets the losses of every step
     checkpointing_steps: int | None = None  # None: a checkpoint only when a signal stops the run
     checkpoints_total_limit: int | None = 2  # so many of the newest are kept; None: all

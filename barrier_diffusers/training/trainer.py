@@ -5,12 +5,18 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator, skip_first_batches
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, synchronize_rng_states
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    synchronize_rng_states,
+)
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
@@ -30,6 +36,9 @@ SHARDING = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
 }
 ONE_CYCLE = "one_cycle"
+# processes wait for the first one while it draws images or certifies, which may take hours; where one of them dies,
+# the launcher ends the others. Without this the group gives up after ten minutes (NCCL)
+GROUP_TIMEOUT = timedelta(days=30)
 
 Terms = Callable[[int], dict[str, Tensor]]  # step -> the parts of the loss on the next batches
 
@@ -48,15 +57,38 @@ def refuse_sharding() -> None:
             )
 
 
+def refuse_lone_processes(accelerator: Accelerator) -> None:
+    """A ValueError if several processes were started that do not know of one another: each would do the whole run, in
+    the same folder."""
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if "LOCAL_RANK" in os.environ and started != accelerator.num_processes:
+        raise ValueError(
+            f"{started} processes were started, but they are no group, as accelerate found no GPU: launch with "
+            "--num_processes 1, or set the environment variable ACCELERATE_USE_CPU=true for a group of CPU processes"
+        )
+
+
+def refuse_precision(mixed_precision: str, device_type: str) -> None:
+    """A ValueError for a precision that nothing here trains in, or not on this kind of device."""
+    if mixed_precision not in ("no", "fp16", "bf16"):
+        raise ValueError(f"mixed_precision {mixed_precision} is not supported: use bf16, fp16 or no")
+    if device_type == "cpu" and mixed_precision == "fp16":
+        raise ValueError(
+            "mixed_precision fp16 needs a GPU: on a CPU accelerate switches on neither autocast nor the scaling of "
+            "the loss; use bf16 or no"
+        )
+
+
 def make_accelerator(config: RunConfig, *, logs_in: str, data_seed: int | None) -> Accelerator:
-    """The accelerator of a run; nothing is written yet.
+    """The accelerator of a run, whose settings get its precision where they leave that to it. Nothing is written yet.
 
     Args:
         logs_in: folder of the trackers' files.
         data_seed: of the order of shuffled batches; None: the global generator's seed at the time they are prepared.
 
     Raises:
-        ValueError: fp16 on a CPU, or the weights are to be shared out between processes.
+        ValueError: fp16 on a CPU, a precision other than fp16 and bf16, processes that form no group, or the weights
+            are to be shared out between them.
     """
     refuse_sharding()
     accelerator = Accelerator(
@@ -67,12 +99,11 @@ def make_accelerator(config: RunConfig, *, logs_in: str, data_seed: int | None) 
         log_with=None if config.report_to == "none" else config.report_to,
         project_dir=logs_in,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=data_seed),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=GROUP_TIMEOUT)],
     )
-    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
-        raise ValueError(
-            "mixed_precision fp16 needs a GPU: on a CPU accelerate switches on neither autocast nor the scaling of "
-            "the loss; use bf16 or no"
-        )
+    refuse_lone_processes(accelerator)
+    refuse_precision(accelerator.mixed_precision, accelerator.device.type)
+    config.mixed_precision = accelerator.mixed_precision  # type: ignore[assignment]  # what the run's records say
     return accelerator
 
 

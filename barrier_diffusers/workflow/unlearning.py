@@ -57,7 +57,10 @@ from barrier_diffusers.utils.files import write_json
 from barrier_diffusers.utils.run_records import MANIFEST_NAME, METRICS_NAME, fingerprint, manifest
 from barrier_diffusers.workflow.settings import UnlearnConfig, chosen_objective, data_needs
 
-FROZEN_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # of what is not trained
+
+def frozen_dtype(config: UnlearnConfig) -> torch.dtype:
+    """Precision of the weights that are not trained."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.mixed_precision or "no", torch.float32)
 
 
 @dataclass
@@ -97,7 +100,7 @@ class LoadedModel:
 
     def made_by(self, config: UnlearnConfig) -> str:
         """What images and texts that it makes depend on."""
-        return fingerprint(self.hashes, str(FROZEN_DTYPES[config.mixed_precision]))
+        return fingerprint(self.hashes, str(frozen_dtype(config)))
 
 
 @dataclass
@@ -143,13 +146,12 @@ def open_unlearning(config: UnlearnConfig) -> Run:
 
 def load_base(config: UnlearnConfig) -> Any:
     """The pipeline that the settings name; what trains has full precision."""
-    frozen_dtype = FROZEN_DTYPES[config.mixed_precision]
     return load_pipeline(
         config.pretrained_model_name_or_path,
         revision=config.revision,
         variant=config.variant,
-        dtype=frozen_dtype,
-        denoiser_dtype=frozen_dtype if config.rank else torch.float32,
+        dtype=frozen_dtype(config),
+        denoiser_dtype=frozen_dtype(config) if config.rank else torch.float32,
         pipeline_config=config.pipeline_config,
         original_config=config.original_config,
     )
