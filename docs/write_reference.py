@@ -2,38 +2,30 @@
 
     python docs/write_reference.py
 
-Nothing is imported. tests/test_docs.py fails where a page is not what this writes.
+Sub-packages, scripts and their settings are found in the folders. tests/test_docs.py fails where a page is not what
+this writes.
 """
 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
+import importlib
+import inspect
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_type_hints
 
 ROOT = Path(__file__).resolve().parent.parent
-SETTINGS = {  # page of docs/settings -> script -> (module with its settings, class)
-    "unlearn": {"train_scripts/unlearn_sd.py": ("barrier_diffusers/workflow/settings.py", "UnlearnConfig")},
-    "evaluate": {"train_scripts/evaluate_sd.py": ("barrier_diffusers/evaluation/settings.py", "EvaluateConfig")},
-    "pipelines": {
-        "train_scripts/run_pipeline.py": ("barrier_diffusers/workflow/workflow.py", "WorkflowConfig"),
-        "train_scripts/sweep.py": ("barrier_diffusers/workflow/sweeps.py", "SweepConfig"),
-    },
-    "classifiers": {
-        "classification_ext/train.py": ("classification_ext/settings.py", "TrainConfig"),
-        "classification_ext/unlearn.py": ("classification_ext/settings.py", "UnlearnConfig"),
-        "classification_ext/evaluate.py": ("classification_ext/settings.py", "EvaluateConfig"),
-    },
-    "ddpm": {
-        "ddpm_ext/train.py": ("ddpm_ext/settings.py", "TrainConfig"),
-        "ddpm_ext/unlearn.py": ("ddpm_ext/settings.py", "UnlearnConfig"),
-        "ddpm_ext/evaluate.py": ("ddpm_ext/settings.py", "EvaluateConfig"),
-    },
-    "training": {
-        "train_scripts/train_text_to_image.py": ("train_scripts/train_text_to_image.py", "TrainConfig"),
-        "train_scripts/train_classifier.py": ("train_scripts/train_classifier.py", "ClassifierConfig"),
-    },
+PAGES = {  # page of docs/settings -> its scripts; a script that no page names is on the last one of its folder
+    "unlearn": ("train_scripts/unlearn_sd.py",),
+    "evaluate": ("train_scripts/evaluate_sd.py", "train_scripts/generate_sd.py", "train_scripts/report.py"),
+    "pipelines": ("train_scripts/run_pipeline.py", "train_scripts/sweep.py"),
+    "training": ("train_scripts/*.py",),
+    "classifiers": ("classification_ext/*.py",),
+    "ddpm": ("ddpm_ext/*.py",),
 }
 EXTENSIONS = ("classification_ext", "ddpm_ext")  # one page for both
 MAIN = ("Barrier", "BarrierConfig", "Certificate", "ForgetRegion", "RetainProjection")  # classes shown with methods
@@ -58,17 +50,37 @@ def api_pages() -> dict[str, list[Path]]:
     return found | {"extensions": [path for name in EXTENSIONS for path in sorted((ROOT / name).rglob("*.py"))]}
 
 
-@functools.cache
-def classes() -> dict[tuple[str, str], tuple[ast.ClassDef, list[str]]]:
-    """(module path, class name) -> (class, lines of its module) of all dataclasses that may hold settings."""
-    sources = [path for paths in api_pages().values() for path in paths]
-    found = {}
-    for path in (*sources, *sorted((ROOT / "train_scripts").glob("*.py"))):
-        text = path.read_text(encoding="utf-8")
-        for node in ast.parse(text).body:
-            if isinstance(node, ast.ClassDef):
-                found[path.relative_to(ROOT).as_posix(), node.name] = node, text.splitlines()
+def settings_of(script: Path) -> type | None:
+    """The dataclass that a script reads its command line into; None for a module that is no script."""
+    calls = [node for node in ast.walk(parsed(script)) if isinstance(node, ast.Call)]
+    names = [ast.unparse(call.args[1]) for call in calls if ast.unparse(call.func) == "run_script"]
+    if not names:
+        return None
+    name = script.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+    module = importlib.import_module(name.replace("train_scripts", "barrier_diffusers.scripts"))
+    found = getattr(module, names[0])
+    if not isinstance(found, type):  # a function; what it returns has the settings as `config`
+        found = get_type_hints(get_type_hints(found)["return"])["config"]
     return found
+
+
+@functools.cache
+def settings_pages() -> dict[str, dict[str, type]]:
+    """Page of docs/settings -> its scripts -> their settings."""
+    found: dict[str, dict[str, type]] = {}
+    taken = set[Path]()
+    for page, patterns in PAGES.items():
+        paths = [path for pattern in patterns for path in sorted(ROOT.glob(pattern)) if path not in taken]
+        taken |= set(paths)
+        kinds = {path.relative_to(ROOT).as_posix(): settings_of(path) for path in paths}
+        found[page] = {script: kind for script, kind in kinds.items() if kind is not None}
+    return found
+
+
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    """The syntax tree of a source file."""
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def comment_of(field: ast.AnnAssign, lines: list[str]) -> str:
@@ -83,15 +95,40 @@ def comment_of(field: ast.AnnAssign, lines: list[str]) -> str:
     return "; ".join(part for part in (" ".join(above), behind) if part)
 
 
-def default_of(field: ast.AnnAssign) -> str:
-    """The default as it is written, factories opened; empty where the setting is required."""
-    value = field.value
-    if isinstance(value, ast.Call) and ast.unparse(value.func) == "field":
-        factory = next(word.value for word in value.keywords if word.arg in ("default_factory", "default"))
-        if isinstance(factory, ast.Lambda):
-            return ast.unparse(factory.body)
-        return {"list": "[]", "dict": "{}"}.get(ast.unparse(factory), "")
-    return "*required*" if value is None else ast.unparse(value)
+def type_and_comment(config_class: type, name: str) -> tuple[str, str]:
+    """The annotation and the comment of a field, where the class or a base of it declares the field."""
+    for part in config_class.__mro__:
+        path = Path(inspect.getsourcefile(part) or "") if part is not object else None
+        if path is None or ROOT not in path.parents:
+            continue
+        for node in parsed(path).body:
+            if isinstance(node, ast.ClassDef) and node.name == part.__name__:
+                for line in node.body:
+                    if isinstance(line, ast.AnnAssign) and ast.unparse(line.target) == name:
+                        lines = path.read_text(encoding="utf-8").splitlines()
+                        return ast.unparse(line.annotation), comment_of(line, lines)
+    raise ValueError(f"{config_class.__name__} declares no field {name}")
+
+
+def default_of(field: dataclasses.Field, owner: Any) -> Any:
+    """The default of a field: what the default object of the class around it has, if there is one."""
+    if owner is not None:
+        return getattr(owner, field.name)
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def rows(config_class: type, prefix: str = "", owner: Any = None) -> Iterator[tuple[str, str, str, str]]:
+    """(dotted name, type, default, comment) of every field, those of nested dataclasses under dotted names."""
+    hints = get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        dotted, kind, default = f"{prefix}{field.name}", hints[field.name], default_of(field, owner)
+        required = default is dataclasses.MISSING
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            yield from rows(kind, f"{dotted}.", None if required else default)
+        else:
+            shown = "*required*" if required else f"`{cell(repr(default))}`"
+            annotation, comment = type_and_comment(config_class, field.name)
+            yield dotted, annotation, shown, comment
 
 
 def cell(text: str) -> str:
@@ -99,65 +136,20 @@ def cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-class Settings:
-    """The fields of a script's dataclass, those of nested ones under dotted names."""
-
-    def __init__(self) -> None:
-        self.classes = classes()
-
-    def find(self, module: str, name: str) -> tuple[str, ast.ClassDef, list[str]] | None:
-        """A class by name: of the module itself, else of the one place that has it."""
-        if (module, name) in self.classes:
-            return module, *self.classes[module, name]
-        places = [key for key in self.classes if key[1] == name and key[0].split("/")[0] in ("barrier_diffusers",)]
-        return (places[0][0], *self.classes[places[0]]) if places else None
-
-    def rows(self, module: str, name: str, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-        """(dotted name, type, default, comment) of every field, bases first."""
-        found = self.find(module, name)
-        if found is None:
-            return
-        place, node, lines = found
-        for base in reversed(node.bases):
-            yield from self.rows(place, ast.unparse(base), prefix)
-        for field in node.body:
-            if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
-                continue
-            kind, dotted = ast.unparse(field.annotation), f"{prefix}{field.target.id}"
-            if self.find(place, kind) is not None:
-                yield from self.rows(place, kind, f"{dotted}.")
-            else:
-                yield dotted, kind, default_of(field), comment_of(field, lines)
-        if any(ast.unparse(decorator) == "with_own_sections" for decorator in node.decorator_list):
-            for section, (module_of_section, settings) in own_sections().items():
-                yield from self.rows(module_of_section, settings, f"{section}.")
-
-
-def own_sections() -> dict[str, tuple[str, str]]:
-    """Section of EvaluateConfig -> (module, settings class), of every attack and protocol registered with settings."""
-    found = {}
-    for path in api_pages()["evaluation"]:
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            for call in getattr(node, "decorator_list", []):
-                if isinstance(call, ast.Call) and ast.unparse(call.func) in ("register_attack", "register_protocol"):
-                    name, *settings = (ast.unparse(word) for word in call.args)
-                    if settings:
-                        found[ast.literal_eval(name)] = path.relative_to(ROOT).as_posix(), settings[0]
-    return found
-
-
 def settings_page(page: str) -> str:
     """docs/settings/<page>.md."""
-    parts, settings = [f"# Settings: {page}\n", NOTE], Settings()
-    for script, (module, name) in SETTINGS[page].items():
-        if not (ROOT / script).is_file():
+    parts, shown = [f"# Settings: {page}\n", NOTE], dict[type, str]()
+    for script, config_class in settings_pages()[page].items():
+        module = Path(inspect.getsourcefile(config_class) or "").relative_to(ROOT).as_posix()
+        parts.append(f"## {script}\n")
+        if config_class in shown:
+            parts.append(f"The settings of {shown[config_class]}.\n")
             continue
-        last = {row[0]: row for row in settings.rows(module, name)}  # a subclass's field comes after its base's
-        parts.append(f"## {script}\n\n`{name}` in [{module}](../../{module}).\n")
+        shown[config_class] = script
+        parts.append(f"`{config_class.__name__}` in [{module}](../../{module}).\n")
         parts.append("| setting | type | default | |\n|---|---|---|---|")
-        for dotted, kind, default, comment in last.values():
-            given = default if default == "*required*" or not default else f"`{cell(default)}`"
-            parts.append(f"| `{dotted}` | `{cell(kind)}` | {given} | {cell(comment)} |")
+        for dotted, kind, default, comment in rows(config_class):
+            parts.append(f"| `{dotted}` | `{cell(kind)}` | {default} | {cell(comment)} |")
         parts.append("")
     return "\n".join(parts)
 
@@ -165,9 +157,8 @@ def settings_page(page: str) -> str:
 def settings_index() -> str:
     """docs/settings.md."""
     parts = ["# Settings\n", NOTE, USE, "| scripts | settings |\n|---|---|"]
-    for page, scripts in SETTINGS.items():
-        names = ", ".join(script for script in scripts if (ROOT / script).is_file())
-        parts.append(f"| {names} | [settings/{page}.md](settings/{page}.md) |")
+    for page, scripts in settings_pages().items():
+        parts.append(f"| {', '.join(scripts)} | [settings/{page}.md](settings/{page}.md) |")
     return "\n".join(parts) + "\n"
 
 
@@ -239,11 +230,12 @@ def api_page(page: str) -> str:
 def pages() -> dict[Path, str]:
     """Every page and what it should be."""
     found = {ROOT / "docs/settings.md": settings_index(), ROOT / "docs/api.md": api_index()}
-    found |= {ROOT / f"docs/settings/{page}.md": settings_page(page) for page in SETTINGS}
+    found |= {ROOT / f"docs/settings/{page}.md": settings_page(page) for page in PAGES}
     return found | {ROOT / f"docs/api/{page}.md": api_page(page) for page in api_pages()}
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
     for path, text in pages().items():
         path.parent.mkdir(exist_ok=True)
         path.write_text(text, encoding="utf-8")
