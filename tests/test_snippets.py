@@ -1,6 +1,7 @@
 """Python code of the pages runs as it stands there, on the embedded models and with fewer steps."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ from short_runs import BASE, ROOT
 from barrier_diffusers.models import architectures
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*_ext/README.md"))]
-FEWER = {"max_train_steps=100": "max_train_steps=2"}  # what is written there -> what runs here
+FEWER = {  # what is written there -> what runs here
+    '"max_train_steps": 100': '"max_train_steps": 2, "num_generated_images": 8',
+    '"objective": {"alpha": 1.0}': '"objective": {"alpha": 1.0}, "generation": {"num_inference_steps": 2}',
+}
 RUNS = {  # folder that a command of the page above makes -> what stands in for it here
     "runs/ddpm_fashion": "assets/fashion_ddpm",
     "runs/classifier": "assets/fashion_resnet",
@@ -67,7 +71,17 @@ def certified(names):
     assert names["loss"].item() > 0 and all(parameter.requires_grad for parameter in names["unet"].parameters())
 
 
-CHECKS = {"encode_images(": trained, "certificate = barrier.certify": certified}  # what the code holds -> its check
+def unlearned(names):
+    """The front page: the pipeline that was handed in, unlearned in place."""
+    assert names["result"].pipeline is names["pipeline"] and len(names["result"].history["objective"]) == 2
+    assert names["result"].barrier.compute_protection_loss().item() > 0 and Path("boot.png").is_file()
+
+
+CHECKS = {
+    "result = unlearn(": unlearned,
+    "encode_images(": trained,
+    "certificate = barrier.certify": certified,
+}  # what the code holds -> its check
 
 
 def test_the_loop_with_the_packages_objectives_is_short():
