@@ -104,5 +104,5 @@ style: $(READY) ## format in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## remove runs and the environment
-	rm -rf $(VENV) runs
+clean: ## remove the environment and caches; runs/ stays
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
