@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
-from barrier_diffusers.data.encoding import to_pixels
-from barrier_diffusers.data.readers import load_image_text
+from barrier_diffusers.data.columns import with_texts
+from barrier_diffusers.data.encoding import read_pixels
+from barrier_diffusers.data.readers import read_rows
 from barrier_diffusers.evaluation.classifier import AttributeClassifier
 from barrier_diffusers.training.run_config import RunConfig, StageConfig
 from barrier_diffusers.training.trainer import ONE_CYCLE, Trainer, make_accelerator, require_usable
@@ -47,11 +48,20 @@ class ClassifierConfig(RunConfig, StageConfig):
     report_to: Literal["tensorboard", "wandb", "all", "none"] = "none"
 
 
+def read_split(config: ClassifierConfig, split: str) -> Dataset:
+    """A split with the attributes' values as texts."""
+    rows = read_rows(config.train_data_dir, split, config.image_column, config.attributes)
+    for name in config.attributes:
+        rows = with_texts(rows, name)
+    return rows
+
+
 def decode(dataset: Dataset, config: ClassifierConfig) -> Tensor:
     """All images as bytes (N, 3, H, W): decoded once, because decoding would cost more than training on them."""
     images = torch.empty(len(dataset), 3, config.resolution, config.resolution, dtype=torch.uint8)
     for start in tqdm(range(0, len(dataset), 1000), desc="decoding", leave=False):
-        pixels = to_pixels(dataset[start : start + 1000][config.image_column], config.resolution)
+        rows = range(start, min(start + 1000, len(dataset)))
+        pixels = read_pixels(dataset, config.image_column, config.resolution, rows)
         images[start : start + len(pixels)] = ((pixels + 1) * 127.5).round().byte()
     return images
 
@@ -122,8 +132,7 @@ def main(config: ClassifierConfig) -> None:
     accelerator = make_accelerator(config, logs_in=config.output_dir, data_seed=config.seed)
     trainer = Trainer(accelerator, config)
     set_seed(config.seed)
-    train = load_image_text(config.train_data_dir, config.train_split, config.image_column, config.attributes[0])
-    test = load_image_text(config.train_data_dir, config.test_split, config.image_column, config.attributes[0])
+    train, test = (read_split(config, split) for split in (config.train_split, config.test_split))
     labels = {name: sorted(set(train[name])) for name in config.attributes}
     model = train_classifier(trainer, config, labels, train)
     if accelerator.is_main_process:

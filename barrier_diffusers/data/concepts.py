@@ -14,9 +14,11 @@ from datasets import Dataset, Features, Value, concatenate_datasets
 from PIL import Image
 
 from barrier_diffusers.data.captions import anchor_captions, labels_in_texts, swap_concept
+from barrier_diffusers.data.columns import with_texts
 from barrier_diffusers.data.encoding import EncodedImages, cached_tensors, encode_moments, encode_prompts
 from barrier_diffusers.data.erased_concepts import ErasedConcepts, captions_of, rows_about_others
-from barrier_diffusers.data.readers import load_image_text, split_concepts, take_evenly
+from barrier_diffusers.data.folders import announce, read_image_folder
+from barrier_diffusers.data.readers import read_rows, split_concepts, take_evenly
 from barrier_diffusers.models.generation import SamplingConfig, generate
 from barrier_diffusers.models.loading import module_hashes
 from barrier_diffusers.utils.checks import as_list, require_positive
@@ -40,6 +42,7 @@ class ConceptConfig:
     train_split: str = "train"
     image_column: str = "image"
     caption_column: str = "text"
+    caption_template: str = "a photo of a {}"  # caption of a row where the data have none; {}: its concept_column
     forget_data_dir: str | None = None  # or images of the concept; without captions, forget_prompts in turn
     retain_data_dir: str | None = None  # and of other things; without captions, retain_prompts in turn
     forget_prompts: list[str] = field(default_factory=list)  # without images: prompts the model itself illustrates
@@ -68,6 +71,8 @@ class ConceptConfig:
         return bool(self.source or self.retain_data_dir or self.retain_prompts)
 
     def __post_init__(self) -> None:
+        if self.caption_template.count("{}") != 1 or self.caption_template.count("{") != 1:
+            raise ValueError(f"caption_template is {self.caption_template!r}, but must hold {{}} once")
         if not self.concepts or not all(name.strip() for name in self.concepts):
             raise ValueError("concept is empty: name what is to be forgotten")
         for index, name in enumerate(self.concepts):
@@ -172,7 +177,7 @@ def load_concepts(
         forget, retain = rows_of_prompts(config, pipeline, cache, base_hash, needs.images)
         concepts = concepts_of(list(forget[caption]), config.concepts)
     else:
-        dataset = load_image_text(config.source, config.train_split, image, caption)
+        dataset = load_concept_rows(config, config.train_split)
         forget, retain = split_concepts(dataset, config.concept_column, config.concepts)
         concepts = list(forget[config.concept_column])
     retain = retain.select(rows_about_others(list(retain[caption]), erased))
@@ -196,6 +201,24 @@ def load_concepts(
     return ConceptData(forget, retain, concepts, labels, retain_captions, config)
 
 
+def load_concept_rows(config: ConceptConfig, split: str) -> Dataset:
+    """The rows of the data set with a concept column: that column and the captions as texts.
+
+    Where the data have no captions, `caption_template` makes one of each row's value.
+
+    Raises:
+        ValueError: no such folder, column or split, or a row whose value is empty or no word.
+    """
+    assert config.source is not None
+    image, caption, column = config.image_column, config.caption_column, config.concept_column
+    rows = with_texts(read_rows(config.source, split, image, (column,), caption), column)
+    if caption in rows.column_names:
+        return with_texts(rows, caption, lists=True)
+    captions = [config.caption_template.format(name.replace("_", " ")) for name in rows[column]]
+    announce(f"{config.source}: no column {caption!r}, captions are like {captions[0]!r}")
+    return rows.add_column(caption, captions)
+
+
 def cycle(prompts: Sequence[str], count: int) -> list[str]:
     """`count` prompts, the list repeated in order."""
     return [prompts[index % len(prompts)] for index in range(count)] if prompts else []
@@ -216,12 +239,7 @@ def rows_of_prompts(
     rows = []
     for role, folder in folders.items():
         if folder is not None:
-            found = load_image_text(folder, config.train_split, config.image_column, None)
-            if config.caption_column not in found.column_names:
-                if not lists[role]:
-                    raise ValueError(f"{folder!r} has no column {config.caption_column!r}: set {role}_prompts")
-                found = found.add_column(config.caption_column, cycle(lists[role], len(found)))
-            rows.append(found.select_columns([config.image_column, config.caption_column]))
+            rows.append(rows_of_folder(config, folder, lists[role], role))
             continue
         prompts = cycle(lists[role], max(config.num_generated_images, len(lists[role])))
         if role in with_images and prompts:
@@ -229,6 +247,33 @@ def rows_of_prompts(
         else:
             rows.append(captions_only(config.caption_column, prompts))
     return rows
+
+
+def rows_of_folder(config: ConceptConfig, folder: str, prompts: Sequence[str], role: str) -> Dataset:
+    """The images of a folder with their captions; prompts in turn for those that have none.
+
+    Raises:
+        ValueError: images without captions, and no prompt for them; no image that is about what the role says.
+    """
+    image, caption = config.image_column, config.caption_column
+    needed = () if prompts else (caption,)
+    found = read_rows(folder, config.train_split, image, needed, caption, hint=f": set {role}_prompts")
+    if caption in found.column_names:
+        written = list(found[caption])
+        if prompts and None in written:
+            missing = iter(cycle(prompts, written.count(None)))
+            filled = [text if text is not None else next(missing) for text in written]
+            found = found.remove_columns([caption]).add_column(caption, filled)
+        found = with_texts(found, caption, lists=True)
+    else:
+        found = found.add_column(caption, cycle(prompts, len(found)))
+    found = found.select_columns([image, caption])
+    if role == "retain":
+        others = rows_about_others(list(found[caption]), [ErasedConcepts(config.concepts, [])])
+        if len(others) < len(found):
+            announce(f"{folder}: {len(found) - len(others)} of {len(found)} captions name the concept; left out")
+            found = found.select(others)
+    return found
 
 
 def illustrate(
@@ -241,14 +286,15 @@ def illustrate(
     """
     sampling = replace(config.generation, seed=config.generation.seed + part * 1_000_000)
     made_from = {"denoiser": base_hash, "prompts": prompts, "sampling": asdict(sampling)}
-    folder = cache / f"generated-{fingerprint(made_from)}"
+    folder, caption = cache / f"generated-{fingerprint(made_from)}", config.caption_column
     if not (folder / "images").is_dir():
         images = generate(pipeline, prompts, sampling, desc="illustrating the prompts")
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "manifest.json", made_from)
-        write_image_folder(folder / "images", images, {config.caption_column: prompts})
-    rows = load_image_text(str(folder / "images"), "train", caption_column=config.caption_column)
-    return rows.rename_column("image", config.image_column) if config.image_column != "image" else rows
+        write_image_folder(folder / "images", images, {caption: prompts})
+    return read_image_folder(
+        folder / "images", split="train", image_column=config.image_column, caption_column=caption, quiet=True
+    )
 
 
 def write_image_folder(folder: Path, images_NHWC: np.ndarray, columns: dict[str, list[str]]) -> None:

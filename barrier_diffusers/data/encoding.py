@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
+from barrier_diffusers.data.pixels import as_rgb
 from barrier_diffusers.data.readers import unreadable_image
 from barrier_diffusers.models.architectures import count_cut, get_architecture
 from barrier_diffusers.models.denoiser import Denoiser
@@ -31,7 +32,7 @@ from barrier_diffusers.utils.files import written_whole
 
 def to_pixels(images: Sequence[Any], resolution: int) -> Tensor:
     """PIL images -> (N, 3, resolution, resolution) in [-1, 1]; other sizes are scaled and centre-cropped."""
-    rgb = [image.convert("RGB") for image in images]
+    rgb = [as_rgb(image) for image in images]
     if all(image.size == (resolution, resolution) for image in rgb):
         return torch.from_numpy(np.stack([np.asarray(image) for image in rgb])).permute(0, 3, 1, 2) / 127.5 - 1
     processor = VaeImageProcessor(vae_scale_factor=1, resample="bilinear")
@@ -65,20 +66,34 @@ def cached_tensors(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict
         raise ValueError(f"cache file {str(path)!r} is damaged ({error}): delete it") from error
 
 
+def read_pixels(dataset: Dataset, image_column: str, resolution: int, rows: range) -> Tensor:
+    """These rows' images as `to_pixels` gives them.
+
+    Raises:
+        ValueError: an image that cannot be read; the message names the row and its file.
+    """
+    try:
+        return to_pixels(dataset.select_columns([image_column])[list(rows)][image_column], resolution)
+    except Exception as error:
+        raise unreadable_image(dataset, image_column, rows) or error from error
+
+
 @torch.no_grad()
 def encode_moments(vae: Any, dataset: Dataset, image_column: str, resolution: int, batch_size: int = 64) -> Tensor:
     """VAE posterior of every image: (N, 2 c, h, w), mean and log-variance, so that each epoch can draw anew."""
-    rows = image_batches(dataset, image_column, resolution)
+    starts = tqdm(range(0, len(dataset), batch_size), desc="VAE latents", leave=False)
+    batches = (range(start, min(start + batch_size, len(dataset))) for start in starts)
+    return posteriors(vae, (read_pixels(dataset, image_column, resolution, rows) for rows in batches))
+
+
+@torch.no_grad()
+def posteriors(vae: Any, batches: Iterable[Tensor]) -> Tensor:
+    """VAE posteriors (N, 2 c, h, w) in float32 of batches of pixels (B, 3, H, W) in [-1, 1]."""
     upcast = vae.dtype == torch.float16 and vae.config.force_upcast  # its activations overflow, as SDXL's do
     if upcast:
         vae.to(torch.float32)
     chunks = []
-    for start in tqdm(range(0, len(rows), batch_size), desc="VAE latents", leave=False):
-        stop = min(start + batch_size, len(rows))
-        try:
-            pixels = default_collate(rows.__getitems__(list(range(start, stop))))["pixels"]
-        except Exception as error:
-            raise unreadable_image(dataset, image_column, range(start, stop)) or error from error
+    for pixels in batches:
         posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
         chunks.append(posterior.parameters.float().cpu())
     if upcast:
@@ -164,10 +179,20 @@ def encode_images(
 ) -> EncodedImages:
     """PIL images with a caption each (and an anchor prompt each, for objectives that take one), all in memory.
 
-    Images are scaled and cropped to the side of the first one. The script's own way, `encode_concepts`, keeps a cache.
+    Images of any mode are read as people see them (`data/pixels.py`), scaled and cropped to the side of the first one.
+    The script's own way, `encode_concepts`, keeps a cache.
+
+    Raises:
+        ValueError: not as many captions (or anchors) as images, none at all, or an image that cannot be read.
     """
-    rows = Dataset.from_dict({"image": list(images)})
-    moments = encode_moments(pipeline.vae, rows, "image", images[0].width)
+    for name, texts in {"captions": captions, "anchors": anchors}.items():
+        if texts is not None and len(texts) != len(images):
+            raise ValueError(f"{len(images)} images, but {len(texts)} {name}: give each image one")
+    if not len(images):
+        raise ValueError("no image to encode")
+    resolution = as_rgb(images[0]).width
+    starts = range(0, len(images), 64)
+    moments = posteriors(pipeline.vae, (to_pixels(images[start : start + 64], resolution) for start in starts))
     prompts = sorted({*captions, *(anchors or [])})
     position = {text: index for index, text in enumerate(prompts)}
     ids = [torch.tensor([position[text] for text in texts]) for texts in (captions, anchors or [])]

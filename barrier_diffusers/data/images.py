@@ -9,7 +9,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -17,7 +17,9 @@ from datasets import Dataset
 from PIL import Image
 from torch import Tensor
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+from barrier_diffusers.data.folders import announce, find_images
+from barrier_diffusers.data.pixels import as_rgb, open_rgb
+from barrier_diffusers.data.readers import unreadable_image
 
 
 class ImageSet(ABC):
@@ -95,10 +97,11 @@ class ImageFiles(ImageSet):
         if not self.folder.is_dir():
             raise ValueError(f"image folder {str(folder)!r} does not exist")
         if names is None:
-            found = (path for path in self.folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-            names = sorted(path.relative_to(self.folder).as_posix() for path in found)
-            if not names:
-                raise ValueError(f"image folder {str(folder)!r} holds no image ({', '.join(SUFFIXES)})")
+            content = find_images(self.folder)
+            if not content.names:
+                raise ValueError(f"image folder {str(folder)!r} holds no image: {content.report()}")
+            announce(content.report())
+            names = content.names
         missing = [name for name in names if not (self.folder / name).is_file()]
         if missing:
             raise ValueError(
@@ -111,11 +114,7 @@ class ImageFiles(ImageSet):
 
     def __iter__(self) -> Iterator[Tensor]:
         for name in self.names:
-            try:
-                with Image.open(self.folder / name) as image:
-                    yield _to_bytes(image)
-            except (OSError, SyntaxError) as error:
-                raise ValueError(f"image {str(self.folder / name)!r} cannot be read: {error}") from error
+            yield _as_tensor(open_rgb(self.folder / name))
 
     def select(self, rows: Sequence[int]) -> ImageFiles:
         """Some of the images."""
@@ -139,8 +138,12 @@ class ImageColumn(ImageSet):
         return len(self.rows)
 
     def __iter__(self) -> Iterator[Tensor]:
-        for row in self.rows:
-            yield _to_bytes(row[self.column])
+        for row in range(len(self.rows)):
+            try:
+                image = as_rgb(self.rows[row][self.column])
+            except Exception as error:
+                raise unreadable_image(self.rows, self.column, [row]) or error from error
+            yield _as_tensor(image)
 
     def digest(self) -> str:
         digest = hashlib.sha256()
@@ -149,8 +152,8 @@ class ImageColumn(ImageSet):
         return digest.hexdigest()
 
 
-def _to_bytes(image: Any) -> Tensor:
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+def _as_tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 Images: TypeAlias = ImageSet | Tensor | np.ndarray | str | Path

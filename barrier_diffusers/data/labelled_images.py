@@ -15,7 +15,9 @@ import torch
 from datasets import ClassLabel, Dataset
 from torch import Tensor
 
-from barrier_diffusers.data.readers import load_image_text
+from barrier_diffusers.data.columns import texts_of
+from barrier_diffusers.data.pixels import as_rgb, reason
+from barrier_diffusers.data.readers import read_rows
 
 
 @dataclass(frozen=True)
@@ -85,26 +87,22 @@ def load_labelled(
         ValueError: a source, split or column that does not exist, a damaged image (the row is named), or a label that
             is not in `names`.
     """
-    rows = load_image_text(data.source, data.split, data.image_column, data.label_column, data.subset)
+    rows = read_rows(data.source, data.split, data.image_column, (data.label_column,), subset=data.subset)
     known, labels = _labels(rows, data.label_column, names)
     images = np.empty((len(rows), resolution, resolution, num_channels), np.uint8)
     column = rows.select_columns([data.image_column])
     for index in range(len(rows)):
         try:
             images[index] = _to_bytes(column[index][data.image_column], resolution, num_channels)
-        except (OSError, SyntaxError, ValueError, AttributeError) as error:
+        except Exception as error:  # Pillow's decoders raise whatever they meet
             raise ValueError(
-                f"row {index} of split {data.split!r} of {data.source!r} holds no readable image: {error}"
+                f"row {index} of split {data.split!r} of {data.source!r} holds no readable image: {reason(error)}"
             ) from error
     return LabelledImages(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels), known)
 
 
 def _labels(rows: Dataset, column: str, names: Sequence[str] | None) -> tuple[list[str], list[int]]:
-    feature, values = rows.features[column], list(rows[column])
-    if isinstance(feature, ClassLabel):
-        values = [feature.names[value] for value in values]
-    else:
-        values = [str(value) for value in values]
+    feature, values = rows.features[column], texts_of(rows, column)
     own = feature.names if isinstance(feature, ClassLabel) else sorted(set(values))
     known = list(names) if names is not None else list(own)
     unknown = sorted(set(values) - set(known))
@@ -115,7 +113,9 @@ def _labels(rows: Dataset, column: str, names: Sequence[str] | None) -> tuple[li
 
 
 def _to_bytes(image: Any, resolution: int, num_channels: int) -> np.ndarray:
-    image = image.convert("L" if num_channels == 1 else "RGB")
+    image = as_rgb(image)
+    if num_channels == 1:
+        image = image.convert("L")  # grey stays as it is
     if image.size != (resolution, resolution):
         scale = resolution / min(image.size)
         size = [max(resolution, round(side * scale)) for side in image.size]

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
 
+from barrier_diffusers.data.columns import texts_of, with_texts
+from barrier_diffusers.data.folders import METADATA_NAMES, find_images, read_image_folder
+from barrier_diffusers.data.pixels import as_rgb, reason
 
-def load_image_text(
+
+def read_rows(
     source: str,
     split: str,
     image_column: str = "image",
-    caption_column: str | None = "text",
+    columns: Sequence[str] = (),
+    caption_column: str = "text",
     subset: str | None = None,
+    hint: str = "",
 ) -> Dataset:
-    """Captioned images from an image folder with a metadata file, a folder of parquet or Arrow files, or a hub name.
+    """Rows with images from an image folder, a folder of parquet or Arrow files, or a hub name.
 
-    With caption_column None images are enough. `subset` names one of a hub data set's configurations.
+    Args:
+        columns: others that every row must have.
+        caption_column: what captions are called that an image folder has in text files beside the images.
+        subset: one of a hub data set's configurations.
+        hint: what to do where a column is missing; else the message lists the columns.
 
     Raises:
-        ValueError: a folder path that does not exist, an unknown split, or a column that is missing.
+        ValueError: a folder that does not exist, an unknown split, or a column that is missing.
     """
     looks_like_path = source.startswith((".", "/", "~")) or source.count("/") != 1
     folder = Path(source).expanduser()
@@ -33,15 +44,63 @@ def load_image_text(
             if split not in dataset:
                 raise ValueError(f"{source!r} has no split {split!r}; it has {', '.join(dataset)}")
             dataset = dataset[split]
+    elif folder.is_dir() and not _data_files(folder):
+        dataset = read_image_folder(folder, split, image_column, caption_column, columns)
     else:
         try:
-            dataset = load_dataset(str(folder) if folder.is_dir() else source, subset, split=split)
-        except (FileNotFoundError, ValueError) as error:
+            dataset = _load_files(folder, split) if folder.is_dir() else load_dataset(source, subset, split=split)
+        except Exception as error:  # of the library, of what it reads with, or of the connection
             raise ValueError(f"cannot read split {split!r} of {source!r}: {error}") from error
-    for column in (image_column, caption_column):
-        if column is not None and column not in dataset.column_names:
-            raise ValueError(f"{source!r} has no column {column!r}; it has {', '.join(dataset.column_names)}")
+    for column in (image_column, *columns):
+        if column not in dataset.column_names:
+            rest = hint or f"; it has {', '.join(dataset.column_names)}"
+            raise ValueError(f"{source!r} has no column {column!r}{rest}")
     return dataset
+
+
+def load_image_text(
+    source: str,
+    split: str,
+    image_column: str = "image",
+    caption_column: str | None = "text",
+    subset: str | None = None,
+) -> Dataset:
+    """Captioned images, see `read_rows`; the captions are texts, the first one where a row has a list.
+
+    With caption_column None images are enough.
+
+    Raises:
+        ValueError: see `read_rows`, or a row without a caption.
+    """
+    if caption_column is None:
+        return read_rows(source, split, image_column, subset=subset)
+    rows = read_rows(source, split, image_column, (caption_column,), caption_column, subset)
+    return with_texts(rows, caption_column, lists=True)
+
+
+DATA_FILES = {".arrow": "arrow", ".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".tar": ""}
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """Files of tables, of which `datasets` makes rows; none in a folder that holds pictures beside its metadata."""
+    files = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in (*DATA_FILES, ".zip", ".webdataset")
+        and path.name not in METADATA_NAMES
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    return files if files and not find_images(folder).names else []
+
+
+def _load_files(folder: Path, split: str) -> Dataset:
+    path = str(folder)
+    if glob.escape(path) == path:
+        return load_dataset(path, split=split)
+    kind = next(filter(None, (DATA_FILES.get(file.suffix.lower()) for file in _data_files(folder))), None)
+    if kind is None:
+        raise ValueError("its path has characters ([ ] * ?) that its kind of files cannot be read with: rename it")
+    return load_dataset(kind, data_dir=glob.escape(path), split=split)
 
 
 def unreadable_image(dataset: Dataset, image_column: str, rows: Iterable[int]) -> ValueError | None:
@@ -49,12 +108,14 @@ def unreadable_image(dataset: Dataset, image_column: str, rows: Iterable[int]) -
     undecoded = dataset.select_columns([image_column]).cast_column(image_column, Image(decode=False))
     for row in rows:
         try:
-            dataset[row][image_column].load()
+            as_rgb(dataset[row][image_column])
         except Exception as error:
             path = undecoded[row][image_column]["path"]
             number = row if dataset._indices is None else dataset._indices.column(0)[row].as_py()
             name = f"{number} ({path})" if path else number
-            return ValueError(f"the image of row {name} cannot be read: {error}. Replace it or leave the row out")
+            return ValueError(
+                f"the image of row {name} cannot be read: {reason(error)}. Replace it or leave the row out"
+            )
     return None
 
 
@@ -68,11 +129,12 @@ def split_concepts(
     """
     if column not in dataset.column_names:
         raise ValueError(f"the data has no column {column!r}; it has {', '.join(dataset.column_names)}")
-    values = dataset[column]
+    values = texts_of(dataset, column)
     known = sorted(set(values))
     for concept in concepts:
         if concept not in known:
-            raise ValueError(f"zero {role} images: no row has {column} = {concept!r}; known are {', '.join(known)}")
+            listed = ", ".join(known[:50]) + (f" and {len(known) - 50} more" if len(known) > 50 else "")
+            raise ValueError(f"zero {role} images: no row has {column} = {concept!r}; known are {listed}")
     wanted = set(concepts)
     forget = [index for index, value in enumerate(values) if value in wanted]
     retain = [index for index, value in enumerate(values) if value not in wanted]

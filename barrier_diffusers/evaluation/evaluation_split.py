@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 from datasets import Dataset
 
-from barrier_diffusers.data.concepts import ConceptConfig
+from barrier_diffusers.data.concepts import ConceptConfig, load_concept_rows
 from barrier_diffusers.data.erased_concepts import ErasedConcepts, rows_about_others
-from barrier_diffusers.data.readers import load_image_text, split_concepts
+from barrier_diffusers.data.pixels import as_rgb
+from barrier_diffusers.data.readers import split_concepts
 
 
 def load_rows(config: ConceptConfig, split: str) -> Dataset:
@@ -18,10 +19,7 @@ def load_rows(config: ConceptConfig, split: str) -> Dataset:
     Raises:
         ValueError: no such split or column.
     """
-    assert config.source is not None
-    return load_image_text(
-        config.source, split, image_column=config.image_column, caption_column=config.caption_column
-    )
+    return load_concept_rows(config, split)
 
 
 def retained_rows(loaded: Dataset, config: ConceptConfig, erased: Sequence[ErasedConcepts] = ()) -> Dataset:
@@ -42,5 +40,5 @@ def images_hash(images: Dataset) -> str:
     digest = hashlib.sha256()
     for row in images:
         digest.update(row["text"].encode())
-        digest.update(row["image"].convert("RGB").tobytes())
+        digest.update(as_rgb(row["image"]).tobytes())
     return digest.hexdigest()

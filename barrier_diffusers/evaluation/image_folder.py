@@ -18,7 +18,8 @@ from typing import Any
 from PIL import Image
 from tqdm.auto import tqdm
 
-from barrier_diffusers.data.images import SUFFIXES, ImageFiles
+from barrier_diffusers.data.folders import is_image_file
+from barrier_diffusers.data.images import ImageFiles
 from barrier_diffusers.data.prompt_files import PromptRow, read_prompts, write_prompts
 from barrier_diffusers.models.generation import SamplingConfig, sample
 from barrier_diffusers.utils.files import remove, write_json, written_whole
@@ -155,7 +156,7 @@ def read_folder(
         raise ValueError(f"images_dir {folder!r} has no {PROMPTS_NAME}: name the CSV file of its prompts")
     rows = read_prompts(prompts, label_column=label_column)
     files = ImageFiles(path, [name for row in rows for name in row.image_names(images_per_prompt)])
-    found = {file.name for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.name[0] != "."}
+    found = {file.name for file in path.iterdir() if file.name[0] != "." and is_image_file(file)}
     unknown = sorted(found - set(files.names))
     if unknown:
         raise ValueError(
