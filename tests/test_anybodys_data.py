@@ -421,6 +421,8 @@ def test_splits_are_top_folders_and_nothing_else(tmp_path):
         assert greys(load_image_text(str(tmp_path / "d"), split, caption_column=None)) == [value]
     with pytest.raises(ValueError, match="cannot read split 'dev' of .*: it has test, train, validation"):
         load_image_text(str(tmp_path / "d"), "dev", caption_column=None)
+    (tmp_path / "d" / "metadata.csv").write_text("file_name,text\ntest/train_and_test.png,a boot\n")
+    assert list(load_image_text(str(tmp_path / "d"), "test")["text"]) == ["a boot"]
     picture(tmp_path / "d" / "bus" / "a.png", 4)  # "train" is a class now
     rows = read_rows(str(tmp_path / "d"), "train", columns=["label"])
     assert len(rows) == 4 and texts_of(rows, "label") == ["Validation", "bus", "test", "train"]

@@ -62,11 +62,18 @@ class FolderContent:
     root: Path
     names: list[str]  # paths relative to `root`, with slashes, sorted
     left_out: Counter[str] = field(default_factory=Counter)  # why -> how many
+    top: str = ""  # folder of the split that is read, where `root` holds several
 
     @property
     def num_found(self) -> int:
         """Image files that are not hidden, used or not."""
         return len(self.names) + sum(count for why, count in self.left_out.items() if why != "hidden")
+
+    @property
+    def classes(self) -> list[str]:
+        """The folder of each image within its split, if all images lie in one."""
+        inner = [name.removeprefix(f"{self.top}/") for name in self.names]
+        return [name.split("/", 1)[0] for name in inner] if all("/" in name for name in inner) else []
 
     def keep(self, names: Sequence[str], why: str) -> None:
         """Leave all but these files out, and say why."""
@@ -79,7 +86,7 @@ class FolderContent:
         """How many images were found and are used, and what was left out why."""
         rest = ", ".join(f"{count} {why}" for why, count in sorted(self.left_out.items()))
         used = f"{self.num_found} images found, {len(self.names)} used"
-        return f"{self.root}: {used}" + (f"; left out: {rest}" if rest else "")
+        return f"{self.root / self.top}: {used}" + (f"; left out: {rest}" if rest else "")
 
 
 _printed: set[str] = set()
@@ -182,15 +189,14 @@ def read_image_folder(
         there = ", ".join(sorted(splits or {"train"}))
         raise ValueError(f"cannot read split {split!r} of {str(folder)!r}: it has {there}")
     if splits:
-        top = splits[split] + "/"
-        names = [name.removeprefix(top) for name in content.names if name.startswith(top)]
-        content = FolderContent(content.root / splits[split], names)
+        content.top = splits[split]
+        content.names = [name for name in content.names if name.startswith(f"{content.top}/")]
     rows, described = _described(content, caption_column)
     for column in needed:
         if column == image_column or not any(column in row for row in rows.values()):
             continue
-        there = [name for name in content.names if name in described or column in rows[name]]
-        content.keep(there, NO_CAPTION if column == caption_column else f"without a {column}")
+        kept = [name for name in content.names if name in described or column in rows[name]]
+        content.keep(kept, NO_CAPTION if column == caption_column else f"without a {column}")
     if not content.names:
         raise ValueError(f"{content.report()}: no image to read")
     if not quiet:
@@ -218,16 +224,16 @@ def _described(content: FolderContent, caption_column: str) -> tuple[dict[str, d
                 rows[named] |= row
                 described.add(named)
             break
-    with_folders = all("/" in name for name in content.names)
-    for name, row in rows.items():
+    for name, class_name in zip(content.names, content.classes or [None] * len(content.names), strict=True):
+        row = rows[name]
         path = content.root / name
         if row.get(caption_column) is None:
             text = next((path.with_suffix(end) for end in CAPTION_SUFFIXES if path.with_suffix(end).is_file()), None)
             caption = " ".join(read_text(text).split()) if text is not None else ""
             if caption:
                 row[caption_column] = caption
-        if with_folders:
-            row.setdefault("label", name.split("/", 1)[0])
+        if class_name is not None:
+            row.setdefault("label", class_name)
     return rows, described
 
 
@@ -284,14 +290,12 @@ def _as_dataset(content: FolderContent, rows: list[dict[str, Any]], image_column
         if name != image_column:
             columns[name] = _of_one_type([row.get(name) for row in rows])
     dataset = Dataset.from_dict(columns).cast_column(image_column, Image())
-    if "label" in columns and all("/" in name for name in content.names):
-        classes = sorted({name.split("/", 1)[0] for name in content.names})
-        if set(columns["label"]) <= set(classes):
-            features = Features({**dataset.features, "label": ClassLabel(names=classes)})
-            dataset = dataset.cast(features)
+    classes = sorted(set(content.classes))
+    if "label" in columns and set(columns["label"]) <= set(classes):
+        dataset = dataset.cast(Features({**dataset.features, "label": ClassLabel(names=classes)}))
     digest = hashlib.sha256(json.dumps([image_column, *rows], sort_keys=True, default=str).encode())
     for name, path in zip(content.names, paths, strict=True):
-        digest.update(name.encode())
+        digest.update(name.removeprefix(f"{content.top}/").encode())
         digest.update(hashlib.sha256(Path(path).read_bytes()).digest())
     dataset._fingerprint = digest.hexdigest()[:16]  # of names, contents and columns, wherever the folder lies
     return dataset
