@@ -224,7 +224,8 @@ def _described(content: FolderContent, caption_column: str) -> tuple[dict[str, d
                 rows[named] |= row
                 described.add(named)
             break
-    for name, class_name in zip(content.names, content.classes or [None] * len(content.names), strict=True):
+    classes = content.classes or [""] * len(content.names)
+    for name, class_name in zip(content.names, classes, strict=True):
         row = rows[name]
         path = content.root / name
         if row.get(caption_column) is None:
@@ -232,7 +233,7 @@ def _described(content: FolderContent, caption_column: str) -> tuple[dict[str, d
             caption = " ".join(read_text(text).split()) if text is not None else ""
             if caption:
                 row[caption_column] = caption
-        if class_name is not None:
+        if class_name:
             row.setdefault("label", class_name)
     return rows, described
 
