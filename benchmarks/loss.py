@@ -17,14 +17,14 @@ import torch
 from cases import backward_of
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
-from measure import BenchmarkConfig, interleaved, report
+from measure import BenchmarkConfig, count_operators, interleaved, report
 from models import NUM_TOKENS, TARGETS, add_lora, reduced_dim_of, settings_of
 from naive import NaiveBarrier, fit, record
 from torch import nn
 
 from barrier_diffusers import Barrier, BarrierConfig
-from barrier_diffusers.protection.map_groups import MapGroup
 from barrier_diffusers.protection.region import ForgetRegion
+from barrier_diffusers.protection.storage import BarrierState
 from barrier_diffusers.utils.command_line import run_script
 
 LARGEST_DIFFERENCE = 1e-3  # relative, between the two implementations' losses: float32 sums and streamed percentiles
@@ -113,12 +113,12 @@ def main(config: LossConfig) -> None:
         barrier = Barrier(unet, options)
         if not fitted:
             barrier.setup_protection([inputs], forward_fn)
-            fitted = [([entry.name for entry in group.maps], group.region) for group in barrier.groups]
+            fitted = [([linear_map.name for linear_map in group.maps], group.region) for group in barrier.groups]
         else:  # the regions do not depend on what trains
-            by_name = {entry.name: entry for entry in barrier.maps}
-            share = 1 / len(by_name)
-            barrier.groups = [MapGroup([by_name[name] for name in names], region, share) for names, region in fitted]
-        names = [entry.name for entry in barrier.maps]
+            by_name = {linear_map.name: linear_map for linear_map in barrier.maps}
+            regions = [([by_name[name] for name in names], region) for names, region in fitted]
+            barrier._install(BarrierState("adapter", regions))
+        names = [linear_map.name for linear_map in barrier.maps]
         naive = NaiveBarrier(unet, names, options.lambda_interval, options.reduced_dim)
         if naive_statistics is None:
             leaders = {id(region): name for name, region in barrier.regions.items()}
@@ -139,6 +139,7 @@ def main(config: LossConfig) -> None:
         difference = abs(values["barrier"] / values["baseline"] - 1)
         if not difference < LARGEST_DIFFERENCE:
             raise ValueError(f"the implementations differ by {difference:.2g}: {values}")
+        operators = {name: count_operators(run) for name, run in cases.items()}
         seconds = interleaved(cases, config.repeats, device)
         rows.append(
             {
@@ -148,6 +149,8 @@ def main(config: LossConfig) -> None:
                 "barrier (ms)": 1000 * seconds["barrier"],
                 "baseline (ms)": 1000 * seconds["baseline"],
                 "ratio": seconds["barrier"] / seconds["baseline"],
+                "operators": operators["barrier"],
+                "baseline's operators": operators["baseline"],
                 "difference of the losses": difference,
             }
         )

@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from pages import into_page
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from barrier_diffusers.utils.files import write_json
 
@@ -66,6 +68,34 @@ def interleaved(
             if turn >= warmup:
                 seconds[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+class OperatorCount(TorchDispatchMode):
+    """Counts the ATen operators that run meanwhile, by name; views are left out, as they launch nothing.
+
+    A GPU launches about a kernel for each; here they can be counted without one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def total(self) -> int:
+        """How many there were."""
+        return sum(self.counts.values())
+
+
+def count_operators(run: Callable[[], Any]) -> int:
+    """Number of operators that a function launches."""
+    with OperatorCount() as count:
+        run()
+    return count.total
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from barrier_diffusers.barrier import resolve_targets
+from barrier_diffusers.protection.targets import resolve_targets
 from cases import bare_passes, set_up
 from measure import BenchmarkConfig, in_fresh_process, interleaved, peak_bytes, report
 from models import TARGETS, build_unet, forward, make_batches, reduced_dim_of
@@ -45,7 +45,7 @@ def make_cases(config: SetupConfig, unet: nn.Module, num_batches: int) -> dict[s
     options = BarrierConfig(targets=targets, reduced_dim=reduced_dim_of(config.model))
 
     def baseline() -> None:
-        names = [entry.name for entry in resolve_targets(unet, targets)]
+        names = [linear_map.name for linear_map in resolve_targets(unet, targets)]
         NaiveBarrier(unet, names, reduced_dim=options.reduced_dim).setup(batches, forward)
 
     return dict(zip(CASES, (bare_passes(unet, batches), set_up(unet, batches, options), baseline), strict=True))

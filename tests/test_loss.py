@@ -2,21 +2,14 @@
 
 import pytest
 import torch
+from losses import full_loss, linear_layers, lora_layers, lora_loss, stacked_loss
 from oracle import Oracle, corners
 
 from barrier_diffusers.protection.config import BarrierConfig
-from barrier_diffusers.protection.drift import (
-    Frame,
-    FullDrift,
-    LoraDrift,
-    chunks,
-    full_drift,
-    stack_lora,
-    stacked_drift,
-    thin_factor,
-)
-from barrier_diffusers.protection.loss import box_term, interval_ends, protection_terms, residual_term
-from barrier_diffusers.protection.region import ForgetRegion, fit_directions, fit_region
+from barrier_diffusers.protection.drift import FullDrift, LoraDrift
+from barrier_diffusers.protection.loss import interval_ends
+from barrier_diffusers.protection.region import ForgetRegion, fit_directions, fit_region, thin_factor
+from barrier_diffusers.protection.stacks import runs
 from barrier_diffusers.protection.statistics import Moments, ProjectionSketch
 
 D, O, K = 7, 5, 3  # noqa: E741
@@ -70,7 +63,7 @@ def fit(options, forget=FORGET, retain=RETAIN):
 def test_loss_equals_the_oracle(options, bias):
     config, region = fit(options)
     oracle = Oracle(FORGET, RETAIN, **{"reduced_dim": K, **options}).use_bounds_of(region)
-    loss = protection_terms(FullDrift(DELTA, bias), region, config).mean()
+    loss, _ = full_loss(config, region, [DELTA], biases=[bias])
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), oracle.loss(DELTA, bias), rtol=2e-4, atol=1e-7)
 
@@ -94,20 +87,22 @@ def test_region_equals_the_oracle(options):
 def test_lora_equals_the_same_delta_as_full_weights(options):
     config, region = fit(options)
     lora_A, lora_B = torch.randn(2, D, generator=GENERATOR) * 0.3, torch.randn(O, 2, generator=GENERATOR) * 0.3
-    lora = LoraDrift(lora_A, lora_B, 0.7)
-    dense = protection_terms(FullDrift(0.7 * lora_B @ lora_A), region, config)
-    torch.testing.assert_close(protection_terms(lora, region, config), dense, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(lora.dense(), 0.7 * lora_B @ lora_A)
+    lora, (parameters,) = lora_loss(config, region, [(lora_A, lora_B)], 0.7)
+    dense, (weight,) = full_loss(config, region, [0.7 * lora_B @ lora_A])
+    torch.testing.assert_close(lora, dense, rtol=1e-4, atol=1e-6)
+    (gradient,) = torch.autograd.grad(dense, weight)
+    expected = [0.7 * lora_B.T @ gradient, 0.7 * gradient @ lora_A.T]
+    for ours, theirs in zip(torch.autograd.grad(lora, parameters), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max().item())
+    torch.testing.assert_close(LoraDrift(lora_A, lora_B, 0.7).dense(), 0.7 * lora_B @ lora_A)
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_loss_and_gradient_are_zero_at_the_snapshot(options):
     config, region = fit(options)
-    weight, bias = DELTA.clone().requires_grad_(), DELTA_BIAS.clone().requires_grad_()
-    drift = full_drift(weight, DELTA, bias, DELTA_BIAS)
-    loss = protection_terms(drift, region, config).mean()
+    loss, parameters = full_loss(config, region, [DELTA], [DELTA], [DELTA_BIAS], [DELTA_BIAS])
     assert loss.item() == 0.0
-    for gradient in torch.autograd.grad(loss, (weight, bias)):
+    for gradient in torch.autograd.grad(loss, parameters):
         assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
@@ -115,12 +110,11 @@ def test_loss_and_gradient_are_zero_at_the_snapshot(options):
 def test_gradient_equals_the_oracles(options):
     config, region = fit(options)
     oracle = Oracle(FORGET, RETAIN, **{"reduced_dim": K, **options}).use_bounds_of(region)
-    delta = DELTA.clone().requires_grad_()
-    loss = protection_terms(FullDrift(delta), region, config).mean()
-    exact = DELTA.double().requires_grad_()
-    (expected,) = torch.autograd.grad(oracle.loss(exact), exact)
-    (gradient,) = torch.autograd.grad(loss, delta)
-    torch.testing.assert_close(gradient.double(), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+    loss, parameters = full_loss(config, region, [DELTA], biases=[DELTA_BIAS])
+    exact = DELTA.double().requires_grad_(), DELTA_BIAS.double().requires_grad_()
+    expected = torch.autograd.grad(oracle.loss(*exact), exact)
+    for ours, theirs in zip(torch.autograd.grad(3 * loss, parameters), expected, strict=True):
+        torch.testing.assert_close(ours.double() / 3, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max().item())
 
 
 def test_identity_of_the_two_ends():
@@ -129,7 +123,8 @@ def test_identity_of_the_two_ends():
     d = DELTA @ region.basis
     centre, width = (lower + upper) / 2, upper - lower
     expected = ((d.abs() @ width) ** 2 / 2 + 2 * (d @ centre) ** 2).mean()
-    torch.testing.assert_close(box_term(d, lower, upper).mean(), expected)
+    ends = interval_ends(d, lower, upper)
+    torch.testing.assert_close(sum(end.square() for end in ends).mean(), expected)
 
 
 @pytest.mark.parametrize("region_kind", ["two_corner", "envelope", "slabs"])
@@ -173,52 +168,78 @@ def test_residual_term_is_the_mean_squared_drift_of_residual_parts():
     centred = (FORGET - FORGET.mean(0)).double()
     parts = centred - centred @ region.basis.double() @ region.basis.double().T
     expected = ((parts @ DELTA.double().T) ** 2).mean(0)
-    energy = residual_term(FullDrift(DELTA).products(Frame.of(region)).energy_O)
-    torch.testing.assert_close(energy.double(), expected, rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(energy, FullDrift(DELTA).energy(region.residual), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(FullDrift(DELTA).energy(region.residual).double(), expected, rtol=1e-3, atol=1e-6)
+    mean = (FORGET.double().mean(0) @ DELTA.double().T).square()
+    loss, _ = full_loss(BarrierConfig(reduced_dim=K, interval=False), region, [DELTA])
+    torch.testing.assert_close(loss.double(), (expected + mean).mean(), rtol=1e-4, atol=1e-6)
 
 
-def test_stacked_maps_equal_separate_maps():
-    config, region = fit({})
-    weights = [torch.randn(rows, D, generator=GENERATOR).requires_grad_() for rows in (O, 4)]
-    origins = [torch.randn(rows, D, generator=GENERATOR) for rows in (O, 4)]
-    stacked = protection_terms(
-        stacked_drift(weights, origins, [DELTA_BIAS, None], [torch.zeros(O), None]), region, config
-    )
-    drifts = [FullDrift(weight - origin) for weight, origin in zip(weights, origins, strict=True)]
-    drifts[0] = FullDrift(drifts[0].delta_OD, DELTA_BIAS)
-    separate = torch.cat([protection_terms(drift, region, config) for drift in drifts])
+@pytest.mark.parametrize("shared", [True, False], ids=["one input", "an input each"])
+@pytest.mark.parametrize("options", [{}, {"decomposition": "none"}, {"region": "slabs"}], ids=str)
+def test_stacked_maps_equal_separate_maps(options, shared):
+    """Of equal shape and not, with and without bias, in value and gradient."""
+    config, region = fit(options)
+    regions = [region, *(fit(options, forget=FORGET * scale)[1] for scale in (0.5, 2.0))]
+    weights = [torch.randn(rows, D, generator=GENERATOR) for rows in (O, 4, O)]
+    origins = [torch.randn(rows, D, generator=GENERATOR) for rows in (O, 4, O)]
+    biases = [DELTA_BIAS, None, -DELTA_BIAS]
+    stacked, parameters = full_loss(config, region if shared else regions, weights, origins, biases)
+    separate, others = 0.0, []
+    for position in range(3):
+        parts = ([values[position]] for values in (weights, origins, biases))
+        loss, own = full_loss(config, region if shared else regions[position], *parts)
+        separate, others = separate + loss / 3, [*others, *own]
     torch.testing.assert_close(stacked, separate)
-    ours, theirs = (torch.autograd.grad(terms.sum(), weights) for terms in (stacked, separate))
+    ours, theirs = torch.autograd.grad(stacked, parameters), torch.autograd.grad(separate, others)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize("shared", [True, False], ids=["one input", "an input each"])
+@pytest.mark.parametrize("ranks", [(2, 2, 2), (2, 1, 2)], ids=str)
 @pytest.mark.parametrize("options", [{}, {"decomposition": "none"}, {"region": "slabs"}], ids=str)
-def test_stacked_lora_maps_equal_their_dense_ones_in_value_and_gradient(options):
+def test_stacked_lora_maps_equal_their_dense_ones_in_value_and_gradient(options, ranks, shared):
     config, region = fit(options)
-    maps = [(torch.randn(2, D, generator=GENERATOR), torch.randn(O, 2, generator=GENERATOR)) for _ in range(3)]
-    factors = [part.requires_grad_() for pair in maps for part in pair]
-    stack = stack_lora([LoraDrift(down, up, 0.7) for down, up in maps])
-    stacked = protection_terms(stack, region, config)
-    dense = torch.cat([protection_terms(FullDrift(0.7 * up @ down), region, config) for down, up in maps])
+    regions = [region, *(fit(options, forget=FORGET * scale)[1] for scale in (0.5, 2.0))]
+    regions = region if shared else regions
+    factors = [
+        (torch.randn(rank, D, generator=GENERATOR), torch.randn(O, rank, generator=GENERATOR)) for rank in ranks
+    ]
+    stacked, parameters = lora_loss(config, regions, factors, 0.7)
+    dense, weights = full_loss(config, regions, [0.7 * up @ down for down, up in factors])
     torch.testing.assert_close(stacked, dense, rtol=1e-4, atol=1e-5)
-    weights = torch.rand(len(dense), generator=GENERATOR)
-    ours, theirs = (torch.autograd.grad(terms @ weights, factors) for terms in (stacked, dense))
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    ours = torch.autograd.grad(stacked, [part for pair in parameters for part in pair])
+    theirs = [
+        part
+        for (down, up), gradient in zip(factors, torch.autograd.grad(dense, weights), strict=True)
+        for part in (0.7 * up.T @ gradient, 0.7 * gradient @ down.T)
+    ]
+    torch.testing.assert_close(list(ours), theirs, rtol=1e-3, atol=1e-3)
 
 
 def test_few_distinct_rows_give_a_thin_factor_and_the_same_loss():
     few, width = torch.randn(5, 40, generator=GENERATOR), 40
     config, region = fit({"reduced_dim": 2}, few[torch.arange(600) % 5], torch.randn(9, width))
-    frame = Frame.of(region)
-    factor = frame.axes_DS[:, 3:]
-    assert frame.residual_DD is None and factor.shape == (width, 2)  # 5 rows, minus their mean, minus K
+    factor = region.thin_factor()
+    assert factor.shape == (width, 2)  # 5 rows, minus their mean, minus K
     torch.testing.assert_close(factor @ factor.T, region.residual, rtol=1e-4, atol=1e-5)
-    delta = torch.randn(3, width, generator=GENERATOR).requires_grad_()
-    losses = [protection_terms(FullDrift(delta), region, config, each).mean() for each in
-              (frame, Frame(frame.axes_DS[:, :3], region.residual, 2))]  # fmt: skip
-    torch.testing.assert_close(*losses)
-    torch.testing.assert_close(*(torch.autograd.grad(loss, delta) for loss in losses))
+    model = linear_layers([torch.randn(rows, width, generator=GENERATOR) for rows in (3, 4)], [None, None])
+    adapted = lora_layers(
+        [(torch.randn(2, width), torch.randn(5, 2)), (torch.randn(2, width), torch.randn(5, 2))], 0.5
+    )
+    snapshots = {str(i): (torch.zeros_like(layer.weight), None) for i, layer in enumerate(model)}
+    for net, adapter in ((model, False), (adapted, True)):
+        parameters = [parameter for name, parameter in net.named_parameters() if not adapter or "lora" in name]
+        results = []
+        for thin in (True, False):
+            loss = stacked_loss(net, config, region, adapter)
+            assert loss.groups[0].factor_DL is not None
+            if not thin:
+                loss.groups[0].factor_DL = None
+                loss.to(torch.device("cpu"))
+            value = loss.of_adapters() if adapter else loss.of_weights(snapshots)
+            results.append([value, *torch.autograd.grad(value, parameters)])
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
 
 
 def test_a_covariance_of_high_rank_has_no_thin_factor():
@@ -228,25 +249,51 @@ def test_a_covariance_of_high_rank_has_no_thin_factor():
 
 
 def test_stacks_stay_below_their_size():
-    assert chunks([3, 3, 3, 9, 1], most=6) == [[0, 1], [2], [3], [4]]
+    assert runs("abcde", [3, 3, 3, 9, 1], most=6) == [["a", "b"], ["c"], ["d"], ["e"]]
+
+
+@pytest.mark.parametrize("most", [1, 2 * O * D])
+def test_the_size_of_a_stack_changes_no_loss(monkeypatch, most):
+    config, region = fit({})
+    weights = [torch.randn(O, D, generator=GENERATOR) for _ in range(5)]
+    expected, _ = full_loss(config, region, weights)
+    monkeypatch.setattr("barrier_diffusers.protection.stacks.MOST_STACKED", most)
+    torch.testing.assert_close(full_loss(config, region, weights)[0], expected)
+    torch.testing.assert_close(full_loss(config, [region] * 5, weights)[0], expected)
+
+
+def test_residuals_are_held_once():
+    """Those that the loss multiplies by are those of the regions."""
+    config, region = fit({})
+    loss = stacked_loss(linear_layers([DELTA, DELTA], [None, None]), config, [region, fit({"reduced_dim": 2})[1]])
+    storages = {group.region.residual.untyped_storage().data_ptr() for group in loss.groups}
+    assert len(loss.groups) == 2 and len(storages) == 2  # two values of K are not stacked
+    loss = stacked_loss(linear_layers([DELTA, DELTA], [None, None]), config, [region, region])
+    storages = {group.region.residual.untyped_storage().data_ptr() for group in loss.groups}
+    assert len(storages) == 1 and torch.equal(loss.groups[1].region.residual, region.residual)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_weights_give_a_float32_loss(dtype):
     config, region = fit({})
     weight0 = torch.randn(O, D, generator=GENERATOR).to(dtype)
-    weight = (weight0 + DELTA.to(dtype)).requires_grad_()
-    loss = protection_terms(full_drift(weight, weight0), region, config).mean()
-    exact = protection_terms(FullDrift(weight.detach().float() - weight0.float()), region, config).mean()
+    weight = weight0 + DELTA.to(dtype)
+    loss, (parameter,) = full_loss(config, region, [weight], [weight0])
+    exact, _ = full_loss(config, region, [weight.float() - weight0.float()])
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss.detach(), exact)
+    torch.testing.assert_close(loss, exact)
     loss.backward()
+    weight = parameter
     assert weight.grad.dtype == dtype and torch.isfinite(weight.grad).all()
 
 
 def test_lora_never_forms_a_dense_matrix():
     wide, rank = 2048, 2
-    lora = LoraDrift(torch.randn(rank, wide, requires_grad=True), torch.randn(wide, rank, requires_grad=True), 1.0)
+    basis, bound = torch.eye(wide)[:, :4], torch.ones(4)
+    region = ForgetRegion(torch.zeros(wide), basis, -bound, bound, -2 * bound, 2 * bound, torch.eye(wide), 9)
+    model = lora_layers([(torch.randn(rank, wide), torch.randn(wide, rank))], 1.0)
+    loss = stacked_loss(model, BarrierConfig(reduced_dim=4), region, adapter=True)
+    loss.of_adapters()  # what is made once
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -258,11 +305,10 @@ def test_lora_never_forms_a_dense_matrix():
                 largest = max(largest, out.numel())
             return out
 
-    basis, covariance = torch.randn(wide, 4), torch.eye(wide)
-    given = covariance.untyped_storage().data_ptr()
+    given = loss.groups[0].region.residual.untyped_storage().data_ptr()
     with Watch():
-        sum(part.sum() for part in lora.products(Frame(basis, covariance, 3))).backward()
-    assert largest <= wide * 8
+        loss.of_adapters().backward()
+    assert wide < largest <= wide * 8
 
 
 def test_reduced_dim_beyond_the_features_is_an_error():

@@ -48,7 +48,7 @@ def test_inputs_that_are_all_zero_span_nothing():
     projection = fit_projection(rows, 0.9)
     assert (projection.rank, projection.energy, projection.radius, projection.count) == (0, 1.0, 0.0, 5)
     weight = torch.ones(2, 4)
-    project_out([weight], [torch.zeros(2, 4)], projection.basis)
+    project_out([weight], [torch.zeros(2, 4)], projection.basis[None])
     assert torch.equal(weight, torch.ones(2, 4))
 
 
@@ -92,14 +92,14 @@ def test_project_out_takes_each_weight_back_to_its_own_origin():
     origins = [torch.randn(4, 3, 2, 2, generator=generator), torch.randn(7, 12, generator=generator), None]
     weights = [torch.randn(4, 3, 2, 2, generator=generator), *torch.randn(2, 7, 12, generator=generator)]
     before = [weight.clone() for weight in weights]
-    project_out(weights, origins, basis)
+    project_out(weights, origins, basis[None])
     outside = torch.eye(12) - basis @ basis.T
     for weight, old, origin in zip(weights, before, origins, strict=True):
         base = torch.zeros_like(old) if origin is None else origin
         expected = base.flatten(1) + (old - base).flatten(1) @ outside
         torch.testing.assert_close(weight.flatten(1), expected, rtol=1e-5, atol=1e-5)
     again = [weight.clone() for weight in weights]
-    project_out(again, origins, basis)
+    project_out(again, origins, basis[None])
     torch.testing.assert_close(again, weights, rtol=0, atol=1e-6)
 
 

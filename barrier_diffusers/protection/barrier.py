@@ -18,16 +18,17 @@ from barrier_diffusers.protection.certificate import Certificate, Guarantee, Tra
 from barrier_diffusers.protection.config import BarrierConfig
 from barrier_diffusers.protection.drift import Drift, LoraDrift, full_drift
 from barrier_diffusers.protection.fitting import ForwardFn, fit_protection, own_config
-from barrier_diffusers.protection.map_groups import MapGroup, ProjectedGroup
 from barrier_diffusers.protection.order_statistics import Split
-from barrier_diffusers.protection.projection import RetainProjection, project_out
+from barrier_diffusers.protection.projection import ProjectedGroup, RetainProjection, StackedProjections
 from barrier_diffusers.protection.region import ForgetRegion, check_reduced_dim
 from barrier_diffusers.protection.retain_inputs import RetainInputs
+from barrier_diffusers.protection.stacks import MapGroup, StackedLoss
 from barrier_diffusers.protection.storage import BarrierState, load_state, save_state
 from barrier_diffusers.protection.targets import (
     ProtectedMap,
     Snapshots,
     at_snapshot,
+    moved,
     require_zero_adapters,
     resolve_targets,
     snapshot_of,
@@ -57,8 +58,8 @@ class Barrier:
         if config.has_penalty:
             for linear_map in self.maps:
                 check_reduced_dim(own_config(config, linear_map), linear_map.num_features, linear_map.name)
-        self.groups: list[MapGroup] = []
-        self.projected: list[ProjectedGroup] = []
+        self._loss: StackedLoss | None = None
+        self._projections: StackedProjections | None = None
         self._snapshots: Snapshots = {}
         self._requires_grad: dict[nn.Parameter, bool] = {}
         self._freeze_the_rest()
@@ -148,12 +149,22 @@ class Barrier:
         if self.uses_adapter:
             self.project()
 
+    @property
+    def groups(self) -> list[MapGroup]:
+        """The maps of each distinct forget input, and its region. Empty with constraint "projection"."""
+        return self._loss.groups if self._loss else []
+
+    @property
+    def projected(self) -> list[ProjectedGroup]:
+        """The maps of each distinct retain input, and its projection. Empty without projection."""
+        return self._projections.groups if self._projections else []
+
     def _install(self, state: BarrierState) -> None:
-        share = 1 / len(self.maps) if self.config.normalize_protection else 1.0
-        self.groups = [MapGroup(maps, region, share) for maps, region in state.regions]
-        self.projected = [ProjectedGroup(maps, projection) for maps, projection in state.projections]
-        self._snapshots = state.snapshots
-        self._move(self._device)
+        regions = [(maps, region.to(self._device)) for maps, region in state.regions]
+        self._loss = StackedLoss(regions, self.config, adapter=self.uses_adapter) if regions else None
+        projections = [(maps, projection.to(self._device)) for maps, projection in state.projections]
+        self._projections = StackedProjections(projections) if projections else None
+        self._snapshots = moved(state.snapshots, self._device)
 
     def _require_setup(self) -> None:
         if not self.groups and not self.projected:
@@ -196,14 +207,11 @@ class Barrier:
         device = self._follow_model()
         for linear_map in self.maps:
             self._require_same_adapter(linear_map)
-        losses = [torch.zeros((), device=device)]
+        if self._loss is None:
+            return torch.zeros((), device=device)
         with torch.autocast(device.type, enabled=False):
-            for group in self.groups:
-                if self.uses_adapter:
-                    losses += group.lora_losses(self.config)
-                else:
-                    losses += group.full_losses(self.config, self._snapshots)
-            return self.config.lambda_interval * torch.stack(losses).sum()
+            loss = self._loss.of_adapters() if self.uses_adapter else self._loss.of_weights(self._snapshots)
+            return self.config.lambda_interval * loss
 
     def project(self) -> None:
         """Take the drift out of the retain inputs' span (docs/method.md section 7); call it after each optimizer step.
@@ -219,37 +227,29 @@ class Barrier:
             return
         self._require_setup()
         device = self._follow_model()
+        weights: dict[str, Tensor] = {}
+        origins: dict[str, Tensor] = {}
+        for linear_map in self.maps:
+            self._require_same_adapter(linear_map)
+            if self.uses_adapter:
+                weights[linear_map.name] = linear_map.lora().parameters[0]
+            else:
+                weights[linear_map.name] = linear_map.outputs_first(linear_map.layer.weight)
+                origins[linear_map.name] = linear_map.outputs_first(self._snapshots[linear_map.name][0])
+        assert self._projections is not None
         with torch.autocast(device.type, enabled=False):
-            for group in self.projected:
-                for linear_map in group.maps:
-                    self._require_same_adapter(linear_map)
-                if self.uses_adapter:
-                    factors = [linear_map.lora().parameters[0] for linear_map in group.maps]
-                    project_out(factors, [None] * len(factors), group.projection.basis)
-                else:
-                    weights = [linear_map.outputs_first(linear_map.layer.weight) for linear_map in group.maps]
-                    origins = [
-                        linear_map.outputs_first(self._snapshots[linear_map.name][0]) for linear_map in group.maps
-                    ]
-                    project_out(weights, origins, group.projection.basis)
+            self._projections.project(weights, origins)
 
     def _follow_model(self) -> torch.device:
         """Move what was fitted to the model's device if that has changed."""
         device = self._device
         held = self.projected[0].projection.basis if self.projected else self.groups[0].region.mean
         if held.device != device:
-            self._move(device)
+            for stacked in (self._loss, self._projections):
+                if stacked is not None:
+                    stacked.to(device)
+            self._snapshots = moved(self._snapshots, device)
         return device
-
-    def _move(self, device: torch.device) -> None:
-        for group in self.groups:
-            group.to(device)
-        for projected in self.projected:
-            projected.projection = projected.projection.to(device)
-        self._snapshots = {
-            name: (weight.to(device), None if bias is None else bias.to(device))
-            for name, (weight, bias) in self._snapshots.items()
-        }
 
     @torch.no_grad()
     def drift_norms(self) -> dict[str, float]:
@@ -334,4 +334,5 @@ class Barrier:
         does a LoRA factor A that a projection moved."""
         for parameter, requires_grad in self._requires_grad.items():
             parameter.requires_grad_(requires_grad)
-        self.groups, self.projected, self._snapshots, self._requires_grad = [], [], {}, {}
+        self._loss = self._projections = None
+        self._snapshots, self._requires_grad = {}, {}

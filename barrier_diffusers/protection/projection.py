@@ -5,16 +5,19 @@ Shapes: D input features, R spanned directions, O outputs, N rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from barrier_diffusers.protection.region import ForgetRegion
+from barrier_diffusers.protection.stacks import MOST_STACKED, runs, stacked_drift
 from barrier_diffusers.protection.statistics import Moments, is_distributed
+from barrier_diffusers.protection.targets import ProtectedMap
 
 NUMBERS = ("count", "energy", "radius")
 
@@ -133,21 +136,78 @@ def fit_projection(rows: SecondMoment, energy: float) -> RetainProjection:
 
 
 @torch.no_grad()
-def project_out(weights: Sequence[Tensor], origins: Sequence[Tensor | None], basis_DR: Tensor) -> None:
-    """W <- W0 + (W - W0)(I - P P^T), in place, for weights (O, ...) that read the same input, in one stacked product.
+def project_out(weights: Sequence[Tensor], origins: Sequence[Tensor | None], basis_GDR: Tensor) -> None:
+    """W <- W0 + (W - W0)(I - P P^T), in place, for weights (O, ...) of G groups with as many rows, group by group.
 
     A LoRA factor A has no origin (None): A <- A (I - P P^T). All arithmetic is float32 with the weight's own dtype at
-    the end: in bf16 or fp16 each entry of W is left with its rounding, half a unit in the last place, which does not
+    the end: in bf16 or fp16 each number of W is left with its rounding, half a unit in the last place, which does not
     add up over steps as the drift is measured from W0 every time. The products take torch's float32 matmul precision:
     where TF32 is allowed, about a thousandth of the drift stays inside. Nothing waits for the device.
+
+    Args:
+        basis_GDR: P of each group; columns of zeros are allowed.
     """
-    if basis_DR.shape[1] == 0 or not weights:
+    if basis_GDR.shape[2] == 0 or not weights:
         return
-    drifts = [
-        (weight.float() if origin is None else weight.float() - origin.float()).flatten(1)
-        for weight, origin in zip(weights, origins, strict=True)
-    ]
-    stacked_OD = drifts[0] if len(drifts) == 1 else torch.cat(drifts)
-    inside_OD = (stacked_OD @ basis_DR) @ basis_DR.T
-    for weight, part in zip(weights, inside_OD.split([len(drift) for drift in drifts]), strict=True):
-        weight.sub_(part.view_as(weight))  # of two dtypes the wider one is computed in
+    drift_PD = stacked_drift(weights, origins)
+    drift_GPD = drift_PD.view(len(basis_GDR), -1, drift_PD.shape[1])
+    inside_PD = torch.bmm(torch.bmm(drift_GPD, basis_GDR), basis_GDR.mT).flatten(0, 1)
+    parts = inside_PD.split([len(weight) for weight in weights])
+    # of two dtypes the wider one is computed in
+    torch._foreach_sub_(list(weights), [part.view(weight.shape) for part, weight in zip(parts, weights, strict=True)])
+
+
+@dataclass
+class ProjectedGroup:
+    """The maps that read one retain input, and what it spans."""
+
+    maps: list[ProtectedMap]
+    projection: RetainProjection
+
+
+class StackedProjections:
+    """The projections of all maps; groups of equal shape are projected together.
+
+    Args:
+        projections: of each distinct retain input, with the maps that read it.
+    """
+
+    def __init__(self, projections: Sequence[tuple[Sequence[ProtectedMap], RetainProjection]]):
+        self.groups = [ProjectedGroup(list(maps), projection) for maps, projection in projections]
+        self._bases: dict[tuple, Tensor] = {}
+
+    def to(self, device: torch.device) -> None:
+        """Move everything."""
+        self._bases = {}
+        for group in self.groups:
+            group.projection = group.projection.to(device)
+
+    def project(self, weights: Mapping[str, Tensor], origins: Mapping[str, Tensor]) -> None:
+        """Take the drift out of the spans, in place.
+
+        Args:
+            weights: of each map, (O, ...), or its LoRA factor A, (R, ...).
+            origins: what full weights are measured from.
+        """
+        by_shape: dict[tuple[int, int], list[int]] = {}
+        for position, group in enumerate(self.groups):
+            rows = sum(len(weights[linear_map.name]) for linear_map in group.maps)
+            if group.projection.rank:
+                by_shape.setdefault((rows, group.projection.num_features), []).append(position)
+        for (rows, num_features), alike in by_shape.items():
+            for positions in runs(alike, [rows * num_features] * len(alike), MOST_STACKED):
+                names = [linear_map.name for position in positions for linear_map in self.groups[position].maps]
+                now, then = [weights[name] for name in names], [origins.get(name) for name in names]
+                project_out(now, then, self._stacked(tuple(positions)))
+
+    def _stacked(self, positions: tuple[int, ...]) -> Tensor:
+        """The bases (G, D, R) of some groups, with columns of zeros up to the largest rank; made once."""
+        if positions not in self._bases:
+            bases = [self.groups[position].projection.basis for position in positions]
+            most = max(basis_DR.shape[1] for basis_DR in bases)
+            padded = [F.pad(basis_DR, (0, most - basis_DR.shape[1])) for basis_DR in bases]
+            self._bases[positions] = torch.stack(padded)
+            for position, basis_DR, stacked_DR in zip(positions, bases, self._bases[positions], strict=True):
+                group = self.groups[position]  # held once
+                group.projection = replace(group.projection, basis=stacked_DR[:, : basis_DR.shape[1]])
+        return self._bases[positions]

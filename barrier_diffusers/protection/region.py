@@ -18,6 +18,11 @@ from barrier_diffusers.protection.config import BarrierConfig
 from barrier_diffusers.protection.statistics import Moments, ProjectionSketch
 from barrier_diffusers.utils.files import written_whole
 
+THIN = 4  # a factor of C_res is used where it has at most D / THIN columns: then it halves the work at least
+
+
+LEFT_OUT = 1e-6  # share of the trace of C_res that its factor may miss: the size of float32's rounding
+
 
 @dataclass(frozen=True)
 class Directions:
@@ -53,6 +58,10 @@ class ForgetRegion:
         """Number of input features, D."""
         return len(self.mean)
 
+    def thin_factor(self) -> Tensor | None:
+        """F (D, L) with F F^T = C_res, where so few columns are enough that it saves work."""
+        return None if self.residual is None else thin_factor(self.residual, self.num_features // THIN)
+
     @property
     def num_bytes(self) -> int:
         """Memory the tensors take."""
@@ -71,6 +80,29 @@ class ForgetRegion:
         values = dict(tensors)
         count, multiplier = int(values.pop("count").item()), float(values.pop("residual_multiplier").item())
         return cls(residual=values.pop("residual", None), count=count, residual_multiplier=multiplier, **values)
+
+
+def thin_factor(covariance_DD: Tensor, most: int) -> Tensor | None:
+    """F (D, L) with L <= `most` and F F^T = C up to LEFT_OUT of the trace; None if C has a higher rank.
+
+    Cholesky with the largest diagonal entry left as pivot (Higham 1990); what is left over is positive semi-definite,
+    so its trace, which is known at every step, bounds what a loss can miss: trace * ||dW||^2 / O. In float64, on the
+    host, with work O(D L^2).
+    """
+    left_DD = covariance_DD.detach().double().cpu()
+    diagonal_D = left_DD.diagonal().clone()
+    enough = LEFT_OUT * diagonal_D.sum()
+    columns = torch.zeros(most, len(left_DD), dtype=torch.float64)  # one row per column of F
+    for step in range(most + 1):
+        if diagonal_D.clamp_min(0).sum() <= enough:
+            return columns[:step].T.to(covariance_DD).contiguous()
+        if step == most:
+            break
+        pivot = int(diagonal_D.argmax())
+        column_D = left_DD[pivot] - columns[:step, pivot] @ columns[:step]
+        columns[step] = column_D / diagonal_D[pivot].sqrt()
+        diagonal_D -= columns[step].square()
+    return None
 
 
 def _fix_signs(basis_DK: Tensor) -> Tensor:

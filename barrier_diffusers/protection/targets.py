@@ -352,6 +352,14 @@ def restore(layer: nn.Linear | nn.Conv2d | nn.Embedding, values: tuple[Tensor, T
         bias.copy_(values[1])
 
 
+def moved(snapshots: Snapshots, device: torch.device) -> Snapshots:
+    """The snapshots on another device."""
+    return {
+        name: (weight.to(device), None if bias is None else bias.to(device))
+        for name, (weight, bias) in snapshots.items()
+    }
+
+
 @contextmanager
 def at_snapshot(maps: Sequence[ProtectedMap], snapshots: Snapshots) -> Iterator[None]:
     """Give the maps their snapshots' values and switch their adapters off, for the duration of the block."""

@@ -1,0 +1,506 @@
+"""Protected maps of equal shape, computed together: the whole protection loss is one autograd function.
+
+A network has few shapes of maps, so batched products over stacked drifts take the place of one product per map, and
+the gradient is known in closed form: the number of operators depends on the number of shapes, not of maps. With LoRA
+nothing of size O x D is ever formed. Nothing waits for the device.
+
+Shapes: G groups of maps, each with an input of its own, D input features, S axes (loss.py), M maps, O outputs of a
+map, P outputs of all maps, R LoRA rank, L columns of a factor of C_res.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from barrier_diffusers.protection.config import BarrierConfig
+from barrier_diffusers.protection.loss import Boxes, RowTerms, inner_product
+from barrier_diffusers.protection.region import ForgetRegion
+from barrier_diffusers.protection.targets import LoraFactors, ProtectedMap, Snapshots, bias_of
+
+T = TypeVar("T")
+
+
+MOST_STACKED = 2**25  # numbers of a stacked dW (134 MB), the largest thing that is formed beside the gradient
+
+
+@dataclass
+class MapGroup:
+    """The maps that read one input, and its region."""
+
+    maps: list[ProtectedMap]
+    region: ForgetRegion
+    factor_DL: Tensor | None = None  # `thin_factor` of the region's residual
+
+    @property
+    def outputs(self) -> list[int]:
+        """Number of outputs of each map."""
+        return [linear_map.num_outputs for linear_map in self.maps]
+
+    @property
+    def shape(self) -> tuple:
+        """Groups of one shape are computed together."""
+        region = self.region
+        residual = region.residual is not None, self.factor_DL is not None, region.residual_multiplier
+        return (*region.basis.shape, *residual, *self.outputs)
+
+
+@dataclass(frozen=True)
+class StackedInputs:
+    """The regions of G inputs of equal shape."""
+
+    axes_GDS: Tensor  # mean, the boxes' centres in terms of the basis, basis
+    half_widths_GKT: Tensor
+    square_G1K: Tensor | None
+    covariance_GDD: Tensor | None  # C_res; its slices are the regions' own
+    factor_GDL: Tensor | None  # F with F F^T = C_res instead, where few columns are enough
+    weights: Tensor  # (1 + T,), of the squares of the shift and of each box's centre
+    shifts: Tensor  # (1 + T,), what one unit of bias drift adds to each of these
+    multiplier: float  # of the residual term
+
+    def of_group(self, position: int) -> StackedInputs:
+        """Of one of the G inputs, as views."""
+        chosen: dict[str, Any] = {
+            name: value[position : position + 1]
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor) and value.dim() == 3
+        }
+        return replace(self, **chosen)
+
+
+def stack_inputs(groups: Sequence[MapGroup], config: BarrierConfig) -> StackedInputs:
+    """Stack the regions of groups of one shape; their residuals become slices of the stacked one: each is held once."""
+    regions = [group.region for group in groups]
+    boxes = [Boxes.of(region, config) for region in regions]
+    axes = []
+    for region, box in zip(regions, boxes, strict=True):
+        directions = [region.basis @ box.centres_KT, region.basis] if box.weights else []
+        axes.append(torch.cat([region.mean[:, None], *directions], dim=1))
+    squares = [box.square_K[None] for box in boxes if box.square_K is not None]
+    known = [group.factor_DL for group in groups if group.factor_DL is not None]
+    covariance_GDD = factor_GDL = None
+    if known:
+        most = max(factor_DL.shape[1] for factor_DL in known)
+        factor_GDL = torch.stack([F.pad(factor_DL, (0, most - factor_DL.shape[1])) for factor_DL in known])
+    elif regions[0].residual is not None:
+        covariance_GDD = torch.stack([region.residual for region in regions if region.residual is not None])
+        for group, residual_DD in zip(groups, covariance_GDD, strict=True):
+            group.region = replace(group.region, residual=residual_DD)
+    return StackedInputs(
+        axes_GDS=torch.stack(axes),
+        half_widths_GKT=torch.stack([box.half_widths_KT for box in boxes]),
+        square_G1K=torch.stack(squares) if squares else None,
+        covariance_GDD=covariance_GDD,
+        factor_GDL=factor_GDL,
+        weights=torch.tensor((1.0, *boxes[0].weights), device=regions[0].mean.device),
+        shifts=torch.tensor((1.0, *boxes[0].shifts), device=regions[0].mean.device),
+        multiplier=regions[0].residual_multiplier,
+    )
+
+
+def stacked_drift(
+    weights: Sequence[Tensor], origins: Sequence[Tensor | None], workspace: Tensor | None = None
+) -> Tensor:
+    """W - W0 (or W, where there is no origin) of maps with equal D, one under the other, (P, D) float32.
+
+    Args:
+        workspace: flat, float32, of at least P D numbers: where to put it.
+    """
+    flat = [weight.flatten(1) for weight in weights]
+    if workspace is None:
+        drift_PD = torch.cat(flat).float()
+    else:
+        rows, num_features = sum(len(weight) for weight in flat), flat[0].shape[1]
+        drift_PD = torch.cat(flat, out=workspace[: rows * num_features].view(rows, num_features))
+    parts = drift_PD.split([len(weight) for weight in flat])
+    known = [(part, origin.flatten(1)) for part, origin in zip(parts, origins, strict=True) if origin is not None]
+    if known:
+        torch._foreach_sub_([part for part, _ in known], [origin for _, origin in known])
+    return drift_PD
+
+
+@dataclass
+class Gradients:
+    """Value and gradient of the loss, or of a part of it."""
+
+    values: list[Tensor] = field(default_factory=list)  # scalars that sum to twice the loss
+    buffers: list[Tensor] = field(default_factory=list)  # float32; the parameters' gradients, one under the other
+
+    def extend(self, other: Gradients) -> None:
+        """Add another part of the loss."""
+        self.values += other.values
+        self.buffers += other.buffers
+
+
+class _ClosedForm(torch.autograd.Function):
+    """A loss whose gradient is computed with its value, in the forward pass; the backward one hands it out.
+
+    `compute` gets the parameters (rows first; None where a map has no bias), `rows` says how many rows of the buffers
+    each one owns, in their order.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        compute: Callable[[Sequence[Tensor | None]], Gradients],
+        rows: Sequence[int],
+        *parameters: Tensor | None,
+    ) -> Tensor:
+        gradients = compute(parameters)
+        ctx.compute, ctx.rows, ctx.buffers = compute, rows, gradients.buffers
+        ctx.save_for_backward(*parameters)  # for a second backward pass over a retained graph alone
+        ctx.like = [None if parameter is None else (parameter.shape, parameter.dtype) for parameter in parameters]
+        return torch.stack(gradients.values).sum() / 2
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        buffers = ctx.compute(ctx.saved_tensors).buffers if ctx.buffers is None else ctx.buffers
+        ctx.buffers = None  # they are given away, not copied
+        torch._foreach_mul_(buffers, gradient)
+        handed: list[Tensor | None] = []
+        for buffer in buffers:
+            start, end, total = len(handed), len(handed), 0
+            while total < len(buffer):
+                total, end = total + ctx.rows[end], end + 1
+            dtypes = {like[1] for like in ctx.like[start:end] if like is not None}
+            same = buffer.to(dtypes.pop()) if len(dtypes) == 1 else buffer  # at once, where it can be
+            for part, like in zip(same.split(ctx.rows[start:end]), ctx.like[start:end], strict=True):
+                handed.append(None if like is None else part.view(like[0]).to(like[1]))
+        return None, None, *handed
+
+
+class FullStack:
+    """Groups of maps of equal shape that train their full weights.
+
+    Args:
+        maps: group by group; each group has as many outputs.
+        weight: of a map's loss in the total, 1 / number of maps or 1.
+    """
+
+    def __init__(self, inputs: StackedInputs, maps: Sequence[ProtectedMap], weight: float):
+        self.inputs, self.maps = inputs, list(maps)
+        self.outputs = [linear_map.num_outputs for linear_map in maps]
+        self.has_bias = any(linear_map.bias is not None for linear_map in maps)
+        one_size = len(set(self.outputs)) == 1
+        twice_P = torch.cat([torch.full((number,), 2 * weight / number) for number in self.outputs])
+        twice_P = twice_P.to(inputs.axes_GDS.device)
+        scale_P1 = (twice_P[:1] if one_size else twice_P)[:, None]
+        self.terms = RowTerms(
+            scale_PL=scale_P1 * inputs.weights,
+            half_widths_GKT=[inputs.half_widths_GKT],
+            square_G1K=None if inputs.square_G1K is None else [inputs.square_G1K],
+            num_rows=[len(twice_P)],
+            factor_scale_P1=None if inputs.factor_GDL is None else scale_P1 * inputs.multiplier,
+        )
+        factor = [] if inputs.factor_GDL is None else [inputs.factor_GDL]
+        self.axes_GDS = torch.cat([inputs.axes_GDS, *factor], dim=2) if factor else inputs.axes_GDS
+        self.residual_P = twice_P * inputs.multiplier
+        self.residual_scale = 2 * weight / self.outputs[0] * inputs.multiplier if one_size else None
+
+    @property
+    def rows(self) -> list[int]:
+        """Number of rows of each of the parameters."""
+        return self.outputs * 2 if self.has_bias else self.outputs
+
+    def parameters(self) -> list[Tensor | None]:
+        """All weights, rows first, and all biases if there are any."""
+        layers = [linear_map.layer for linear_map in self.maps]
+        weights = [linear_map.outputs_first(layer.weight) for linear_map, layer in zip(self.maps, layers, strict=True)]
+        return [*weights, *(bias_of(layer) for layer in layers)] if self.has_bias else [*weights]
+
+    def origins(self, snapshots: Snapshots) -> list[Tensor | None]:
+        """What the parameters were."""
+        then = [snapshots[linear_map.name] for linear_map in self.maps]
+        weights = [linear_map.outputs_first(weight) for linear_map, (weight, _) in zip(self.maps, then, strict=True)]
+        return [*weights, *(bias for _, bias in then)] if self.has_bias else [*weights]
+
+    def gradients(
+        self, now: Sequence[Tensor | None], then: Sequence[Tensor | None], workspace: Tensor | None = None
+    ) -> Gradients:
+        """Of the parameters, of which `then` are the origins: one buffer for the weights, one for the biases."""
+        inputs, num_maps = self.inputs, len(self.maps)
+        weights = [weight for weight in now[:num_maps] if weight is not None]
+        drift_PD = stacked_drift(weights, then[:num_maps], workspace)
+        drift_GPD = drift_PD.view(len(inputs.axes_GDS), -1, drift_PD.shape[1])
+        along_PS = torch.bmm(drift_GPD, self.axes_GDS).flatten(0, 1)
+        if self.has_bias:
+            shift_P = self._bias_drift(now[num_maps:], then[num_maps:])
+            along_PS[:, : len(inputs.shifts)].addr_(shift_P, inputs.shifts)
+        value, gradient_PS = self.terms.loss(along_PS)
+        gradient_GPS = gradient_PS.view(len(inputs.axes_GDS), -1, gradient_PS.shape[1])
+        found = Gradients([value])
+        if inputs.covariance_GDD is None:
+            gradient_GPD = torch.bmm(gradient_GPS, self.axes_GDS.mT)
+        else:
+            gradient_GPD = torch.bmm(drift_GPD, inputs.covariance_GDD)
+            energy_P = drift_GPD.mul_(gradient_GPD).sum(2).flatten()
+            found.values.append(inner_product(energy_P, self.residual_P))
+            if self.residual_scale is None:
+                gradient_GPD.mul_(self.residual_P.view(len(gradient_GPD), -1, 1))
+            scale = 1.0 if self.residual_scale is None else self.residual_scale
+            gradient_GPD.baddbmm_(gradient_GPS, self.axes_GDS.mT, beta=scale)
+        found.buffers.append(gradient_GPD.flatten(0, 1))
+        if self.has_bias:
+            found.buffers.append(gradient_PS[:, : len(inputs.shifts)] @ inputs.shifts)
+        return found
+
+    def _bias_drift(self, now: Sequence[Tensor | None], then: Sequence[Tensor | None]) -> Tensor:
+        """db of all maps, (P,); 0 where there is no bias."""
+        zero = self.residual_P.new_zeros(1)
+        columns = [
+            zero.expand(number)[:, None] if bias is None or origin is None else bias[:, None]
+            for bias, origin, number in zip(now, then, self.outputs, strict=True)
+        ]
+        return stacked_drift(columns, [None if origin is None else origin[:, None] for origin in then]).flatten()
+
+
+class LoraStack:
+    """Groups of maps of equal shape, output included, whose LoRA adapters of one rank train.
+
+    Args:
+        maps: group by group; each group has as many maps.
+        weight: of a map's loss in the total, 1 / number of maps or 1.
+    """
+
+    def __init__(self, inputs: StackedInputs, maps: Sequence[ProtectedMap], weight: float):
+        self.inputs, self.maps = inputs, list(maps)
+        self.num_outputs = maps[0].num_outputs
+        self.twice = 2 * weight / self.num_outputs
+        self.residual_scale = self.twice * inputs.multiplier
+
+    def along(self, lora_A_GRD: Tensor, lora_B_MOR: Tensor) -> tuple[Tensor, Tensor]:
+        """A axes, (M, R, S), and dW axes, (P, S)."""
+        reach_MRS = torch.bmm(lora_A_GRD, self.inputs.axes_GDS)
+        reach_MRS = reach_MRS.view(len(lora_B_MOR), lora_B_MOR.shape[2], -1)
+        return reach_MRS, torch.bmm(lora_B_MOR, reach_MRS).flatten(0, 1)
+
+    def gradients(
+        self, lora_A_GRD: Tensor, lora_B_MOR: Tensor, reach_MRS: Tensor, gradient_PS: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """With respect to A and to B, from that of dW axes, and <B^T B, A C_res A^T>, unless there is no residual."""
+        (maps, _, rank), inputs = lora_B_MOR.shape, self.inputs
+        gradient_MOS = gradient_PS.view(maps, -1, gradient_PS.shape[1])
+        gradient_B = torch.bmm(gradient_MOS, reach_MRS.mT)
+        inner_GRS = torch.bmm(lora_B_MOR.mT, gradient_MOS).view(len(lora_A_GRD), -1, gradient_PS.shape[1])
+        gradient_A = torch.bmm(inner_GRS, inputs.axes_GDS.mT)
+        if inputs.covariance_GDD is None and inputs.factor_GDL is None:
+            return gradient_A, gradient_B, None
+        gram_MRR = torch.bmm(lora_B_MOR.mT, lora_B_MOR)
+        if inputs.covariance_GDD is not None:
+            side_MRD = torch.bmm(lora_A_GRD, inputs.covariance_GDD).view(maps, rank, -1)
+            inner_MRR = torch.bmm(side_MRD, lora_A_GRD.reshape(maps, rank, -1).mT)
+            gradient_A.view(maps, rank, -1).baddbmm_(gram_MRR, side_MRD, alpha=self.residual_scale)
+        else:
+            assert inputs.factor_GDL is not None
+            side_MRL = torch.bmm(lora_A_GRD, inputs.factor_GDL).view(maps, rank, -1)
+            inner_MRR = torch.bmm(side_MRL, side_MRL.mT)
+            spread_GRL = torch.bmm(gram_MRR, side_MRL).view(len(lora_A_GRD), -1, side_MRL.shape[2])
+            gradient_A.baddbmm_(spread_GRL, inputs.factor_GDL.mT, alpha=self.residual_scale)
+        gradient_B.baddbmm_(lora_B_MOR, inner_MRR, alpha=self.residual_scale)
+        return gradient_A, gradient_B, inner_product(gram_MRR, inner_MRR)
+
+
+class LoraStacks:
+    """All stacks whose adapters have one rank and whose regions one number of axes: their rows are computed together."""
+
+    def __init__(self, stacks: Sequence[LoraStack], rank: int, scalings: Sequence[float]):
+        self.stacks, self.rank, self.scalings = list(stacks), rank, list(scalings)
+        inputs, device = [stack.inputs for stack in stacks], stacks[0].inputs.axes_GDS.device
+        self.rows = [len(stack.maps) * stack.num_outputs for stack in stacks]
+        scales = [
+            torch.full((rows, 1), stack.twice, device=device) * stack.inputs.weights
+            for rows, stack in zip(self.rows, stacks, strict=True)
+        ]
+        squares = [one.square_G1K for one in inputs if one.square_G1K is not None]
+        halves = [one.half_widths_GKT for one in inputs]
+        self.terms = RowTerms(torch.cat(scales), halves, squares or None, self.rows)
+        self.residual_scales = torch.tensor([stack.residual_scale for stack in stacks], device=device)
+
+    @property
+    def maps(self) -> list[ProtectedMap]:
+        """Of all stacks, in their order."""
+        return [linear_map for stack in self.stacks for linear_map in stack.maps]
+
+    def gradients(self, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor]) -> Gradients:
+        """Of the loss with respect to A and B of all maps, two buffers for each stack."""
+        flat_A, flat_B = (torch.cat([factor.flatten() for factor in factors]).float() for factors in (lora_A, lora_B))
+        sizes = [(len(stack.maps) * self.rank, stack.inputs.axes_GDS) for stack in self.stacks]
+        parts_A = [
+            part.view(len(axes_GDS), -1, axes_GDS.shape[1])
+            for part, (_, axes_GDS) in zip(
+                flat_A.split([rows * axes_GDS.shape[1] for rows, axes_GDS in sizes]), sizes, strict=True
+            )
+        ]
+        parts_B = [
+            part.view(len(stack.maps), -1, self.rank)
+            for part, stack in zip(flat_B.split([rows * self.rank for rows in self.rows]), self.stacks, strict=True)
+        ]
+        if any(scaling != 1 for scaling in self.scalings):
+            torch._foreach_mul_(parts_B, self.scalings)
+        reaches, along = zip(
+            *(stack.along(A, B) for stack, A, B in zip(self.stacks, parts_A, parts_B, strict=True)), strict=True
+        )
+        value, gradient_PS = self.terms.loss(torch.cat(along))
+        found, energies, gradients_B = Gradients([value]), [], []
+        for stack, A, B, reach, rows in zip(
+            self.stacks, parts_A, parts_B, reaches, gradient_PS.split(self.rows), strict=True
+        ):
+            gradient_A, gradient_B, energy = stack.gradients(A, B, reach, rows)
+            found.buffers.append(gradient_A.flatten(0, 1))
+            gradients_B.append(gradient_B.flatten(0, 1))
+            energies += [] if energy is None else [energy]
+        if energies:
+            found.values.append(torch.dot(torch.stack(energies), self.residual_scales))
+        if any(scaling != 1 for scaling in self.scalings):
+            torch._foreach_mul_(gradients_B, self.scalings)
+        found.buffers += gradients_B
+        return found
+
+
+def runs(items: Sequence[T], sizes: Sequence[int], most: float) -> list[list[T]]:
+    """The items, in order, in lists whose sizes sum to at most `most`, or that have one element."""
+    found: list[list[T]] = []
+    total = 0
+    for item, size in zip(items, sizes, strict=True):
+        if not found or total + size > most:
+            found.append([])
+            total = 0
+        found[-1].append(item)
+        total += size
+    return found
+
+
+def _split(items: Sequence[T], counts: Sequence[int]) -> list[Sequence[T]]:
+    """The items in lists of so many."""
+    ends = list(itertools.accumulate(counts))
+    return [items[end - count : end] for count, end in zip(counts, ends, strict=True)]
+
+
+def _alike(
+    inputs: StackedInputs, groups: Sequence[MapGroup], factors: Mapping[str, LoraFactors]
+) -> Iterator[tuple[StackedInputs, list[ProtectedMap]]]:
+    """Maps whose adapters have equal shapes, group by group: of all groups, or of each where the groups differ."""
+    by_shape: list[dict[tuple, list[ProtectedMap]]] = []
+    for group in groups:
+        found: dict[tuple, list[ProtectedMap]] = {}
+        for linear_map in group.maps:
+            known = factors[linear_map.name]
+            found.setdefault((*known.lora_B_OR.shape, known.scaling), []).append(linear_map)
+        by_shape.append(found)
+    sizes = [{shape: len(maps) for shape, maps in found.items()} for found in by_shape]
+    if all(size == sizes[0] for size in sizes):
+        for shape in sizes[0]:
+            yield inputs, [linear_map for found in by_shape for linear_map in found[shape]]
+    else:
+        for position, found in enumerate(by_shape):
+            for maps in found.values():
+                yield inputs.of_group(position), maps
+
+
+class StackedLoss:
+    """The protection loss of all maps; lambda_interval is not in it.
+
+    Args:
+        regions: of each distinct input, with the maps that read it.
+        adapter: whether LoRA adapters train instead of the maps' weights.
+    """
+
+    def __init__(
+        self, regions: Sequence[tuple[Sequence[ProtectedMap], ForgetRegion]], config: BarrierConfig, adapter: bool
+    ):
+        self.config, self.adapter = config, adapter
+        self.groups = [MapGroup(list(maps), region, region.thin_factor()) for maps, region in regions]
+        num_maps = sum(len(group.maps) for group in self.groups)
+        self._weight = 1 / num_maps if config.normalize_protection else 1.0  # of a map's loss in the total
+        self._build()
+
+    def to(self, device: torch.device) -> None:
+        """Move everything."""
+        for group in self.groups:
+            group.region = group.region.to(device)
+            group.factor_DL = None if group.factor_DL is None else group.factor_DL.to(device)
+        self._build()
+
+    def _build(self) -> None:
+        by_shape: dict[tuple, list[MapGroup]] = {}
+        for group in self.groups:
+            by_shape.setdefault(group.shape, []).append(group)
+        self._full: list[FullStack] = []
+        self._lora: dict[tuple, list[LoraStacks]] = {}  # by ranks and scalings
+        self._inputs: list[tuple[StackedInputs, list[MapGroup]]] = []
+        most = math.inf if self.adapter else MOST_STACKED
+        for alike in by_shape.values():
+            for groups in runs(alike, [sum(group.outputs) * group.region.num_features for group in alike], most):
+                inputs = stack_inputs(groups, self.config)
+                self._inputs.append((inputs, groups))
+                if not self.adapter:
+                    maps = [linear_map for group in groups for linear_map in group.maps]
+                    sizes = [linear_map.num_outputs * linear_map.num_features for linear_map in maps]
+                    parts = runs(maps, sizes, most) if len(groups) == 1 else [maps]
+                    self._full += [FullStack(inputs, part, self._weight) for part in parts]
+
+    def of_weights(self, snapshots: Snapshots) -> Tensor:
+        """For maps that train their full weights; these and the biases are measured from the snapshots."""
+        parameters = [parameter for stack in self._full for parameter in stack.parameters()]
+        origins = [origin for stack in self._full for origin in stack.origins(snapshots)]
+        counts = [len(stack.rows) for stack in self._full]
+        largest = max(sum(stack.outputs) * stack.axes_GDS.shape[1] for stack in self._full)
+
+        def compute(now: Sequence[Tensor | None]) -> Gradients:
+            found = Gradients()
+            workspace = torch.empty(largest, device=self.groups[0].region.mean.device)
+            for stack, part, then in zip(self._full, _split(now, counts), _split(origins, counts), strict=True):
+                found.extend(stack.gradients(part, then, workspace))
+            return found
+
+        return _ClosedForm.apply(compute, [number for stack in self._full for number in stack.rows], *parameters)
+
+    def of_adapters(self) -> Tensor:
+        """For maps whose LoRA adapter trains; the frozen base weights are the snapshot."""
+        factors = {linear_map.name: linear_map.lora() for group in self.groups for linear_map in group.maps}
+        stacks = self._lora_stacks(factors)
+        counts = [2 * len(stack.maps) for stack in stacks]
+        parameters = [
+            parameter
+            for stack in stacks
+            for parameter in (
+                *(factors[linear_map.name].lora_A_RD for linear_map in stack.maps),
+                *(factors[linear_map.name].lora_B_OR for linear_map in stack.maps),
+            )
+        ]
+
+        def compute(now: Sequence[Tensor]) -> Gradients:
+            found = Gradients()
+            for stack, part in zip(stacks, _split(now, counts), strict=True):
+                found.extend(stack.gradients(part[: len(stack.maps)], part[len(stack.maps) :]))
+            return found
+
+        return _ClosedForm.apply(compute, [len(parameter) for parameter in parameters], *parameters)
+
+    def _lora_stacks(self, factors: dict[str, LoraFactors]) -> list[LoraStacks]:
+        """The stacks for adapters of these ranks and scalings, made once."""
+        kinds = tuple((len(known.lora_A_RD), known.scaling) for known in factors.values())
+        if kinds not in self._lora:
+            by_size: dict[tuple[int, int], list[tuple[LoraStack, float]]] = {}
+            for inputs, groups in self._inputs:
+                for part, maps in _alike(inputs, groups, factors):
+                    known = factors[maps[0].name]
+                    stack = LoraStack(part, maps, self._weight)
+                    size = len(known.lora_A_RD), inputs.half_widths_GKT.shape[1]
+                    by_size.setdefault(size, []).append((stack, known.scaling))
+            self._lora = {
+                kinds: [
+                    LoraStacks([stack for stack, _ in made], rank, [scaling for _, scaling in made])
+                    for (rank, _), made in by_size.items()
+                ]
+            }
+        return self._lora[kinds]
