@@ -12,7 +12,6 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from barrier_diffusers.protection.targets import resolve_targets
 from cases import bare_passes, set_up
 from measure import BenchmarkConfig, in_fresh_process, interleaved, peak_bytes, report
 from models import TARGETS, build_unet, forward, make_batches, reduced_dim_of
@@ -20,6 +19,7 @@ from naive import NaiveBarrier
 from torch import nn
 
 from barrier_diffusers import BarrierConfig
+from barrier_diffusers.protection.targets import resolve_targets
 from barrier_diffusers.utils.command_line import run_script
 
 CASES = ("bare", "barrier", "baseline")

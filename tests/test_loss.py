@@ -1,5 +1,7 @@
 """Regions and loss against the float64 oracle, for every variant."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from losses import full_loss, linear_layers, lora_layers, lora_loss, stacked_loss
@@ -240,6 +242,35 @@ def test_few_distinct_rows_give_a_thin_factor_and_the_same_loss():
             results.append([value, *torch.autograd.grad(value, parameters)])
         for ours, theirs in zip(*results, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
+
+
+def test_inputs_without_and_with_a_residual_side_by_side():
+    config, region = fit({})
+    flat = replace(region, residual=torch.zeros(D, D))
+    assert flat.thin_factor().shape == (D, 0) and region.thin_factor() is None
+    factors = [(torch.randn(2, D, generator=GENERATOR), torch.randn(O, 2, generator=GENERATOR)) for _ in range(2)]
+    delta = [up @ down for down, up in factors]
+    lora, parameters = lora_loss(config, [flat, region], factors, 1.0)
+    dense, _ = full_loss(config, [flat, region], delta)
+    expected = (full_loss(config, flat, delta[:1])[0] + full_loss(config, region, delta[1:])[0]) / 2
+    torch.testing.assert_close(dense, expected)
+    torch.testing.assert_close(lora, expected, rtol=1e-4, atol=1e-5)
+    assert all(
+        gradient.any() for gradient in torch.autograd.grad(lora, [part for pair in parameters for part in pair])
+    )
+
+
+def test_a_graph_that_is_kept_gives_the_same_gradient_twice():
+    """Although the first backward pass gives its buffers away; the third is scaled as a loss scaler does."""
+    config, region = fit({})
+    loss, (weight,) = full_loss(config, region, [DELTA])
+    loss.backward(retain_graph=True)
+    first = weight.grad.clone()
+    loss.backward(retain_graph=True)
+    torch.testing.assert_close(weight.grad, 2 * first)
+    weight.grad = None
+    (1024 * loss).backward()
+    torch.testing.assert_close(weight.grad, 1024 * first)
 
 
 def test_a_covariance_of_high_rank_has_no_thin_factor():

@@ -66,6 +66,11 @@ class StackedInputs:
     shifts: Tensor  # (1 + T,), what one unit of bias drift adds to each of these
     multiplier: float  # of the residual term
 
+    @property
+    def has_residual(self) -> bool:
+        """Whether C_res is anything but 0."""
+        return self.covariance_GDD is not None or self.factor_GDL is not None
+
     def of_group(self, position: int) -> StackedInputs:
         """Of one of the G inputs, as views."""
         chosen: dict[str, Any] = {
@@ -77,7 +82,7 @@ class StackedInputs:
 
 
 def stack_inputs(groups: Sequence[MapGroup], config: BarrierConfig) -> StackedInputs:
-    """Stack the regions of groups of one shape; their residuals become slices of the stacked one: each is held once."""
+    """Stack the regions of groups of one shape; a residual becomes a slice of the stacked one: it is held once."""
     regions = [group.region for group in groups]
     boxes = [Boxes.of(region, config) for region in regions]
     axes = []
@@ -87,9 +92,10 @@ def stack_inputs(groups: Sequence[MapGroup], config: BarrierConfig) -> StackedIn
     squares = [box.square_K[None] for box in boxes if box.square_K is not None]
     known = [group.factor_DL for group in groups if group.factor_DL is not None]
     covariance_GDD = factor_GDL = None
-    if known:
+    if known:  # a factor of no column is a residual of 0
         most = max(factor_DL.shape[1] for factor_DL in known)
-        factor_GDL = torch.stack([F.pad(factor_DL, (0, most - factor_DL.shape[1])) for factor_DL in known])
+        padded = [F.pad(factor_DL, (0, most - factor_DL.shape[1])) for factor_DL in known]
+        factor_GDL = torch.stack(padded) if most else None
     elif regions[0].residual is not None:
         covariance_GDD = torch.stack([region.residual for region in regions if region.residual is not None])
         for group, residual_DD in zip(groups, covariance_GDD, strict=True):
@@ -292,7 +298,7 @@ class LoraStack:
         gradient_B = torch.bmm(gradient_MOS, reach_MRS.mT)
         inner_GRS = torch.bmm(lora_B_MOR.mT, gradient_MOS).view(len(lora_A_GRD), -1, gradient_PS.shape[1])
         gradient_A = torch.bmm(inner_GRS, inputs.axes_GDS.mT)
-        if inputs.covariance_GDD is None and inputs.factor_GDL is None:
+        if not inputs.has_residual:
             return gradient_A, gradient_B, None
         gram_MRR = torch.bmm(lora_B_MOR.mT, lora_B_MOR)
         if inputs.covariance_GDD is not None:
@@ -310,20 +316,21 @@ class LoraStack:
 
 
 class LoraStacks:
-    """All stacks whose adapters have one rank and whose regions one number of axes: their rows are computed together."""
+    """Stacks whose adapters have one rank and whose regions have one number of axes; their rows are taken together."""
 
     def __init__(self, stacks: Sequence[LoraStack], rank: int, scalings: Sequence[float]):
         self.stacks, self.rank, self.scalings = list(stacks), rank, list(scalings)
         inputs, device = [stack.inputs for stack in stacks], stacks[0].inputs.axes_GDS.device
         self.rows = [len(stack.maps) * stack.num_outputs for stack in stacks]
-        scales = [
+        squares_scales = [
             torch.full((rows, 1), stack.twice, device=device) * stack.inputs.weights
             for rows, stack in zip(self.rows, stacks, strict=True)
         ]
         squares = [one.square_G1K for one in inputs if one.square_G1K is not None]
         halves = [one.half_widths_GKT for one in inputs]
-        self.terms = RowTerms(torch.cat(scales), halves, squares or None, self.rows)
-        self.residual_scales = torch.tensor([stack.residual_scale for stack in stacks], device=device)
+        self.terms = RowTerms(torch.cat(squares_scales), halves, squares or None, self.rows)
+        scales = [stack.residual_scale for stack in stacks if stack.inputs.has_residual]
+        self.residual_scales = torch.tensor(scales, device=device)
 
     @property
     def maps(self) -> list[ProtectedMap]:
