@@ -477,7 +477,7 @@ def test_metadata_of_every_kind_and_of_subfolders(kind, tmp_path):
 BROKEN_METADATA = {
     "unquoted comma": (b"file_name,text\n0.png,a boot, red\n", "metadata.csv', line 2: more cells than columns"),
     "too few cells": (b"file_name,text\n0.png\n", "line 2: fewer cells than columns"),
-    "open quote": (b'file_name,text\n0.png,"a boot\n', "metadata.csv' cannot be read"),
+    "open quote": (b'file_name,text\n0.png,"a boot\n', "metadata.csv', line 2: a quote is never closed"),
     "another encoding": ("file_name,text\n0.png,café\n".encode("latin-1"), "metadata.csv' is not in UTF-8"),
     "no file names": (b"name,text\n0.png,a boot\n", "row 0: there is no file_name"),
     "an empty caption": (b"file_name,text\n0.png,\n1.png,a boot\n", "row 0 of column 'text' is empty"),

@@ -65,6 +65,22 @@ BAD = {
     "fraction": ("prompt,evaluation_seed\na,1.5\n", "evaluation_seed is '1.5', but must be a whole number"),
     "no seed": ("prompt,evaluation_seed\na,\n", "evaluation_seed is ''"),
     "negative": ("prompt,sd_seed\na,-1\n", "sd_seed is '-1'"),
+    "unquoted comma": ("case_number,prompt\n0,a red boot, on a chair\n", "p.csv', line 2: more cells than columns"),
+    "unquoted comma, alone": ("prompt\na dog\na cat, red\n", "line 3: more cells than columns"),
+    "a comma that shifts seeds": (
+        "case_number,prompt,evaluation_seed\n0,a boot, red,7\n",
+        "line 2: more cells than columns; text with a comma stands in double quotes",
+    ),
+    "a cell too few": ("case_number,prompt,evaluation_seed\n0,a boot\n", "line 2: fewer cells than columns"),
+    "open quote": ('prompt\n"a boot\na bag\n', "line 3: a quote is never closed"),
+    "text after a quote": ('prompt\n"a" boot\n', "p.csv', line 2: ',' expected after '\"'"),
+    "open quote among the names": ('case_number,"prompt\n', "p.csv', line 1: unexpected end of data"),
+    "a very long cell": ("prompt\n" + "a" * 200_000 + "\n", "line 2: field larger than field limit"),
+    "a column twice": ("prompt,prompt\na,b\n", "p.csv' has two columns 'prompt'"),
+    "a seed that no generator takes": (
+        "prompt,evaluation_seed\na,9223372036854775808\n",
+        "must be a whole number that is not negative and below 2^63",
+    ),
     "guidance": ("prompt,evaluation_guidance\na,nan\n", "evaluation_guidance is 'nan', but must be a number"),
 }
 
@@ -75,6 +91,26 @@ def test_bad_files_name_the_line(name, tmp_path):
     with pytest.raises(ValueError) as caught:
         read_prompts(write(tmp_path / "p.csv", text))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "cp1252"])
+def test_another_encoding_is_refused_with_the_files_name(encoding, tmp_path):
+    (tmp_path / "p.csv").write_bytes("prompt\nun café\n".encode(encoding))
+    with pytest.raises(ValueError, match=r"p.csv' is not in UTF-8 \(invalid .* at byte \d+\): save it in UTF-8"):
+        read_prompts(tmp_path / "p.csv")
+
+
+def test_seeds_are_read_to_the_last_digit(tmp_path):
+    seeds = {"1234567890123456789": 1234567890123456789, "9007199254740993": 9007199254740993, "7.0": 7, "1e3": 1000}
+    text = "prompt,evaluation_seed\n" + "".join(f"a,{seed}\n" for seed in seeds)
+    assert [row.seed for row in read_prompts(write(tmp_path / "p.csv", text))] == list(seeds.values())
+
+
+def test_a_line_separator_is_no_new_row(tmp_path):
+    assert [row.prompt for row in read_prompts(write(tmp_path / "p.csv", "prompt\na\u2028b\nc\n"))] == [
+        "a\u2028b",
+        "c",
+    ]
 
 
 def test_missing_files_and_settings(tmp_path):

@@ -6,7 +6,6 @@ links are followed; hidden files, and the output folders of earlier runs of this
 
 from __future__ import annotations
 
-import csv
 import functools
 import hashlib
 import json
@@ -22,6 +21,7 @@ import pyarrow.parquet
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
+from barrier_diffusers.data.csv_files import CsvFile, read_text
 from barrier_diffusers.utils.run_records import MANIFEST_NAME
 
 CAPTION_SUFFIXES = (".txt", ".caption")  # beside an image, as trainers of adapters have them
@@ -238,20 +238,6 @@ def _described(content: FolderContent, caption_column: str) -> tuple[dict[str, d
     return rows, described
 
 
-def read_text(path: Path) -> str:
-    """A text file in UTF-8, with or without a mark at its beginning.
-
-    Raises:
-        ValueError: another encoding; the message names the file.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{str(path)!r} is not in UTF-8 ({error.reason} at byte {error.start}): save it so"
-        ) from error
-
-
 def read_metadata(path: Path) -> list[dict[str, Any]]:
     """The rows of a metadata file, each with a file_name; empty cells of a CSV file are None.
 
@@ -264,24 +250,13 @@ def read_metadata(path: Path) -> list[dict[str, Any]]:
         elif path.suffix == ".jsonl":
             rows = [json.loads(line) for line in read_text(path).splitlines() if line.strip()]
         else:
-            rows = list(_csv_rows(path))
-    except (csv.Error, json.JSONDecodeError, pyarrow.ArrowException) as error:
+            rows = [{name: cell or None for name, cell in row.items()} for _, row in CsvFile(path)]
+    except (json.JSONDecodeError, pyarrow.ArrowException) as error:
         raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
             raise ValueError(f"{str(path)!r}, row {number}: there is no file_name")
     return rows
-
-
-def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
-    reader = csv.DictReader(read_text(path).splitlines(keepends=True), strict=True)
-    for row in reader:
-        if None in row or None in row.values():
-            raise ValueError(
-                f"{str(path)!r}, line {reader.line_num}: {'more' if None in row else 'fewer'} cells than columns; put "
-                "text with a comma in double quotes"
-            )
-        yield {name: value or None for name, value in row.items()}
 
 
 def _as_dataset(content: FolderContent, rows: list[dict[str, Any]], image_column: str) -> Dataset:

@@ -10,8 +10,10 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
+from barrier_diffusers.data.csv_files import CsvFile
 from barrier_diffusers.utils.checks import require_positive
 from barrier_diffusers.utils.files import written_whole
 
@@ -22,6 +24,9 @@ GUIDANCE_COLUMNS = ("evaluation_guidance", "sd_guidance_scale")
 
 
 COLUMNS = ("case_number", "prompt", "evaluation_seed", "evaluation_guidance", "label")
+
+
+SEED_LIMIT = 2**63  # of torch's generators
 
 
 CASE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -62,48 +67,58 @@ def read_prompts(path: str | Path, first_seed: int = 0, label_column: str = "lab
     columns (I2P's categories, toxicity, image size) are not read.
 
     Raises:
-        ValueError: no such file, no prompt column, no rows, or a row (named by its line) with an empty prompt, a case
-            number that is taken or no file name, or a seed or guidance that is no number.
+        ValueError: no such file, one that is not in UTF-8, no prompt column, no rows, or a row (named by its line) with
+            more or fewer cells than columns, an empty prompt, a case number that is taken or no file name, or a seed or
+            guidance that is no number.
     """
     file_path = Path(path).expanduser()
     if not file_path.is_file():
         raise ValueError(f"prompt file {str(path)!r} does not exist")
+    file = CsvFile(file_path, must_fill="prompt")
+    if "prompt" not in file.columns:
+        raise ValueError(f"prompt file {str(path)!r} has no column 'prompt'; it has {', '.join(file.columns)}")
+    seed_column = next((name for name in SEED_COLUMNS if name in file.columns), None)
+    guidance_column = next((name for name in GUIDANCE_COLUMNS if name in file.columns), None)
     rows: list[PromptRow] = []
     taken: set[str] = set()
-    with file_path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
-        if "prompt" not in columns:
-            raise ValueError(f"prompt file {str(path)!r} has no column 'prompt'; it has {', '.join(columns)}")
-        seed_column = next((name for name in SEED_COLUMNS if name in columns), None)
-        guidance_column = next((name for name in GUIDANCE_COLUMNS if name in columns), None)
-        for index, row in enumerate(reader):
-            where = f"prompt file {str(path)!r}, line {reader.line_num}"
-            case, prompt = (row.get("case_number") or str(index)).strip(), (row["prompt"] or "").strip()
-            if not prompt:
-                raise ValueError(f"{where}: the prompt is empty")
-            if case in taken or not CASE.fullmatch(case):
-                raise ValueError(f"{where}: case_number {case!r} is {'taken' if case in taken else 'no file name'}")
-            taken.add(case)
-            seed = first_seed + index
-            if seed_column is not None:
-                seed = int(_number(row[seed_column], f"{where}: {seed_column}", whole=True))
-            guidance = None
-            if guidance_column is not None and (row[guidance_column] or "").strip():
-                guidance = _number(row[guidance_column], f"{where}: {guidance_column}")
-            rows.append(PromptRow(case, prompt, seed, guidance, row.get(label_column) or None))
+    for index, (line, row) in enumerate(file):
+        where = f"prompt file {str(path)!r}, line {line}"
+        case, prompt = (row.get("case_number") or str(index)).strip(), row["prompt"].strip()
+        if not prompt:
+            raise ValueError(f"{where}: the prompt is empty")
+        if case in taken or not CASE.fullmatch(case):
+            raise ValueError(f"{where}: case_number {case!r} is {'taken' if case in taken else 'no file name'}")
+        taken.add(case)
+        seed = first_seed + index
+        if seed_column is not None:
+            seed = _seed(row[seed_column].strip(), f"{where}: {seed_column}")
+        guidance = None
+        if guidance_column is not None and row[guidance_column].strip():
+            guidance = _guidance(row[guidance_column].strip(), f"{where}: {guidance_column}")
+        rows.append(PromptRow(case, prompt, seed, guidance, (row.get(label_column) or "").strip() or None))
     if not rows:
         raise ValueError(f"prompt file {str(path)!r} has no rows")
     return rows
 
 
-def _number(text: str | None, where: str, whole: bool = False) -> float:
+def _seed(text: str, where: str) -> int:
+    """A whole number, to its last digit; 7.0 is one, too, as pandas writes whole numbers beside gaps."""
     try:
-        value = float((text or "").strip())  # pandas writes whole numbers beside gaps as 7.0
+        seed = int(text) if re.fullmatch("[+-]?[0-9]+", text) else Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        seed = Fraction(-1)
+    if seed < 0 or seed != int(seed) or seed >= SEED_LIMIT:
+        raise ValueError(f"{where} is {text!r}, but must be a whole number that is not negative and below 2^63")
+    return int(seed)
+
+
+def _guidance(text: str, where: str) -> float:
+    try:
+        value = float(text)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value) or value < 0 or (whole and value != int(value)):
-        raise ValueError(f"{where} is {text!r}, but must be a {'whole ' if whole else ''}number that is not negative")
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"{where} is {text!r}, but must be a number that is not negative")
     return value
 
 
