@@ -72,7 +72,7 @@ BAD = {
         "line 2: more cells than columns; text with a comma stands in double quotes",
     ),
     "a cell too few": ("case_number,prompt,evaluation_seed\n0,a boot\n", "line 2: fewer cells than columns"),
-    "open quote": ('prompt\n"a boot\na bag\n', "line 3: a quote is never closed"),
+    "open quote": ('prompt\n"a boot\na bag\n', "line 2: a quote is never closed"),
     "text after a quote": ('prompt\n"a" boot\n', "p.csv', line 2: ',' expected after '\"'"),
     "open quote among the names": ('case_number,"prompt\n', "p.csv', line 1: unexpected end of data"),
     "a very long cell": ("prompt\n" + "a" * 200_000 + "\n", "line 2: field larger than field limit"),

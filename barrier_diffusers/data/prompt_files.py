@@ -67,9 +67,9 @@ def read_prompts(path: str | Path, first_seed: int = 0, label_column: str = "lab
     columns (I2P's categories, toxicity, image size) are not read.
 
     Raises:
-        ValueError: no such file, one that is not in UTF-8, no prompt column, no rows, or a row (named by its line) with
-            more or fewer cells than columns, an empty prompt, a case number that is taken or no file name, or a seed or
-            guidance that is no number.
+        ValueError: no such file, one that is not in UTF-8, no prompt column, no rows, or a row (named by its line)
+            with more or fewer cells than columns, an empty prompt, a case number that is taken or no file name, or a
+            seed or guidance that is no number.
     """
     file_path = Path(path).expanduser()
     if not file_path.is_file():
