@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.svm import SVC
@@ -152,7 +153,7 @@ def evaluate(
     Returns:
         `unlearning_accuracy` (100 - accuracy on the forget images), the same on test images of the forgotten labels,
         `retain_accuracy`, `test_accuracy` (test images of the retained labels), `mia` and its five features, `lira`,
-        gaps; `details` holds counts and 95 % intervals.
+        gaps; `details` holds counts and 95 % intervals, and `per_label` the accuracy on the test images of each label.
     """
     size = config.eval_batch_size
     parts = {name: getattr(splits, name) for name in ("forget", "retain", "test", "forget_test")}
@@ -164,17 +165,33 @@ def evaluate(
         "retain_accuracy": share(right["retain"]),
         "test_accuracy": share(right["test"]),
     }
+    metrics: dict[str, Any] = {name: counted["value"] for name, counted in details.items()}
+    details["per_label"] = per_label({name: (parts[name], right[name]) for name in ("test", "forget_test")})
     features = {name: attack_features(logits[name], parts[name].labels) for name in ("forget", "retain", "test")}
     shares = membership(
         features["retain"], features["test"], forget=features["forget"], num_samples=config.num_mia_samples, seed=seed
     )
-    metrics: dict[str, Any] = {name: entry["value"] for name, entry in details.items()}
     metrics |= {"mia": shares[MIA_FEATURE], "mia_features": shares}
     if config.shadow_models:
         metrics["lira"] = against_shadows(logits, splits, config=config, device=device)
     if config.retrained is not None:
         metrics |= gap(metrics, read_metrics(config.retrained))
     return {**metrics, "details": details}
+
+
+def per_label(parts: Mapping[str, tuple[LabelledImages, np.ndarray]]) -> dict[str, dict[str, Any]]:
+    """Accuracy on each label's images, of the first of the parts that has any.
+
+    Args:
+        parts: images, and whether each (N,) got its own label.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for images, right in parts.values():
+        for index, name in enumerate(images.names):
+            mine = (images.labels == index).numpy()
+            if mine.any() and name not in found:
+                found[name] = share(right[mine])
+    return found
 
 
 def against_shadows(
@@ -212,7 +229,7 @@ def read_metrics(folder: str) -> dict[str, Any]:
 
 def print_table(before: Mapping[str, Any] | None, after: Mapping[str, Any], title: str) -> None:
     """UA, RA, TA, MIA before and after, and the gap where there is one."""
-    table = Table(title=title)
+    table = Table(title=escape(title))
     for heading in ("", "before", "after", "95 % interval", "gap to retraining"):
         table.add_column(heading, justify="left" if not heading else "right")
     for name in HEADLINE:

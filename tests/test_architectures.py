@@ -124,8 +124,8 @@ def test_classes_without_a_row_are_named():
     ):
         PipelineDenoiser(StableDiffusionImg2ImgPipeline(**build("sd").components, requires_safety_checker=False))
     with pytest.raises(ValueError, match="must be a multiple of 8 for this FluxPipeline"):
-        PipelineDenoiser(build("flux")).check_resolution(36)
-    PipelineDenoiser(build("flux")).check_resolution(40)
+        PipelineDenoiser(build("flux")).checked_resolution(36)
+    PipelineDenoiser(build("flux")).checked_resolution(40)
 
 
 def test_steps_share_one_draw_between_conditions():

@@ -219,7 +219,7 @@ BAD = {
     ),
     "two protocols": ({**NO_PIPELINE, "images_dir": "assets", "protocol": "[class, style]"}, "name one"),
     "base images": ({"base_images_dir": "assets"}, "base_images_dir goes with images_dir"),
-    "unknown protocol": ({"protocol": "fid"}, "must name each at most once: class, style, nudity, coco"),
+    "unknown protocol": ({"protocol": "fid"}, "unknown protocol 'fid'; known are class, coco, nudity, style"),
     "protocol twice": ({"protocol": "[class, class]"}, "must name each at most once"),
     "no concept": ({"concept": "[]"}, "set concept"),
     "no prompts": ({"train_data_dir": None}, "prompts come from a data set, from prompts.file or from"),

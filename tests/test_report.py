@@ -7,7 +7,7 @@ import re
 import pytest
 from report import ReportConfig, main
 
-from barrier_diffusers.evaluation.report import drop_interval, read_run, render
+from barrier_diffusers.evaluation.report import read_run, render
 from barrier_diffusers.utils.command_line import run_script
 
 PNG = base64.b64decode(
@@ -69,9 +69,9 @@ def test_the_page_has_the_numbers_and_needs_no_other_file(tmp_path):
         assert wanted in page, wanted
     assert re.search(r"attn2\.to_k.*?>no<", page, re.S)  # a bound that did not hold is not hidden
     sources = re.findall(r'(?:src|href)="([^"]*)"', page)
-    assert len(sources) == 4 and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert len(sources) == 3 and all(source.startswith("data:image/png;base64,") for source in sources)
     assert all(base64.b64decode(source.split(",")[1]).startswith(b"\x89PNG") for source in sources)
-    assert len(re.findall(r"<img [^>]*alt=\"[^\"]+\"", page)) == 4
+    assert len(re.findall(r"<img [^>]*alt=\"[^\"]+\"", page)) == 3
 
 
 def test_names_from_data_are_text(tmp_path):
@@ -108,7 +108,9 @@ def test_runs_are_named_one_after_another(tmp_path, monkeypatch, capsys):
 
 
 def test_the_interval_of_the_drop(tmp_path):
-    assert drop_interval(read_run(write_run(tmp_path / "run"))) == pytest.approx((-1.0, 9.0))
+    """Newcombe: each side's distance is the root of the squares of the two Wilson distances, before and after."""
+    low, high = read_run(write_run(tmp_path / "run")).drop_interval
+    assert low == pytest.approx(2 - (7**2 + 3**2) ** 0.5) and high == pytest.approx(2 + (2**2 + 7**2) ** 0.5)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def main(config: EvaluateConfig) -> None:
             lora_weights=lora_weights,
             held_out=held_out,
             certificate=config.certificate,
-            resolution=config.resolution,
+            resolution=judged_model.resolution,
         )
 
     metrics: dict[str, Any] = {}

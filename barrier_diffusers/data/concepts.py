@@ -19,7 +19,7 @@ from barrier_diffusers.data.encoding import EncodedImages, cached_tensors, encod
 from barrier_diffusers.data.erased_concepts import ErasedConcepts, captions_of, rows_about_others
 from barrier_diffusers.data.folders import announce, read_image_folder
 from barrier_diffusers.data.readers import read_rows, split_concepts, take_evenly
-from barrier_diffusers.models.generation import SamplingConfig, generate
+from barrier_diffusers.models.generation import SamplingConfig, filters_off, generate
 from barrier_diffusers.models.loading import module_hashes
 from barrier_diffusers.utils.checks import as_list, require_positive
 from barrier_diffusers.utils.files import write_json, written_whole
@@ -285,7 +285,7 @@ def illustrate(
     two `part`s of a run (0 forget, 1 retain, 2 erased before) start from the same seeds.
     """
     sampling = replace(config.generation, seed=config.generation.seed + part * 1_000_000)
-    made_from = {"denoiser": base_hash, "prompts": prompts, "sampling": asdict(sampling)}
+    made_from = {"denoiser": base_hash, "prompts": prompts, "sampling": asdict(sampling), **filters_off(pipeline)}
     folder, caption = cache / f"generated-{fingerprint(made_from)}", config.caption_column
     if not (folder / "images").is_dir():
         images = generate(pipeline, prompts, sampling, desc="illustrating the prompts")

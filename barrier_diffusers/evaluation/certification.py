@@ -24,7 +24,7 @@ from barrier_diffusers.evaluation.erasure import EvaluationPrompts, ImageEvaluat
 from barrier_diffusers.evaluation.evaluation_split import image_text, images_hash, load_rows, retained_rows
 from barrier_diffusers.models.denoiser import PipelineDenoiser
 from barrier_diffusers.models.generation import autocast_denoiser
-from barrier_diffusers.models.loading import load_pipeline, module_hashes
+from barrier_diffusers.models.loading import load_adapter, load_pipeline, module_hashes
 from barrier_diffusers.protection.barrier import Barrier
 from barrier_diffusers.protection.order_statistics import Split, attainable_quantile, samples_needed
 from barrier_diffusers.protection.storage import PROJECTIONS_NAME, REGIONS_NAME
@@ -208,7 +208,7 @@ def certify_saved(
         return
     if lora_weights:
         pipeline = load_pipeline(folder)
-        pipeline.load_lora_weights(lora_weights)
+        load_adapter(pipeline, lora_weights)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     barrier = Barrier.from_pretrained(lora_weights or folder, PipelineDenoiser(pipeline).network)
     write_certificate(

@@ -19,7 +19,7 @@ from barrier_diffusers.evaluation.accuracy import erasure_metrics, recognise
 from barrier_diffusers.evaluation.classifier import AttributeClassifier
 from barrier_diffusers.evaluation.evaluation_split import load_rows
 from barrier_diffusers.evaluation.judge import attribute_of
-from barrier_diffusers.models.generation import SamplingConfig, generate
+from barrier_diffusers.models.generation import SamplingConfig, filters_off, generate
 from barrier_diffusers.utils.checks import require_positive
 from barrier_diffusers.utils.run_records import fingerprint
 
@@ -117,7 +117,8 @@ def generate_cached(
     pipeline: Any, prompts: list[str], sampling: SamplingConfig, cache: Path, model_hash: str
 ) -> np.ndarray:
     """Images (N, H, W, 3) of the untouched pipeline, made once per model, prompts and sampler settings."""
-    key = fingerprint(model_hash, prompts, asdict(sampling), pipeline.scheduler.config)
+    off = [filters_off(pipeline)] if filters_off(pipeline) else []
+    key = fingerprint(model_hash, prompts, asdict(sampling), pipeline.scheduler.config, *off)
     images = cached_tensors(
         cache / f"images-{key}.safetensors",
         lambda: {"images": torch.from_numpy(generate(pipeline, prompts, sampling=sampling, desc="images before"))},

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from barrier_diffusers.data.folders import is_image_file
 from barrier_diffusers.data.images import ImageFiles
 from barrier_diffusers.data.prompt_files import PromptRow, read_prompts, write_prompts
-from barrier_diffusers.models.generation import SamplingConfig, sample
+from barrier_diffusers.models.generation import SamplingConfig, filters_off, sample
 from barrier_diffusers.utils.files import remove, write_json, written_whole
 from barrier_diffusers.utils.run_records import MANIFEST_NAME
 
@@ -71,6 +71,7 @@ def made_from(
         "num_images": len(rows) * images_per_prompt,
         "device": str(pipeline.device.type),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        **filters_off(pipeline),
     }
     return facts
 
@@ -146,7 +147,8 @@ def read_folder(
     """Prompts and images that were made earlier; the prompts are of the file, or of the folder's prompts.csv.
 
     Raises:
-        ValueError: no prompt file, an image of the prompts that is not there, or images that no prompt names.
+        ValueError: no prompt file, an image of the prompts that is not there, images that no prompt names, or that
+            are black.
     """
     path = Path(folder).expanduser()
     if not path.is_dir():
@@ -163,4 +165,19 @@ def read_folder(
             f"images_dir {folder!r} holds {len(unknown)} images that no prompt names, {unknown[0]} for one: expected "
             f"are {images_per_prompt} for each of {len(rows)} prompts, called case_number_i.png"
         )
+    refuse_black(files)
     return rows, files
+
+
+def refuse_black(files: ImageFiles) -> None:
+    """Refuse images that are black in every pixel, which a safety checker leaves: they say nothing of a model.
+
+    Raises:
+        ValueError: names one of them.
+    """
+    black = [name for name, image in zip(files.names, files, strict=True) if not image.any()]
+    if black:
+        raise ValueError(
+            f"image folder {str(files.folder)!r} holds {len(black)} images that are all black, {black[0]} for one, as "
+            "a safety checker leaves them: make the images again without it"
+        )

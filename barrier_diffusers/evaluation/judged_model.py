@@ -72,9 +72,10 @@ class JudgedModel:
         pipeline: what is judged, or None.
         hashes: of the weights, by network (those of the base start with `base_`), or of the images.
         facts: the scheduler, or how the images were made.
+        resolution: side in pixels at which attacks and the certificate read images; 0 where images are judged.
 
     Raises:
-        ValueError, OSError: a pipeline that cannot be had.
+        ValueError, OSError: a pipeline that cannot be had, or one that is its own base.
     """
 
     def __init__(self, config: EvaluateConfig, output: Path):
@@ -82,19 +83,28 @@ class JudgedModel:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.pipeline = load_judged(config)
         self.hashes: dict[str, str] = {}
+        self.resolution = 0
         self.facts: dict[str, Any] = {}
         if config.lora_weights:
             self.hashes["adapter"] = file_hash(Path(config.lora_weights) / ADAPTER_NAME)
         if config.images_dir and (Path(config.images_dir) / MANIFEST_NAME).is_file():
             made_from = (Path(config.images_dir) / MANIFEST_NAME).read_text(encoding="utf-8")
             self.facts["images_made_from"] = json.loads(made_from)
+        own: dict[str, str] = {}
         if self.pipeline is not None:
             self.facts["scheduler"] = scheduler_facts(self.pipeline)
-            PipelineDenoiser(self.pipeline).check_resolution(config.resolution)
-            self.hashes |= module_hashes(self.pipeline)
+            self.resolution = PipelineDenoiser(self.pipeline).checked_resolution(config.resolution)
+            own = module_hashes(self.pipeline)
+            self.hashes |= own
         self.base = load_pipeline(config.base_model) if config.base_model else None
         if self.base is not None:
-            self.hashes |= {f"base_{name}": digest for name, digest in module_hashes(self.base).items()}
+            base = module_hashes(self.base)
+            if own == base:
+                raise ValueError(
+                    f"base_model {config.base_model!r} has the weights of what is judged, before and after are the "
+                    "same: name the pipeline before it was unlearned, or set base_model to null"
+                )
+            self.hashes |= {f"base_{name}": digest for name, digest in base.items()}
 
     def rows(self, prompts: PromptsConfig, label_column: str = "label") -> list[PromptRow]:
         """The prompts of a file, or of the images that are judged.
@@ -123,6 +133,8 @@ class JudgedModel:
                 self.hashes["base_images"] = before.digest()
             after = self._read(config.images_dir, prompts, label_column="label")[1]
             self.hashes["images"] = after.digest()
+            if self.hashes["images"] == self.hashes.get("base_images"):
+                raise ValueError(f"base_images_dir {config.base_images_dir!r} holds images_dir's own images")
             return ImagePair(before, after)
         base = {name.removeprefix("base_"): digest for name, digest in self.hashes.items() if name[:5] == "base_"}
         own = {name: digest for name, digest in self.hashes.items() if name[:5] != "base_"}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import matplotlib
 import numpy as np
@@ -14,6 +15,20 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def as_written(draw: Callable[P, R]) -> Callable[P, R]:
+    """Decorator: labels of a figure are text, in which a dollar sign begins no formula."""
+
+    @functools.wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> R:
+        with plt.rc_context({"text.parse_math": False}):
+            return draw(*args, **kwargs)
+
+    return drawn
+
 
 def _draw_row(axis: Any, images_NHWC: np.ndarray) -> None:
     axis.imshow(np.concatenate(list(images_NHWC), axis=1), interpolation="nearest")
@@ -21,6 +36,7 @@ def _draw_row(axis: Any, images_NHWC: np.ndarray) -> None:
     axis.set_yticks([])
 
 
+@as_written
 def before_after_grid(
     before_NHWC: np.ndarray,
     after_NHWC: np.ndarray,
@@ -49,6 +65,7 @@ def before_after_grid(
     plt.close(figure)
 
 
+@as_written
 def image_rows(images_NHWC: np.ndarray, labels: Sequence[str], path: Path, columns: int = 12) -> None:
     """One row per label with its first `columns` images."""
     order = list(dict.fromkeys(labels))
@@ -70,6 +87,7 @@ def attacks_picture(
     image_rows(np.concatenate([images[:columns] for images in shown.values()]), labels, path=path, columns=columns)
 
 
+@as_written
 def strip(images_NHWC: np.ndarray, titles: Sequence[str], path: Path) -> None:
     """The images in one row, each under its title."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,6 +101,7 @@ def strip(images_NHWC: np.ndarray, titles: Sequence[str], path: Path) -> None:
     plt.close(figure)
 
 
+@as_written
 def loss_curves(history: Mapping[str, Sequence[float]], path: Path) -> None:
     """One panel per recorded loss over the optimisation steps."""
     figure, axes = plt.subplots(1, len(history), figsize=(4.2 * len(history), 3), squeeze=False)
@@ -110,6 +129,7 @@ def _errors(counted: Mapping[str, Any]) -> list[float]:
     return [max(0.0, counted["value"] - low), max(0.0, high - counted["value"])]
 
 
+@as_written
 def label_bars(
     before: Mapping[str, Mapping[str, Any]], after: Mapping[str, Mapping[str, Any]], forgotten: Sequence[str]
 ) -> bytes:
@@ -133,6 +153,7 @@ def label_bars(
     return _png(figure)
 
 
+@as_written
 def trade_off(points: Sequence[tuple[str, Mapping[str, Any], float, Sequence[float] | None]]) -> bytes:
     """Unlearning accuracy against what the rest lost; the best corner is at the upper left.
 
@@ -153,6 +174,7 @@ def trade_off(points: Sequence[tuple[str, Mapping[str, Any], float, Sequence[flo
     return _png(figure)
 
 
+@as_written
 def drift_bars(maps: Sequence[Mapping[str, Any]]) -> bytes:
     """Largest relative drift that the test images show in every map, beside the bound that others chose for it."""
     names = [linear_map["name"] for linear_map in maps]

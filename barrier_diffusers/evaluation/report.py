@@ -1,4 +1,8 @@
-"""One self-contained HTML page about one run or several: numbers, pictures, attacks, certificate, manifest."""
+"""The page: one self-contained HTML file about one run or several.
+
+It opens with the pictures, what came out in a sentence, and the settings; the numbers, attacks, certificate and
+manifest follow.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,10 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from barrier_diffusers.evaluation.accuracy import difference_interval
 from barrier_diffusers.evaluation.certification import CERTIFICATE_NAME
 from barrier_diffusers.evaluation.pictures import drift_bars, label_bars, trade_off
-from barrier_diffusers.utils.checks import as_list
+from barrier_diffusers.utils.checks import as_list, flat
 from barrier_diffusers.utils.files import written_whole
 from barrier_diffusers.utils.run_records import MANIFEST_NAME, METRICS_NAME, numbers
 
@@ -23,6 +28,16 @@ PICTURES = {  # file of a run -> what it shows
     "attacks.png": "Images of the plain prompts and under each attack, the same seeds",
     "loss_curves.png": "Losses per training step",
 }
+FIRST_SETTINGS = (  # of all scripts that leave a run
+    *("pretrained_model_name_or_path", "model_name_or_path", "images_dir", "lora_weights", "base_model"),
+    *("concept", "forget_class", "forget_fraction", "forget_count", "train_data_dir", "dataset_name"),
+    *("data.train_data_dir", "data.dataset_name", "protocol"),
+    *("objective.name", "objective.anchor", "objective.anchor_prompt", "objective.alpha", "method", "method.name"),
+    *("barrier.constraint", "barrier.lambda_interval", "barrier.targets", "barrier.reduced_dim"),
+    *("rank", "saliency_mask", "learning_rate", "train_batch_size", "num_train_epochs", "max_train_steps"),
+    *("resolution", "seed", "evaluation.classifier", "evaluation.judge", "evaluation.images_per_label"),
+    *("evaluation.sampling.num_inference_steps", "evaluation.sampling.guidance_scale", "evaluation.sampling.seed"),
+)
 
 
 @dataclass
@@ -70,8 +85,60 @@ class RunRecord:
         named = settings.get("concept") or settings.get("forget_class")
         return as_list(named)
 
+    @property
+    def drop_interval(self) -> tuple[float, float] | None:
+        """95 % interval of the drop, in points; None where a count is missing."""
+        before = self.details.get("retain_accuracy_before")
+        before = before or (self.metrics.get("before") or {}).get("details", {}).get("retain_accuracy")
+        return difference_interval(before, self.retained) if before and self.retained else None
+
+    @property
+    def verdict(self) -> str:
+        """What came out, in a sentence or two."""
+        said = []
+        if self.erased:
+            low, high = self.erased["interval_95"]
+            gone = round(self.erased["value"] * self.erased["num_images"] / 100)
+            said.append(
+                f"{gone} of {self.erased['num_images']} images of {', '.join(self.forgotten) or 'what was forgotten'} "
+                f"are not recognised as such: unlearning accuracy {self.erased['value']:.1f} % "
+                f"({low:.1f} to {high:.1f})."
+            )
+        if self.drop is not None and self.retained:
+            ends = self.drop_interval
+            interval = f" ({ends[0]:.1f} to {ends[1]:.1f})" if ends else ""
+            lost = "lost" if self.drop >= 0 else "gained"
+            said.append(
+                f"Everything else {lost} {abs(self.drop):.1f} points of accuracy, to {self.retained['value']:.1f} %; "
+                f"drop {self.drop:.1f}{interval}."
+            )
+        elif self.retained:
+            low, high = self.retained["interval_95"]
+            said.append(f"{self.retained['value']:.1f} % of everything else is recognised ({low:.1f} to {high:.1f}).")
+        attacks = self.metrics.get("attacks") or []
+        if attacks:
+            worst = max(attacks, key=lambda attack: attack["post_attack"]["value"])
+            said.append(
+                f"Of {len(attacks)} attacks {worst['attack']} brings back most: "
+                f"{worst['post_attack']['value']:.1f} % of its images show {worst['concept']}."
+            )
+        return " ".join(said) + " All intervals are at 95 %." if said else "Nobody judged the images of this run."
+
+    @property
+    def settings(self) -> list[tuple[str, str]]:
+        """The settings that a reader asks for first, by dotted name."""
+        values = dict(flat(self.manifest.get("settings", {})))
+        return [(name, words(values[name])) for name in FIRST_SETTINGS if values.get(name) not in (None, "", [], {})]
+
     def shares(self, when: str) -> dict[str, Any]:
-        """Label -> share, of the attribute that the concepts are values of; `when` is before or after."""
+        """Label -> share, of the attribute that the concepts are values of; `when` is before or after.
+
+        An image classifier's labels are all of one kind.
+        """
+        judged = (self.metrics.get("before") or {}) if when == "before" else self.metrics
+        own = judged.get("details", {}).get("per_label")
+        if own:
+            return own
         for name, shares in self.details.items():
             if name.startswith("per_") and name.endswith(f"_{when}") and set(self.forgotten) <= set(shares):
                 return shares
@@ -121,13 +188,9 @@ def as_data_uri(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
-def drop_interval(run: RunRecord) -> tuple[float, float] | None:
-    """The 95 % interval of the drop, with the accuracy before taken as it is."""
-    before, after = (run.details.get(f"retain_accuracy_{when}") for when in ("before", "after"))
-    if before is None or after is None:
-        return None
-    low, high = after["interval_95"]
-    return before["value"] - high, before["value"] - low
+def words(value: Any) -> str:
+    """A value of the settings as people write it."""
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def figures(run: RunRecord) -> dict[str, bytes]:
@@ -150,17 +213,18 @@ def render(runs: Sequence[RunRecord]) -> str:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     points = [
-        (run.name, run.erased, run.drop, drop_interval(run)) for run in runs if run.erased and run.drop is not None
+        (run.name, run.erased, run.drop, run.drop_interval) for run in runs if run.erased and run.drop is not None
     ]
     shown = [
         {
             "run": run,
-            "pictures": {caption: as_data_uri(png) for caption, png in {**figures(run), **run.pictures}.items()},
+            "pictures": {caption: as_data_uri(png) for caption, png in run.pictures.items()},
+            "figures": {caption: as_data_uri(png) for caption, png in figures(run).items()},
             "manifest": json.dumps(run.manifest, indent=2, ensure_ascii=False),
         }
         for run in runs
     ]
-    picture = as_data_uri(trade_off(points)) if points else None
+    picture = as_data_uri(trade_off(points)) if len(points) > 1 else None
     return environment.get_template("report.html").render(shown=shown, trade_off=picture)
 
 

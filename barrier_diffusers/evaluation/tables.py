@@ -6,18 +6,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+
+WIDTH = 80  # columns of a terminal
 
 
 def print_metrics(metrics: Mapping[str, Any], attribute: str, forgotten: Sequence[str]) -> None:
     """The table of what was forgotten and what was kept."""
-    table = Table(title=f"{attribute}: forgotten {', '.join(forgotten)}")
+    table = Table(title=escape(f"{attribute}: forgotten {', '.join(forgotten)}"))
     for heading in ("", "before", "after", "95 % interval after"):
         table.add_column(heading, justify="left" if heading == "" else "right")
 
     def add(name: str, before: Mapping[str, Any] | None, after: Mapping[str, Any], style: str | None = None) -> None:
         first = f"{before['value']:.1f}" if before else ""
-        table.add_row(name, first, f"{after['value']:.1f}", interval(after), style=style)
+        table.add_row(escape(name), first, f"{after['value']:.1f}", interval(after), style=style)
 
     details = metrics["details"]
     before, after = details.get(f"per_{attribute}_before", {}), details[f"per_{attribute}_after"]
@@ -29,7 +32,7 @@ def print_metrics(metrics: Mapping[str, Any], attribute: str, forgotten: Sequenc
         if key.endswith("_accuracy_after") and key not in ("retain_accuracy_after", "forget_accuracy_after"):
             name = key.removesuffix("_accuracy_after").replace("_", " ")
             add(name, details.get(key.replace("_after", "_before")), details[key])
-    console = Console(width=88)
+    console = Console(width=WIDTH)
     console.print(table)
     retained = f"retain accuracy {metrics['retain_accuracy_after']:.1f} %"
     if "retain_accuracy_drop" in metrics:
@@ -48,15 +51,16 @@ def interval(counted: Mapping[str, Any]) -> str:
 
 
 def print_attacks(results: Sequence[Mapping[str, Any]], seconds: Mapping[str, float]) -> None:
-    """The table of what each attack brought back; `seconds` by the attack's name."""
+    """The table of what each attack brought back, and under it how long each took; `seconds` by the attack's name."""
     table = Table(title="images recognised as the forgotten concept, in %")
-    for heading in ("attack", "concept", "plain prompts", "attacked", "95 % interval", "images", "seconds"):
+    for heading in ("attack", "concept", "plain prompts", "attacked", "95 % interval", "images"):
         table.add_column(heading, justify="left" if heading in ("attack", "concept") else "right")
     for result in results:
         before, after = result["pre_attack"], result["post_attack"]
         cells = [f"{before['value']:.1f}", f"{after['value']:.1f}", interval(after), str(after["num_images"])]
-        table.add_row(result["attack"], result["concept"], *cells, f"{seconds[result['attack']]:.0f}")
-    Console(width=88).print(table)
+        table.add_row(escape(result["attack"]), escape(result["concept"]), *cells)
+    Console(width=WIDTH).print(table)
+    print("seconds: " + ", ".join(f"{attack} {passed:.0f}" for attack, passed in seconds.items()))
 
 
 def print_values(title: str, values: Mapping[str, Mapping[str, Any]]) -> None:
@@ -68,14 +72,14 @@ def print_values(title: str, values: Mapping[str, Mapping[str, Any]]) -> None:
             return f"{value['mean']:.4g} ± {value['std']:.2g}"
         return str(value) if isinstance(value, int) else f"{value:.4g}"
 
-    table = Table(title=title)
+    table = Table(title=escape(title))
     for heading in ("", *values):
         table.add_column(heading, justify="left" if heading == "" else "right")
     names = [name for name in values.get("after", {}) if name != "details"]
     for name in names:
-        table.add_row(name.replace("_", " "), *(written(column[name]) for column in values.values()))
+        table.add_row(escape(name.replace("_", " ")), *(written(column[name]) for column in values.values()))
     if names:
-        Console(width=88).print(table)
+        Console(width=WIDTH).print(table)
 
 
 def print_membership(found: Mapping[str, Any]) -> None:
@@ -92,4 +96,4 @@ def print_membership(found: Mapping[str, Any]) -> None:
     for role, results in found.get("change", {}).items():
         low, high = results["auc"]["interval_95"]
         table.add_row(role, "change", f"{results['auc']['value']:+.3f}", f"{low:+.3f} - {high:+.3f}", "", "")
-    Console(width=88).print(table)
+    Console(width=WIDTH).print(table)

@@ -39,16 +39,36 @@ class PipelineDenoiser:
         guidance = guidance_scale if config.get("guidance_embeds") else None
         self.context = CallContext(pipeline.vae_scale_factor, guidance)
         self.shift, self.scale = latent_normalisation(pipeline.vae)
+        self.default_sample_size: int | None = getattr(pipeline, "default_sample_size", None)  # in latent positions
         self.latent_channels: int = pipeline.vae.config.latent_channels
         self.tokens_side = self.architecture.packing * (config.get("patch_size") or 1)
         self.noising = self.architecture.noising(pipeline.scheduler, self.tokens_side)
 
-    def check_resolution(self, resolution: int) -> None:
-        """A ValueError if images of this side cannot be cut into whole latent positions and tokens."""
+    @property
+    def default_resolution(self) -> int:
+        """Side in pixels of the images that the model was made for, as its configuration says.
+
+        Raises:
+            ValueError: the configuration does not say.
+        """
+        side = self.default_sample_size or self.network.config.get("sample_size")
+        if not isinstance(side, int):
+            name = self.architecture.pipeline_class.__name__
+            raise ValueError(f"the configuration of this {name} names no image size: set resolution")
+        return side * self.context.vae_scale_factor
+
+    def checked_resolution(self, resolution: int | None) -> int:
+        """Side in pixels of the images that are read: the given one, or without one the model's own.
+
+        Raises:
+            ValueError: images of this side cannot be cut into whole latent positions and tokens.
+        """
+        resolution = self.default_resolution if resolution is None else resolution
         unit = self.context.vae_scale_factor * self.tokens_side
         if resolution % unit:
             name = self.architecture.pipeline_class.__name__
             raise ValueError(f"resolution is {resolution}, but must be a multiple of {unit} for this {name}")
+        return resolution
 
     def check_text_encoder(self, pipeline: Any) -> None:
         """A ValueError if the prompts' embeddings are not as wide as the denoiser's attention reads them."""

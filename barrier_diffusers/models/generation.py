@@ -26,6 +26,30 @@ class SamplingConfig:
     resolution: int | None = None  # side in pixels; None: the pipeline's own
 
 
+def postprocessors(pipeline: Any) -> list[str]:
+    """Parts of a pipeline that change decoded pixels: a safety checker blackens them, a watermark writes on them."""
+    return [name for name in ("safety_checker", "watermark") if vars(pipeline).get(name) is not None]
+
+
+def filters_off(pipeline: Any) -> dict[str, list[str]]:
+    """What a record of generated images says beside model, prompts and sampling: which filters were off.
+
+    Nothing for a pipeline without any, whose images of earlier versions are the same.
+    """
+    return {"off": postprocessors(pipeline)} if postprocessors(pipeline) else {}
+
+
+@contextmanager
+def without_postprocessing(pipeline: Any) -> Iterator[None]:
+    """The pipeline gives the pixels that it decoded: what it draws is to be seen, not what a filter hides."""
+    off = {name: vars(pipeline)[name] for name in postprocessors(pipeline)}
+    vars(pipeline).update(dict.fromkeys(off))  # not setattr, which would write it into the pipeline's configuration
+    try:
+        yield
+    finally:
+        vars(pipeline).update(off)
+
+
 @contextmanager
 def autocast_denoiser(pipeline: Any) -> Iterator[None]:
     """The denoiser, and nothing else, under autocast to the VAE's precision if that is half: a pipeline may decode in
@@ -61,14 +85,15 @@ def sample(
 ) -> np.ndarray:
     """One batch of images as bytes (N, H, W, 3), each from noise of its own seed; `sampling` says how many steps.
 
-    An image depends, in its last bits, on the batch it is sampled in: a batch is repeated whole or not at all.
+    An image depends, in its last bits, on the batch it is sampled in: a batch is repeated whole or not at all. A
+    safety checker and a watermark are off.
 
     Raises:
-        FloatingPointError: non-finite pixels.
+        FloatingPointError: non-finite pixels, or nothing but black ones.
     """
     pipeline.set_progress_bar_config(disable=True)
     size = {} if sampling.resolution is None else {"height": sampling.resolution, "width": sampling.resolution}
-    with autocast_denoiser(pipeline):
+    with autocast_denoiser(pipeline), without_postprocessing(pipeline):
         result = pipeline(
             list(prompts),
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
@@ -79,7 +104,13 @@ def sample(
         ).images
     if not np.isfinite(result).all():
         raise FloatingPointError(f"the pipeline generated non-finite pixels for prompts from {prompts[0]!r} on")
-    return (result * 255).round().clip(0, 255).astype(np.uint8)
+    images = (result * 255).round().clip(0, 255).astype(np.uint8)
+    if not images.any():
+        raise FloatingPointError(
+            f"the pipeline generated {len(images)} images and every pixel is black, for prompts from {prompts[0]!r} "
+            "on: its weights or its precision are damaged (or it filters its images in a way of its own)"
+        )
+    return images
 
 
 def generate(pipeline: Any, prompts: Sequence[str], sampling: SamplingConfig, desc: str = "generating") -> np.ndarray:
@@ -88,7 +119,7 @@ def generate(pipeline: Any, prompts: Sequence[str], sampling: SamplingConfig, de
     In a pipeline of half precision the denoiser runs under autocast, as it may be in float32 for training.
 
     Raises:
-        FloatingPointError: non-finite pixels.
+        FloatingPointError: non-finite pixels, or a batch of nothing but black ones.
     """
     images = []
     for start in tqdm(range(0, len(prompts), sampling.batch_size), desc=desc, leave=False):

@@ -10,6 +10,8 @@ from diffusers import DiffusionPipeline
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
 
 from barrier_diffusers.models.architectures import components, get_architecture
 from barrier_diffusers.protection.config import BarrierConfig
@@ -79,14 +81,46 @@ def load_merged(name: str, lora_weights: str | None = None, dtype: torch.dtype =
     """A pipeline with the adapter of a folder, if one is named, merged into its weights.
 
     Raises:
-        ValueError, OSError: see `load_pipeline`.
+        ValueError, OSError: see `load_pipeline` and `load_adapter`.
     """
     pipeline = load_pipeline(name, dtype=dtype, denoiser_dtype=dtype)
     if lora_weights:
-        pipeline.load_lora_weights(lora_weights)
+        load_adapter(pipeline, lora_weights)
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
     return pipeline
+
+
+def load_adapter(pipeline: Any, folder: str) -> None:
+    """Put the LoRA adapter of a folder on a pipeline, all of it.
+
+    Raises:
+        ValueError: no such file, an adapter of another model (one of its layers finds no module, or one of another
+            shape), or one that changes nothing.
+    """
+    path = Path(folder).expanduser() / ADAPTER_NAME
+    if not path.is_file():
+        raise ValueError(f"lora_weights {folder!r} is not a folder with {ADAPTER_NAME}")
+    with safe_open(path, "pt") as file:
+        wanted = sum(name.endswith((".lora_A.weight", ".lora.down.weight")) for name in file.keys())  # noqa: SIM118
+    try:
+        pipeline.load_lora_weights(str(path.parent), weight_name=ADAPTER_NAME)
+    except (RuntimeError, ValueError) as error:
+        said = str(error).splitlines()[0][:300]
+        raise ValueError(f"adapter {str(path)!r} does not fit this {type(pipeline).__name__}: {said}") from error
+    layers: list[Any] = [
+        layer
+        for part in components(pipeline).values()
+        for layer in part.modules()
+        if isinstance(layer, LoraLayer) and layer.lora_A
+    ]
+    if len(layers) < max(1, wanted):
+        raise ValueError(
+            f"adapter {str(path)!r} does not fit this {type(pipeline).__name__}: {len(layers)} of its {wanted} layers "
+            "find a module there; name the pipeline that it was trained on"
+        )
+    if not any(layer.get_delta_weight(name).any() for layer in layers for name in layer.lora_A):
+        raise ValueError(f"adapter {str(path)!r} changes nothing: the product of its matrices is zero everywhere")
 
 
 def load_single_file(path: Path, dtype: torch.dtype, pipeline_config: str | None, original_config: str | None) -> Any:

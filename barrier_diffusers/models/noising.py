@@ -46,6 +46,44 @@ class Noising(Protocol):
         ...
 
 
+# Schedulers whose noise, scaled as the network is given it, is that of `DiffusionNoising`: each is tested against its
+# own add_noise and step.
+VARIANCE_PRESERVING = (
+    "DDIMParallelScheduler",
+    "DDIMScheduler",
+    "DDPMParallelScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "SASolverScheduler",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
+)
+FLOW_MATCHING = ("FlowMatchEulerDiscreteScheduler",)  # the same for `FlowNoising`
+
+
+def require_scheduler(scheduler: Any, known: tuple[str, ...]) -> None:
+    """A ValueError, by name, for a scheduler whose noise is not known to be reproduced here."""
+    name, config = type(scheduler).__name__, scheduler.config
+    other = [key for key in ("use_flow_sigmas",) if config.get(key) and known is VARIANCE_PRESERVING]
+    other += ["timestep_type continuous"] if config.get("timestep_type") == "continuous" else []
+    if name not in known or other:
+        with_what = f" with {', '.join(other)}" if other else ""
+        raise ValueError(
+            f"scheduler {name}{with_what} noises in a way that is not known here, so training would be wrong: "
+            f"save the pipeline with one of {', '.join(known)}"
+        )
+
+
 class DiffusionNoising:
     """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise (DDPM), with timesteps uniform over all T.
 
@@ -53,11 +91,15 @@ class DiffusionNoising:
     sqrt(a_t) noise - sqrt(1 - a_t) x_0 (v_prediction).
 
     Raises:
-        ValueError: another prediction type.
+        ValueError: a scheduler with another noise, or another prediction type.
     """
 
     def __init__(self, scheduler: Any, tokens_side: int):
-        self.scheduler = DDPMScheduler.from_config(scheduler.config)
+        require_scheduler(scheduler, VARIANCE_PRESERVING)
+        try:
+            self.scheduler = DDPMScheduler.from_config(scheduler.config)
+        except NotImplementedError as error:
+            raise ValueError(f"scheduler {type(scheduler).__name__}: {error}") from error
         self.prediction_type = self.scheduler.config.prediction_type
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"prediction_type is {self.prediction_type!r}, but must be epsilon or v_prediction")
@@ -97,9 +139,13 @@ class FlowNoising:
     Args:
         scheduler: a FlowMatchEulerDiscreteScheduler.
         tokens_side: side of the square of latent positions that makes one token of the transformer.
+
+    Raises:
+        ValueError: another scheduler.
     """
 
     def __init__(self, scheduler: Any, tokens_side: int):
+        require_scheduler(scheduler, FLOW_MATCHING)
         self.scheduler, self.tokens_side = scheduler, tokens_side
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}
 

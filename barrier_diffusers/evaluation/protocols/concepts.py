@@ -131,7 +131,7 @@ class ConceptProtocol(Protocol):
             results["membership"] = membership(
                 self.judged_model.pipelines,
                 self.split_images,
-                resolution=self.config.resolution,
+                resolution=self.judged_model.resolution,
                 options=self.config.membership,
                 device=self.judged_model.device,
             )
@@ -149,7 +149,7 @@ class ConceptProtocol(Protocol):
 
     def attackers_view(self) -> list[Forgotten]:
         """What an attacker knows of each concept; where there are only prompts, no image."""
-        evaluation, resolution = self.config.evaluation, self.config.resolution
+        evaluation, resolution = self.config.evaluation, self.judged_model.resolution
         if self.concepts.source is not None:
             return forgotten_concepts(
                 evaluation, self.concepts, asked=self.asked, erased=self.erased, resolution=resolution
