@@ -24,6 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from barrier_diffusers.data.encoding import cached_tensors, encode_moments, image_batches, tokenize
 from barrier_diffusers.data.readers import load_image_text
 from barrier_diffusers.models.noising import sample_latents
+from barrier_diffusers.models.publishing import load_in_float32
 from barrier_diffusers.models.vocabulary import cut_clip_vocabulary, find_clip_vocabulary
 from barrier_diffusers.training.run_config import RunConfig, StageConfig
 from barrier_diffusers.training.trainer import ONE_CYCLE, Averages, Trainer, make_accelerator, require_usable
@@ -313,6 +314,7 @@ def main(config: TrainConfig) -> None:
         requires_safety_checker=False,
     )
     pipeline.to(getattr(torch, config.save_dtype)).save_pretrained(output)
+    load_in_float32(output)
     write_json(output / "training_config.json", asdict(config))
     print(f"pipeline saved in {output}")
     accelerator.end_training()

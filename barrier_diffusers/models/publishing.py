@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,12 +73,26 @@ def widened(pipeline: Any) -> Iterator[None]:
             parameter.data = parameter.data.to(dtype)
 
 
+def load_in_float32(folder: Path) -> None:
+    """Let a saved pipeline load in one precision where the loader is told none, whatever precision its files have.
+
+    diffusers then loads its networks in float32, but transformers a text encoder in the precision that its config.json
+    names: one of half precision would not run beside the denoiser. `dtype=` of `from_pretrained` decides as before.
+    """
+    for path in folder.glob("*/config.json"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        narrow = [key for key in ("dtype", "torch_dtype") if content.get(key) not in (None, "float32")]
+        if narrow:
+            path.write_text(json.dumps(content | dict.fromkeys(narrow, "float32"), indent=2) + "\n", encoding="utf-8")
+
+
 def save_pipeline(pipeline: Any, output: Path) -> None:
     """Write the pipeline into `output`, in one precision; a killed write leaves no half-written model_index.json."""
     temporary = output / ".pipeline"
     with removed_on_failure(temporary, output), widened(pipeline):
         remove(temporary)
         pipeline.save_pretrained(temporary, safe_serialization=True)
+        load_in_float32(temporary)
         move_into(temporary, output, last="model_index.json")
 
 

@@ -120,6 +120,8 @@ def apply_edit(
     tokenizer = pipeline.tokenizer
 
     def tokenize(prompt: str) -> list[int]:
+        if hasattr(pipeline, "maybe_convert_prompt"):  # a textual inversion of several vectors is several tokens
+            prompt = pipeline.maybe_convert_prompt(prompt, tokenizer)
         return tokenizer(prompt, truncation=True, max_length=tokenizer.model_max_length).input_ids
 
     objective.edit(

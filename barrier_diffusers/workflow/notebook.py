@@ -15,6 +15,7 @@ from barrier_diffusers.data.concepts import write_image_folder
 from barrier_diffusers.data.encoding import to_pixels
 from barrier_diffusers.data.erased_concepts import read_erased
 from barrier_diffusers.models.architectures import components, get_architecture
+from barrier_diffusers.models.denoiser import PipelineDenoiser
 from barrier_diffusers.protection.barrier import Barrier
 from barrier_diffusers.utils.command_line import config_from
 from barrier_diffusers.workflow.settings import UnlearnConfig
@@ -40,12 +41,6 @@ class UnlearnResult:
     metrics: dict[str, Any]  # steps and seconds; with a classifier also what metrics.json has
     history: dict[str, list[float]]  # parts of the loss in every step
     barrier: Barrier  # fitted: certify, save_pretrained, compute_protection_loss
-
-
-def default_resolution(pipeline: Any, network: Any) -> int:
-    """Side in pixels of the images that the pipeline makes."""
-    side = getattr(pipeline, "default_sample_size", None) or network.config.sample_size
-    return int(side * pipeline.vae_scale_factor)
 
 
 @contextmanager
@@ -109,7 +104,7 @@ def unlearn(
         values: dict[str, Any] = {
             "pretrained_model_name_or_path": name or type(pipeline).__name__,
             "concept": concept,
-            "resolution": default_resolution(pipeline, network),
+            "resolution": PipelineDenoiser(pipeline).default_resolution,
             "retain_prompts": list(retain_prompts),
             "report_to": "none",
             **settings,

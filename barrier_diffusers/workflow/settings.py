@@ -25,7 +25,7 @@ class UnlearnConfig(ConceptConfig, DiffusionUnlearningConfig):  # jsonargparse r
     variant: str | None = None  # file variant, e.g. fp16
     pipeline_config: str | None = None  # of a single file: diffusers' `config`, a pipeline folder or hub id
     original_config: str | None = None  # of a single file: the YAML file it was trained with
-    resolution: int = 512  # side of the images in pixels
+    resolution: int | None = None  # side of the images in pixels; None: the model's own
     gradient_checkpointing: bool = False  # less memory, more time
     enable_xformers_memory_efficient_attention: bool = False
     attention_backend: str | None = None  # of diffusers, e.g. native or flash, on Flux; None: as the denoiser comes

@@ -95,6 +95,7 @@ class LoadedModel:
     pipeline: Any
     denoiser: PipelineDenoiser
     barrier: Barrier  # of the denoiser's network; fitted once it is protected
+    resolution: int  # side in pixels at which images are read
     hashes: dict[str, str]  # part -> SHA-256 of its weights, before anything changes
     erased: list[ErasedConcepts]  # by earlier runs
 
@@ -165,7 +166,7 @@ def make_ready(run: Run, pipeline: Any, erased: list[ErasedConcepts]) -> LoadedM
     """
     config, device = run.config, run.accelerator.device
     denoiser = PipelineDenoiser(pipeline, config.guidance_scale)
-    denoiser.check_resolution(config.resolution)
+    config.resolution = denoiser.checked_resolution(config.resolution)
     denoiser.check_text_encoder(pipeline)
     config.barrier.targets = config.barrier.targets or list(denoiser.architecture.targets)
     network = denoiser.network
@@ -185,7 +186,7 @@ def make_ready(run: Run, pipeline: Any, erased: list[ErasedConcepts]) -> LoadedM
     rates_of_maps(barrier.maps, config.learning_rates)  # an error now, not after the data is read
     if run.objective.check_maps is not None:
         run.objective.check_maps(barrier.maps)
-    return LoadedModel(pipeline, denoiser, barrier, hashes, erased)
+    return LoadedModel(pipeline, denoiser, barrier=barrier, resolution=config.resolution, hashes=hashes, erased=erased)
 
 
 def encode_data(run: Run, model: LoadedModel) -> RunData:
@@ -215,7 +216,7 @@ def encode_data(run: Run, model: LoadedModel) -> RunData:
         if objective.needs_anchor:
             anchors = concepts.anchors(options.anchor, options.anchor_prompt, config.seed)
         encoded = encode_concepts(
-            concepts, anchors, pipeline=model.pipeline, cache=run.cache, resolution=config.resolution, needs=needs
+            concepts, anchors, pipeline=model.pipeline, cache=run.cache, resolution=model.resolution, needs=needs
         )
     return RunData(concepts, encoded, prompts, prompt_targets)
 
@@ -254,7 +255,7 @@ def protect(run: Run, model: LoadedModel, data: RunData) -> Unlearner:
         objective=run.objective,
         barrier=model.barrier,
         denoiser=model.denoiser,
-        resolution=run.config.resolution,
+        resolution=model.resolution,
     )
     assert data.encoded is not None
     inputs = {}
@@ -326,7 +327,7 @@ def judge(run: Run, model: LoadedModel, data: RunData, before: Before, results: 
         pipeline=model.pipeline,
         held_out=before.held_out,
         certificate=config.certificate,
-        resolution=config.resolution,
+        resolution=model.resolution,
     )
     after = generate(model.pipeline, prompts.prompts, config.evaluation.sampling, desc="images after")
     if config.merge_adapter:
