@@ -3,9 +3,12 @@
 import json
 import sys
 
+import torch
 from short_runs import BASE, ROOT, as_words
 
 from barrier_diffusers.evaluation.settings import EvaluateConfig
+from barrier_diffusers.models.loading import load_pipeline
+from barrier_diffusers.models.publishing import save_pipeline
 from barrier_diffusers.utils.command_line import parse_config
 
 sys.path.insert(0, str(ROOT / "train_scripts"))
@@ -39,3 +42,13 @@ def flags(output, **changes):
 def evaluate(output, **changes):
     main(parse_config(EvaluateConfig, flags(output, **changes)))
     return json.loads((output / "metrics.json").read_text())
+
+
+def twin_of_base(folder):
+    """A copy of the embedded pipeline that gives the same images, although one of its weights differs: the embedding
+    of a token that no prompt has."""
+    pipeline = load_pipeline(str(BASE))
+    with torch.no_grad():
+        pipeline.text_encoder.get_input_embeddings().weight[0] += 1
+    save_pipeline(pipeline, folder)
+    return folder

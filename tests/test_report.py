@@ -6,17 +6,10 @@ import re
 
 import pytest
 from report import ReportConfig, main
+from written_runs import share, write_run
 
 from barrier_diffusers.evaluation.report import read_run, render
 from barrier_diffusers.utils.command_line import run_script
-
-PNG = base64.b64decode(
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
-)
-
-
-def share(value, low, high, count=10):
-    return {"value": value, "num_images": count, "interval_95": [low, high]}
 
 
 def relative(certified, largest):
@@ -26,26 +19,6 @@ def relative(certified, largest):
     unknown = {"coverage": None, "coverage_interval_95": None, "tightness": None}
     counts = {"num_test": 4, "num_above": 1, "num_distinct": 7}
     return {"certified": certified, "largest_test": largest, **counts, **(known or unknown)}
-
-
-def write_run(folder, concept="<b>sneaker</b>", **more):
-    folder.mkdir()
-    metrics = {
-        "unlearning_accuracy": 90.0,
-        "retain_accuracy_drop": 2.0,
-        "details": {
-            "unlearning_accuracy": share(90.0, 59.6, 98.2),
-            "retain_accuracy_before": share(97.0, 90.0, 99.0),
-            "retain_accuracy_after": share(95.0, 88.0, 98.0),
-            "per_class_before": {concept: share(100.0, 72.2, 100.0), "bag": share(97.0, 90.0, 99.0)},
-            "per_class_after": {concept: share(10.0, 1.8, 40.4), "bag": share(95.0, 88.0, 98.0)},
-        },
-        **more,
-    }
-    (folder / "metrics.json").write_text(json.dumps(metrics))
-    (folder / "manifest.json").write_text(json.dumps({"settings": {"concept": concept, "seed": 7}}))
-    (folder / "before_after.png").write_bytes(PNG)
-    return folder
 
 
 def write_certificate(folder):
