@@ -29,9 +29,9 @@ def calls(monkeypatch):
     """Sizes of the batches that are sampled."""
     sizes, sample = [], image_folder.sample
 
-    def counting(pipeline, prompts, *rest):
+    def counting(pipeline, prompts, **rest):
         sizes.append(len(prompts))
-        return sample(pipeline, prompts, *rest)
+        return sample(pipeline, prompts, **rest)
 
     monkeypatch.setattr(image_folder, "sample", counting)
     return sizes
