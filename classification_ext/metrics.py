@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.svm import SVC
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 from barrier_diffusers.data.labelled_images import LabelledImages
 from barrier_diffusers.evaluation.accuracy import share
 from barrier_diffusers.utils.run_records import METRICS_NAME
+from barrier_diffusers.utils.shown_text import plain_console
 from classification_ext.data import Splits, in_order, pixels_of
 from classification_ext.models import load_classifier
 from classification_ext.settings import ClassifierEvaluationConfig
@@ -229,7 +228,7 @@ def read_metrics(folder: str) -> dict[str, Any]:
 
 def print_table(before: Mapping[str, Any] | None, after: Mapping[str, Any], title: str) -> None:
     """UA, RA, TA, MIA before and after, and the gap where there is one."""
-    table = Table(title=escape(title))
+    table = Table(title=title)
     for heading in ("", "before", "after", "95 % interval", "gap to retraining"):
         table.add_column(heading, justify="left" if not heading else "right")
     for name in HEADLINE:
@@ -239,6 +238,6 @@ def print_table(before: Mapping[str, Any] | None, after: Mapping[str, Any], titl
         table.add_row(SHORT[name], *cells, f"{after[f'{name}_gap']:.2f}" if f"{name}_gap" in after else "")
     if "average_gap" in after:
         table.add_row("average", "", "", "", f"{after['average_gap']:.2f}", style="bold")
-    Console(width=88).print(table)
+    plain_console().print(table)
     if "lira" in after:
         print(f"likelihood-ratio attack: AUC {after['lira']['auc']:.1f} % (50: nothing left to tell)")

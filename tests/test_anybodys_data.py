@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
 from datasets import Image as ImageFeature
+from huggingface_hub import ModelCard
 from PIL import Image
 from pipelines import build
 
@@ -24,7 +25,11 @@ from barrier_diffusers.data.labelled_images import LabelledSource, load_labelled
 from barrier_diffusers.data.pixels import as_rgb, open_rgb
 from barrier_diffusers.data.readers import load_image_text, read_rows, split_concepts
 from barrier_diffusers.evaluation.attacks.base import rename_concept
+from barrier_diffusers.evaluation.pictures import before_after_grid, label_bars, strip, trade_off
+from barrier_diffusers.evaluation.tables import print_attacks, print_metrics, print_values
+from barrier_diffusers.models.publishing import ModelCardFacts, save_model_card
 from barrier_diffusers.objectives import ObjectiveConfig
+from barrier_diffusers.utils.shown_text import for_markdown
 from barrier_diffusers.utils.words import mentions
 
 DECOMPOSED = unicodedata.normalize("NFD", "café")
@@ -610,3 +615,68 @@ def test_a_folder_without_any_image(tmp_path):
     for read in (ImageFiles, lambda source: load_image_text(source, "train")):
         with pytest.raises(ValueError, match=message):
             read(str(tmp_path / "d"))
+
+
+ODD_LABELS = [
+    "[/x]",
+    "[red]boot",
+    r"a $\frac$",  # no formula that matplotlib could draw
+    "<script>alert(1)</script>",
+    "`code` | *bold*",
+    "_x",
+    ":smile:",
+]
+
+
+def test_labels_are_printed_as_they_are(capsys):
+    shares = {label: {"value": 50.0, "interval_95": [40.0, 60.0], "num_images": 9} for label in ODD_LABELS}
+    one = next(iter(shares.values()))
+    details = {"per_class_after": shares, "retain_accuracy_after": one, "unlearning_accuracy": one}
+    metrics = {"details": details, "retain_accuracy_after": 50.0, "unlearning_accuracy": 50.0}
+    print_metrics(metrics, "class", ODD_LABELS[:2])
+    print_values("[/title]", {"after": dict.fromkeys(ODD_LABELS, 0.5)})
+    print_attacks(
+        [{"attack": "a", "concept": label, "pre_attack": one, "post_attack": one} for label in ODD_LABELS], {"a": 1}
+    )
+    printed = capsys.readouterr().out
+    for label in ODD_LABELS:
+        assert printed.count(label.replace("_", " ")) + printed.count(label) >= 2, label
+    assert "[/title]" in printed
+
+
+def test_labels_are_drawn_as_they_are(tmp_path):
+    images = np.zeros((len(ODD_LABELS), 8, 8, 3), np.uint8)
+    before_after_grid(images, images, ODD_LABELS, ODD_LABELS[:1], tmp_path / "grid.png")
+    strip(images, ODD_LABELS, tmp_path / "strip.png")
+    counted = {"value": 50.0, "interval_95": [40.0, 60.0]}
+    assert label_bars({}, dict.fromkeys(ODD_LABELS, counted), [])
+    assert trade_off([(label, counted, 0.0, None) for label in ODD_LABELS])
+
+
+def test_a_model_card_holds_labels_as_text(tmp_path):
+    facts = ModelCardFacts(
+        where='runs/"x"',
+        base="my base (v1)",
+        forgotten=ODD_LABELS,
+        objective="rl",
+        protection="none",
+        adapter=False,
+        metrics={},
+    )
+    save_model_card(tmp_path, facts)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "<script>" not in card and "&lt;script&gt;" in card and r"\[/x\]" in card and r"\*bold\*" in card
+    assert "[my base (v1)](my%20base%20%28v1%29)" in card and r'from_pretrained("runs/\"x\"")' in card
+    assert ModelCard.load(tmp_path / "README.md").data.library_name == "diffusers"
+
+
+def test_ordinary_names_stay_as_they_are():
+    for text in (
+        "fashion_sd without t-shirt",
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "a photo of a boot, red",
+        "-0.5",
+        "1.5",
+        "unlearn.objective.eta",
+    ):
+        assert for_markdown(text) == text

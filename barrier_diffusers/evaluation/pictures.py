@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -15,19 +14,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def as_written(draw: Callable[P, R]) -> Callable[P, R]:
-    """Decorator: labels of a figure are text, in which a dollar sign begins no formula."""
-
-    @functools.wraps(draw)
-    def drawn(*args: P.args, **kwargs: P.kwargs) -> R:
-        with plt.rc_context({"text.parse_math": False}):
-            return draw(*args, **kwargs)
-
-    return drawn
+from barrier_diffusers.utils.shown_text import as_written
 
 
 def _draw_row(axis: Any, images_NHWC: np.ndarray) -> None:

@@ -5,22 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-WIDTH = 80  # columns of a terminal
+from barrier_diffusers.utils.shown_text import plain_console
 
 
 def print_metrics(metrics: Mapping[str, Any], attribute: str, forgotten: Sequence[str]) -> None:
     """The table of what was forgotten and what was kept."""
-    table = Table(title=escape(f"{attribute}: forgotten {', '.join(forgotten)}"))
+    table = Table(title=f"{attribute}: forgotten {', '.join(forgotten)}")
     for heading in ("", "before", "after", "95 % interval after"):
         table.add_column(heading, justify="left" if heading == "" else "right")
 
     def add(name: str, before: Mapping[str, Any] | None, after: Mapping[str, Any], style: str | None = None) -> None:
         first = f"{before['value']:.1f}" if before else ""
-        table.add_row(escape(name), first, f"{after['value']:.1f}", interval(after), style=style)
+        table.add_row(name, first, f"{after['value']:.1f}", interval(after), style=style)
 
     details = metrics["details"]
     before, after = details.get(f"per_{attribute}_before", {}), details[f"per_{attribute}_after"]
@@ -32,7 +30,7 @@ def print_metrics(metrics: Mapping[str, Any], attribute: str, forgotten: Sequenc
         if key.endswith("_accuracy_after") and key not in ("retain_accuracy_after", "forget_accuracy_after"):
             name = key.removesuffix("_accuracy_after").replace("_", " ")
             add(name, details.get(key.replace("_after", "_before")), details[key])
-    console = Console(width=WIDTH)
+    console = plain_console()
     console.print(table)
     retained = f"retain accuracy {metrics['retain_accuracy_after']:.1f} %"
     if "retain_accuracy_drop" in metrics:
@@ -58,8 +56,8 @@ def print_attacks(results: Sequence[Mapping[str, Any]], seconds: Mapping[str, fl
     for result in results:
         before, after = result["pre_attack"], result["post_attack"]
         cells = [f"{before['value']:.1f}", f"{after['value']:.1f}", interval(after), str(after["num_images"])]
-        table.add_row(escape(result["attack"]), escape(result["concept"]), *cells)
-    Console(width=WIDTH).print(table)
+        table.add_row(result["attack"], result["concept"], *cells)
+    plain_console().print(table)
     print("seconds: " + ", ".join(f"{attack} {passed:.0f}" for attack, passed in seconds.items()))
 
 
@@ -72,14 +70,14 @@ def print_values(title: str, values: Mapping[str, Mapping[str, Any]]) -> None:
             return f"{value['mean']:.4g} ± {value['std']:.2g}"
         return str(value) if isinstance(value, int) else f"{value:.4g}"
 
-    table = Table(title=escape(title))
+    table = Table(title=title)
     for heading in ("", *values):
         table.add_column(heading, justify="left" if heading == "" else "right")
     names = [name for name in values.get("after", {}) if name != "details"]
     for name in names:
-        table.add_row(escape(name.replace("_", " ")), *(written(column[name]) for column in values.values()))
+        table.add_row(name.replace("_", " "), *(written(column[name]) for column in values.values()))
     if names:
-        Console(width=WIDTH).print(table)
+        plain_console().print(table)
 
 
 def print_membership(found: Mapping[str, Any]) -> None:
@@ -96,4 +94,4 @@ def print_membership(found: Mapping[str, Any]) -> None:
     for role, results in found.get("change", {}).items():
         low, high = results["auc"]["interval_95"]
         table.add_row(role, "change", f"{results['auc']['value']:+.3f}", f"{low:+.3f} - {high:+.3f}", "", "")
-    Console(width=WIDTH).print(table)
+    plain_console().print(table)

@@ -15,13 +15,14 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData, create_repo, upload
 from barrier_diffusers.models.architectures import components, get_architecture
 from barrier_diffusers.utils.files import move_into, remove, removed_on_failure, written_whole
 from barrier_diffusers.utils.run_records import METRICS_NAME
+from barrier_diffusers.utils.shown_text import for_markdown, markdown_link, python_string
 
 NOT_UPLOADED = ("checkpoints/**", "cache/**", "logs/**", ".*")
 
 
 CARD = """# {title}
 
-This is [{base}]({base}) after unlearning **{forgotten}** with [BARRIER](https://arxiv.org/abs/2605.15737)
+This is {base} after unlearning **{forgotten}** with [BARRIER](https://arxiv.org/abs/2605.15737)
 (objective `{objective}`, {protection}).
 
 ## Load it
@@ -48,13 +49,13 @@ hash in `manifest.json`.
 
 LOAD_PIPELINE = """from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("{folder}"{absent})"""
+pipeline = DiffusionPipeline.from_pretrained({folder}{absent})"""
 
 
 LOAD_ADAPTER = """from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("{base}"{absent})
-pipeline.load_lora_weights("{folder}")"""
+pipeline = DiffusionPipeline.from_pretrained({base}{absent})
+pipeline.load_lora_weights({folder})"""
 
 
 @contextmanager
@@ -171,19 +172,21 @@ def save_model_card(output: Path, facts: ModelCardFacts) -> None:
         tags=["text-to-image", "machine-unlearning", "barrier", *(["lora"] if facts.adapter else [])],
     )
     loading = (LOAD_ADAPTER if facts.adapter else LOAD_PIPELINE).format(
-        folder=facts.where, base=base, absent="".join(f", {part}=None" for part in facts.absent)
+        folder=python_string(facts.where),
+        base=python_string(base),
+        absent="".join(f", {part}=None" for part in facts.absent),
     )
     body = CARD.format(
-        title=f"{Path(base).name} without {', '.join(facts.forgotten)}",
-        base=base,
-        forgotten=", ".join(facts.forgotten),
-        objective=facts.objective,
-        protection=facts.protection,
+        title=for_markdown(f"{Path(base).name} without {', '.join(facts.forgotten)}"),
+        base=markdown_link(base, base),
+        forgotten=for_markdown(", ".join(facts.forgotten)),
+        objective=facts.objective.replace("`", ""),
+        protection=for_markdown(facts.protection),
         loading=loading,
         results=results_table(metrics),
         count=metrics.get("num_images", 0),
         metrics=METRICS_NAME,
-        licence=f": {licence}" if licence else "; it was not found with the weights",
+        licence=f": {for_markdown(licence)}" if licence else "; it was not found with the weights",
     )
     picture = "\n![before and after](before_after.png)\n" if (output / "before_after.png").is_file() else ""
     with written_whole(output / "README.md") as temporary:

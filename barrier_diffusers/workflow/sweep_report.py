@@ -15,6 +15,7 @@ from matplotlib import pyplot as plt
 from optuna.trial import FrozenTrial, TrialState
 
 from barrier_diffusers.utils.files import written_whole
+from barrier_diffusers.utils.shown_text import as_written, for_markdown
 from barrier_diffusers.workflow.sweep_file import Sweep
 from barrier_diffusers.workflow.sweeps import retried
 from barrier_diffusers.workflow.tracking import RESULTS_NAME
@@ -62,7 +63,7 @@ def write_table(rows: Sequence[dict[str, Any]], output: Path) -> None:
             f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
             for value in row.values()
         ]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        lines.append("| " + " | ".join(for_markdown(cell) for cell in cells) + " |")
     with written_whole(output / MARKDOWN_NAME) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -84,6 +85,7 @@ def importance_plot(study: optuna.Study, path: Path) -> str | None:
     return None
 
 
+@as_written
 def trade_off_plot(rows: Sequence[dict[str, Any]], axes: Sequence[str], path: Path) -> str | None:
     """Draw one metric of every trial against another; why not, where no trial has both."""
     points = [row for row in rows if all(row.get(name) is not None for name in axes)]
