@@ -10,25 +10,36 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
 from datasets import Image as ImageFeature
+from diffusers import StableDiffusionPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
-from pipelines import build
+from pipelines import FASHION, build
 
+from barrier_diffusers import Barrier, BarrierConfig
 from barrier_diffusers.data import folders
 from barrier_diffusers.data.captions import labels_in_texts, swap_concept
 from barrier_diffusers.data.columns import texts_of
-from barrier_diffusers.data.concepts import ConceptConfig, load_concept_rows, rows_of_folder
-from barrier_diffusers.data.encoding import encode_images, read_pixels, to_pixels
+from barrier_diffusers.data.concepts import (
+    ConceptConfig,
+    DataNeeds,
+    encode_concepts,
+    load_concept_rows,
+    load_concepts,
+    rows_of_folder,
+)
+from barrier_diffusers.data.encoding import encode_images, encode_prompts, read_pixels, to_pixels
 from barrier_diffusers.data.erased_concepts import ErasedConcepts, rows_about_others
 from barrier_diffusers.data.images import ImageColumn, ImageFiles
 from barrier_diffusers.data.labelled_images import LabelledSource, load_labelled
 from barrier_diffusers.data.pixels import as_rgb, open_rgb
+from barrier_diffusers.data.prompt_checks import require_names_within_limit
 from barrier_diffusers.data.readers import load_image_text, read_rows, split_concepts
 from barrier_diffusers.evaluation.attacks.base import rename_concept
 from barrier_diffusers.evaluation.pictures import before_after_grid, label_bars, strip, trade_off
 from barrier_diffusers.evaluation.tables import print_attacks, print_metrics, print_values
 from barrier_diffusers.models.publishing import ModelCardFacts, save_model_card
-from barrier_diffusers.objectives import ObjectiveConfig
+from barrier_diffusers.objectives import ObjectiveConfig, PromptEdit
+from barrier_diffusers.objectives.uce import UceSettings, edit_keys_and_values
 from barrier_diffusers.utils.shown_text import for_markdown
 from barrier_diffusers.utils.words import mentions
 
@@ -680,3 +691,70 @@ def test_ordinary_names_stay_as_they_are():
         "unlearn.objective.eta",
     ):
         assert for_markdown(text) == text
+
+
+LONG = "a photo of something red and blue and green and yellow and black and white and purple and grey, "
+NOTHING_READ = DataNeeds(forget_images=False, retain_images=False, retain=False)
+
+
+@pytest.fixture(scope="module")
+def fashion():
+    return StableDiffusionPipeline.from_pretrained(FASHION, dtype=torch.float32)
+
+
+@pytest.fixture
+def load(fashion, tmp_path):
+    def run(**settings):
+        config = ConceptConfig(concept="sneaker", **settings)
+        return load_concepts(config, fashion, tmp_path / "cache", base_hash="x", seed=0, needs=NOTHING_READ, erased=[])
+
+    return run
+
+
+def test_a_concept_behind_the_token_limit_is_refused(load, tmp_path, capsys, unprinted):
+    with pytest.raises(ValueError, match="all forget captions name the concept only behind the tokens .* words first"):
+        load(forget_prompts=[LONG + "sneaker"])
+    assert not (tmp_path / "cache").exists()
+    load(forget_prompts=[LONG + "sneaker", "sneaker, " + LONG])
+    assert "1 of 2 forget captions name the concept only behind the tokens" in capsys.readouterr().out
+    folder = three(tmp_path / "d")
+    for index in range(3):
+        (folder / f"{index}.txt").write_text(LONG + "a sneaker")
+    with pytest.raises(ValueError, match="all forget captions name the concept only behind"):
+        load(forget_data_dir=str(folder))
+
+
+def test_one_tokenizer_that_reads_the_concept_is_enough():
+    pipeline = build("sd3")  # its T5 reads 256 tokens, its CLIPs 24
+    require_names_within_limit(pipeline, [LONG + "sneaker"], ["sneaker"])
+    with pytest.raises(ValueError, match="only behind the tokens"):
+        require_names_within_limit(build("sd3_plain"), [LONG + "sneaker"], ["sneaker"])
+
+
+def test_an_anchor_that_says_the_same_stops_the_run_before_training(load, fashion, tmp_path, capsys, unprinted):
+    folder = three(tmp_path / "d")
+    for index, text in enumerate(("a red thing", "a red thing", "a blue thing")):
+        (folder / f"{index}.txt").write_text(text)
+    data, options = load(forget_data_dir=str(folder)), {"resolution": 8, "needs": NOTHING_READ}
+    same = data.anchors(None, "A  RED thing", 0)
+    encode_concepts(data, same, fashion, tmp_path / "cache", **options)
+    assert "2 of 3 forget captions cannot be told from their anchors" in capsys.readouterr().out
+    (folder / "2.txt").write_text("A red thing")
+    with pytest.raises(ValueError, match="'a red thing' and its anchor 'A  RED thing' the same embedding: nothing"):
+        encode_concepts(load(forget_data_dir=str(folder)), same, fashion, tmp_path / "cache", **options)
+
+
+def test_the_same_for_the_closed_form_edit(fashion):
+    barrier = Barrier(fashion.unet, BarrierConfig(targets=["attn2.to_k"], reduced_dim=4, lambda_interval=0.0))
+    tokenize = fashion.tokenizer
+    task = PromptEdit(
+        maps=barrier.maps,
+        pairs=[("a sneaker", "A  Sneaker")],
+        preserve=[],
+        tokenize=lambda prompt: tokenize(prompt).input_ids,
+        embed=lambda prompts: encode_prompts(fashion, prompts)["encoder_hidden_states"],
+        options=UceSettings(),
+    )
+    with pytest.raises(ValueError, match="'A  Sneaker' the same embedding: nothing would be forgotten"):
+        edit_keys_and_values(task)
+    barrier.remove()

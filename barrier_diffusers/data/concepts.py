@@ -18,6 +18,7 @@ from barrier_diffusers.data.columns import with_texts
 from barrier_diffusers.data.encoding import EncodedImages, cached_tensors, encode_moments, encode_prompts
 from barrier_diffusers.data.erased_concepts import ErasedConcepts, captions_of, rows_about_others
 from barrier_diffusers.data.folders import announce, read_image_folder
+from barrier_diffusers.data.prompt_checks import require_different_anchors, require_names_within_limit
 from barrier_diffusers.data.readers import read_rows, split_concepts, take_evenly
 from barrier_diffusers.models.generation import SamplingConfig, filters_off, generate
 from barrier_diffusers.models.loading import module_hashes
@@ -169,11 +170,16 @@ def load_concepts(
     left out, which would teach it again, and pictures that the model makes of the same captions come in their place.
 
     Raises:
-        ValueError: no such folder, column or split; zero forget images.
+        ValueError: no such folder, column or split; zero forget images; captions that name the concept behind the
+            tokens that the pipeline reads.
     """
     image, caption = config.image_column, config.caption_column
     labels: list[str] = []
     if config.source is None:
+        if config.forget_data_dir is None:  # before any image is made
+            require_names_within_limit(
+                pipeline, config.forget_prompts, concepts_of(config.forget_prompts, config.concepts)
+            )
         forget, retain = rows_of_prompts(config, pipeline, cache, base_hash, needs.images)
         concepts = concepts_of(list(forget[caption]), config.concepts)
     else:
@@ -187,6 +193,7 @@ def load_concepts(
             retain, _ = split_concepts(retain, config.concept_column, config.retain_concepts, "retain")
     replayed = captions_of(erased, ErasedConcepts(config.concepts, list(forget[caption])))
     retain_captions = sorted({*retain[caption], *replayed})
+    require_names_within_limit(pipeline, list(forget[caption]), concepts)
     kept = take_evenly(range(len(forget)), config.max_forget_images, seed)
     forget, concepts = forget.select(kept), [concepts[index] for index in kept]
     retain = retain.select(take_evenly(range(len(retain)), config.max_retain_images, seed))
@@ -336,6 +343,10 @@ def encode_concepts(
     text_key = fingerprint(prompts, module_hashes(pipeline, "text_encoder"))
     embeddings = cached_tensors(cache / f"text-{text_key}.safetensors", lambda: encode_prompts(pipeline, prompts))
     vae_hash = module_hash(pipeline.vae)
+    if anchors:
+        own, other = ([position[text] for text in texts] for texts in (captions["forget"], anchors))
+        conditions = ({name: value[rows_of] for name, value in embeddings.items()} for rows_of in (own, other))
+        require_different_anchors(captions["forget"], anchors, *conditions)
 
     def encode(role: str, targets: list[str] | None) -> EncodedImages:
         dataset, moments = rows[role], None

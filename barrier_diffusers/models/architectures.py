@@ -235,14 +235,23 @@ def components(pipeline: Any, prefix: str = "") -> dict[str, nn.Module]:
     return {name: part for name, part in found if isinstance(part, nn.Module) and name.startswith(prefix)}
 
 
+def prompts_cut(pipeline: Any, prompts: Sequence[str]) -> dict[str, list[bool]]:
+    """Tokenizer -> whether each prompt is longer than what it keeps."""
+    found = {}
+    for name, length in token_limits(pipeline).items():
+        ids = getattr(pipeline, name)(list(prompts), truncation=False).input_ids
+        found[name] = [len(tokens) > length for tokens in ids]
+    return found
+
+
+def token_limits(pipeline: Any) -> dict[str, int]:
+    """Tokenizer -> tokens that it keeps, start and end included; without tokenizers that the pipeline lacks."""
+    limits = get_architecture(type(pipeline).__name__).tokenizers.items()
+    there = [(name, limit, getattr(pipeline, name)) for name, limit in limits]
+    return {name: limit or tokenizer.model_max_length for name, limit, tokenizer in there if tokenizer is not None}
+
+
 def count_cut(pipeline: Any, prompts: Sequence[str]) -> dict[str, tuple[int, int]]:
     """Tokenizer -> (prompts it cuts, tokens it keeps), for those that cut any."""
-    found = {}
-    for name, limit in get_architecture(type(pipeline).__name__).tokenizers.items():
-        tokenizer = getattr(pipeline, name)
-        if tokenizer is not None:
-            length = limit or tokenizer.model_max_length
-            cut = sum(len(ids) > length for ids in tokenizer(list(prompts), truncation=False).input_ids)
-            if cut:
-                found[name] = (cut, length)
-    return found
+    limits = token_limits(pipeline)
+    return {name: (sum(cut), limits[name]) for name, cut in prompts_cut(pipeline, prompts).items() if any(cut)}

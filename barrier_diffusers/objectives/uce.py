@@ -94,7 +94,7 @@ def edit_keys_and_values(task: PromptEdit) -> None:
     """Each map then answers the forget prompts as it answered their anchors, and the retain prompts as before.
 
     Raises:
-        ValueError: maps that `check_maps` refuses.
+        ValueError: maps that `check_maps` refuses, or anchors that the text encoder does not tell from the captions.
     """
     check_maps(task.maps)
     pairs, preserve = sorted(set(task.pairs)), sorted(set(task.preserve))
@@ -106,6 +106,11 @@ def edit_keys_and_values(task: PromptEdit) -> None:
         forget.append(embeddings[prompt])
         anchor.append(embeddings[target][positions])
     forget_ND, anchor_ND = torch.cat(forget), torch.cat(anchor)
+    if torch.equal(forget_ND, anchor_ND):
+        raise ValueError(
+            f"the text encoder gives {pairs[0][0]!r} and its anchor {pairs[0][1]!r} the same embedding: nothing would "
+            "be forgotten; choose other words, within the token limit"
+        )
     preserve_MD = torch.cat([embeddings[prompt] for prompt in preserve] or [forget_ND[:0]])
     for linear_map in task.maps:
         weight_OD = linear_map.layer.weight
