@@ -112,6 +112,26 @@ def own_registrations():
 
 
 @pytest.fixture
+def own_workflows():
+    """The kinds of workflows are afterwards as they were."""
+    from barrier_diffusers.workflow.definitions import WORKFLOWS  # it imports much that few tests need
+
+    before = dict(WORKFLOWS)
+    yield
+    WORKFLOWS.update(before)
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    """Folder of a tiny random CLIP."""
+    from small_clip import save_clip
+
+    path = tmp_path_factory.mktemp("clip")
+    save_clip(path)
+    return path
+
+
+@pytest.fixture
 def unet():
     return make_small_unet()
 

@@ -1,23 +1,21 @@
 """A script in processes of its own, killed at random moments and started again until it is through."""
 
-import multiprocessing
 import random
 import time
 
+from forks import server
 
-def killed_and_resumed(target, arguments_of, folder, count, preload):
+
+def killed_and_resumed(target, arguments_of, folder, count):
     """(folder of a run that was left alone, [folders of runs that were killed on the way], moments of the kills).
 
     Args:
         target: a function of a test module that runs the script, called with `arguments_of(output folder)`.
         count: kills, over as many runs as it takes; a run that ends before its kill is one more result.
-        preload: modules that a process starts with.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(preload)  # children start fast
 
     def start(output):
-        process = context.Process(target=target, args=arguments_of(output))
+        process = server().Process(target=target, args=arguments_of(output))
         process.start()
         return process
 

@@ -3,8 +3,13 @@
 What ran is noted in the file that LIGHT_TRACE names.
 """
 
+import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
+from short_runs import ROOT
 
 from barrier_diffusers.workflow.definitions import WORKFLOWS
 from barrier_diffusers.workflow.stages import Stage
@@ -94,3 +99,37 @@ def install(root):
         (folder / "judge.py").write_text(JUDGE)
         (folder / "train.py").write_text(TRAIN)
     return Path(root)
+
+
+CONFIGS = sorted((ROOT / "train_scripts" / "configs").glob("pipeline_*.yaml"))
+
+
+def wait_for(condition, seconds=20):
+    """Return when condition() holds; it must within these seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def stand_ins(text):
+    """Empty files and folders in place of the data that a configuration for real models names."""
+    for name in sorted(set(re.findall(r"data/[\w.-]+", text))):
+        path = Path(name)
+        if path.suffix:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("case_number,prompt\n0,a dog\n")
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / "config.json").write_text("{}")
+
+
+def enter_repository(config, folder, monkeypatch):
+    """A folder from which the paths of a configuration lead somewhere."""
+    monkeypatch.chdir(folder)
+    for name in ("assets", "train_scripts"):
+        (folder / name).symlink_to(ROOT / name)
+    if "ddpm" in config.stem and not (ROOT / "ddpm_ext/unlearn.py").is_file():
+        pytest.skip("no DDPM scripts")
+    if "fashion" not in config.stem:
+        stand_ins(config.read_text())

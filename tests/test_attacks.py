@@ -5,9 +5,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from forgotten_images import SAMPLING, forgotten
 from peft import LoraConfig
-from PIL import Image
 from pipelines import build
 
 from barrier_diffusers.evaluation.attacks import ATTACKS, Forgotten, register_attack
@@ -21,10 +20,9 @@ from barrier_diffusers.evaluation.attacks.relearning import RelearningConfig
 from barrier_diffusers.evaluation.settings import EvaluateConfig
 from barrier_diffusers.models.architectures import components
 from barrier_diffusers.models.denoiser import PipelineDenoiser
-from barrier_diffusers.models.generation import SamplingConfig, generate
+from barrier_diffusers.models.generation import generate
 from barrier_diffusers.utils.run_records import module_hash
 
-SAMPLING = SamplingConfig(num_inference_steps=2, resolution=32)
 BUDGETS = {
     "inversion": InversionConfig(num_steps=2, batch_size=3, learning_rate=0.1),
     "prompt_search": PromptSearchConfig(
@@ -35,18 +33,6 @@ BUDGETS = {
     "misspelled": MisspelledConfig(),
     "paraphrased": ParaphrasedConfig(words=["shoe", "boot"]),
 }
-
-
-def pictures(captions, seed):
-    pixels = np.random.default_rng(seed).integers(0, 255, (len(captions), 32, 32, 3), dtype=np.uint8)
-    return Dataset.from_dict({"image": [Image.fromarray(image) for image in pixels], "text": captions})
-
-
-def forgotten(concept="sneaker"):
-    colours = ("red", "blue", "green")
-    captions = [f"a photo of a {colour} {concept}" for colour in colours]
-    others = [f"a photo of a {colour} {kind}" for colour in colours for kind in ("boot", "bag")]
-    return Forgotten(concept, captions, pictures(2 * captions, 0), pictures(others, 1), SAMPLING, 32)
 
 
 def state(pipeline):

@@ -1,6 +1,5 @@
 """Fifty mistakes of users: each ends in one clear line and a status other than 0, before any work is done."""
 
-import importlib
 import shutil
 import sys
 from pathlib import Path
@@ -9,8 +8,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
+from scripts import the_script
 from short_runs import ROOT
-from test_sweep_file import write as write_sweep
+from sweep_files import write as write_sweep
 
 from barrier_diffusers.utils.command_line import run_script
 
@@ -115,16 +115,6 @@ CASES = {
     "labels: an edit": ("ddpm_ext.unlearn", [*LABELS, "--objective.name=uce"], "cross-attention"),
     "labels: zero steps": ("ddpm_ext.train", [*DDPM, "--max_train_steps=0"], "max_train_steps is 0"),
 }
-SETTINGS = {  # script -> its settings, or what reads them, where they are not called after it
-    "unlearn_sd": "UnlearnConfig",
-    "evaluate_sd": "EvaluateConfig",
-    "generate_sd": "EvaluateConfig",
-    "run_pipeline": "parse",
-    "prepare_fashion_mnist": "PrepareConfig",
-    "train_text_to_image": "TrainConfig",
-    "train_classifier": "ClassifierConfig",
-    "score_text_to_image": "ScoreConfig",
-}
 
 
 @pytest.fixture(autouse=True)
@@ -143,13 +133,6 @@ def nothing_long(tmp_path, monkeypatch):
 
 def entries(folder):
     return sorted((str(path.relative_to(folder)), path.stat().st_size) for path in Path(folder).rglob("*"))
-
-
-def the_script(name):
-    """(main, settings) of a script: its name in train_scripts, or the dotted one of an extension's."""
-    module = importlib.import_module(name)
-    settings = SETTINGS.get(name) or f"{name.split('.')[-1].capitalize()}Config"
-    return module.main, getattr(module, settings)
 
 
 def test_there_are_fifty():

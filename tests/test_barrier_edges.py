@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import image_batches, make_small_unet, run_net, run_unet, unet_batches
+from forks import in_ranks
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import DataLoader
 
@@ -175,7 +175,7 @@ def _worker(rank, folder):
 
 
 def test_two_processes_fit_one_region_and_fail_together(tmp_path):
-    mp.spawn(_worker, (str(tmp_path),), nprocs=2)
+    in_ranks(_worker, str(tmp_path))
     single = Barrier(make_small_unet(), config_of())
     single.setup_protection(unet_batches(4), run_unet)
     disturb(single)

@@ -11,15 +11,13 @@ import pipelines
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from short_runs import ROOT, flags
-from torch import nn
+from small_training import Small
 
 from barrier_diffusers.data.concepts import write_image_folder
 from barrier_diffusers.data.encoding import cached_tensors
 from barrier_diffusers.models.publishing import save_pipeline
 from barrier_diffusers.training.checkpoints import Checkpoints, Interruption
-from barrier_diffusers.training.trainer import History
 from barrier_diffusers.utils.command_line import parse_config
 from barrier_diffusers.utils.files import WriteError, write_json
 from barrier_diffusers.workflow.settings import UnlearnConfig
@@ -40,31 +38,6 @@ def largest_file(num_bytes):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-class Small:
-    """A model of 40 kB, its optimizer and its checkpoints."""
-
-    def __init__(self, output, limit=None):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        torch.manual_seed(0)
-        self.accelerator = Accelerator(cpu=True)
-        model = nn.Linear(100, 100)
-        optimizer = torch.optim.AdamW(model.parameters())
-        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
-        self.model, self.optimizer, _ = self.accelerator.prepare(model, optimizer, schedule)
-        config = parse_config(UnlearnConfig, flags(output))
-        self.history = History()
-        self.checkpoints = Checkpoints(self.accelerator, output, config, limit)
-        self.checkpoints.states["history"] = self.history
-
-    def train(self, *steps):
-        for step in steps:
-            self.model(torch.randn(2, 100)).square().mean().backward()
-            self.optimizer.step()
-            self.history.append(objective=float(step))
-            self.checkpoints.save(step, self.model.parameters(), None)
-        return self
 
 
 def test_checkpoints_rotate_and_are_found(tmp_path):

@@ -1,16 +1,15 @@
 """Whole runs of train, unlearn and evaluate on a tiny classifier: they forget, protect and resume."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from classifiers import TRAIN, UNLEARN, run_train, run_unlearn, words, write_data
+from forks import Script
 from safetensors.torch import load_file
 
 from barrier_diffusers import Barrier
@@ -171,9 +170,8 @@ def test_evaluate_says_what_unlearn_said_and_attacks_with_shadow_models(base, da
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def launched(script, settings):
-    command = [sys.executable, "-m", f"classification_ext.{script}", *words(settings)]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+def launched(script, settings, folder):
+    return Script(f"classification_ext.{script}", words(settings), folder / "said")
 
 
 @pytest.mark.parametrize(
@@ -185,21 +183,20 @@ def launched(script, settings):
 )
 def test_mistakes_end_in_one_line(changes, message, base, data, tmp_path):
     places = {"pretrained_model_name_or_path": base, "train_data_dir": data, "output_dir": tmp_path / "run"}
-    process = launched("unlearn", {**places, **UNLEARN, **changes})
-    _, said = process.communicate(timeout=120)
+    script = launched("unlearn", {**places, **UNLEARN, **changes}, tmp_path)
+    status, said = script.wait(), script.output
     lines = [line for line in said.splitlines() if line and "torchvision" not in line]
-    assert process.returncode == 1 and lines[-1].startswith(message) and "Traceback" not in said
+    assert status == 1 and lines[-1].startswith(message) and "Traceback" not in said
 
 
 def test_a_signal_leaves_a_checkpoint_to_resume_from(data, tmp_path):
     settings = {"train_data_dir": data, "output_dir": tmp_path / "run", **TRAIN, "num_train_epochs": 500}
-    process = launched("train", settings)
-    said = ""
-    while not re.search(r" [1-9]\d*/2500", said):  # 500 epochs of 5 steps: the first is done
-        said += os.read(process.stderr.fileno(), 4096).decode()
-    process.send_signal(signal.SIGTERM)
-    _, rest = process.communicate(timeout=120)
-    assert process.returncode == 143 and "--resume_from_checkpoint latest" in rest
+    script = launched("train", settings, tmp_path)
+    while not re.search(r" [1-9]\d*/2500", script.output):  # 500 epochs of 5 steps: the first is done
+        assert script.is_running, f"it ended before the signal came: {script.output[-2000:]}"
+        time.sleep(0.02)
+    script.send(signal.SIGTERM)
+    assert script.wait() == 143 and "--resume_from_checkpoint latest" in script.output
     (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step-*")
     step = int(checkpoint.name.removeprefix("step-"))
     metrics = run_train(data, tmp_path / "run", max_train_steps=step + 2, resume_from_checkpoint="latest")

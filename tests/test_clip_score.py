@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from short_runs import BASE
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from barrier_diffusers.evaluation.clip_score import clip_score, load_clip
 from barrier_diffusers.evaluation.extractors import get_extractor
@@ -13,35 +12,13 @@ from barrier_diffusers.evaluation.fidelity import fidelity
 PROMPTS = ["a photo of a red sneaker", "a pencil sketch of a blue dress", "a bag", "a boot", "a coat"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """CLIP's architecture in small, with the embedded pipeline's tokenizer and 8 text positions."""
-    tokenizer = CLIPTokenizer.from_pretrained(BASE / "tokenizer")
-    width = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {
-        **width,
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": 8,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    vision = {**width, "image_size": 16, "patch_size": 8}
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
-    images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    path = tmp_path_factory.mktemp("clip")
-    model.save_pretrained(path)
-    CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(path)
-    return path
-
-
 def make_images(num=5, side=24):
     return np.random.default_rng(0).integers(0, 255, (num, side, side, 3), dtype=np.uint8)
 
 
-def cosines(folder, images, prompts):
+def cosines(clip_folder, images, prompts):
     """100 cos(image, prompt) by transformers alone, padding and cut as CLIP's own tokenizer does them."""
-    model, processor = CLIPModel.from_pretrained(folder).eval(), CLIPProcessor.from_pretrained(folder)
+    model, processor = CLIPModel.from_pretrained(clip_folder).eval(), CLIPProcessor.from_pretrained(clip_folder)
     tokens = processor.tokenizer(prompts, padding=True, truncation=True, max_length=8, return_tensors="pt")
     pixels = processor.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
@@ -49,32 +26,32 @@ def cosines(folder, images, prompts):
     return 100 * (output.image_embeds * output.text_embeds).sum(1)
 
 
-def test_score_is_the_mean_cosine_floored_at_0(folder):
+def test_score_is_the_mean_cosine_floored_at_0(clip_folder):
     images = make_images()
-    scores = cosines(folder, images, PROMPTS)
+    scores = cosines(clip_folder, images, PROMPTS)
     order = scores.argsort(descending=True).tolist()
     best, worst = order[:3], order[-1:]
     assert scores[best].mean() > 0 > scores[worst].mean()
     state = torch.get_rng_state()
-    result = clip_score(images[best], [PROMPTS[index] for index in best], str(folder), batch_size=2)
+    result = clip_score(images[best], [PROMPTS[index] for index in best], str(clip_folder), batch_size=2)
     assert result["clip_score"] == pytest.approx(float(scores[best].mean()), abs=1e-3)
     assert torch.equal(torch.get_rng_state(), state)
-    assert clip_score(images[worst], [PROMPTS[index] for index in worst], str(folder))["clip_score"] == 0
+    assert clip_score(images[worst], [PROMPTS[index] for index in worst], str(clip_folder))["clip_score"] == 0
     assert result["details"]["num_images"] == 3 and len(result["details"]["weights_hash"]) == 64
 
 
-def test_cut_prompts_are_counted_and_keep_their_end(folder):
+def test_cut_prompts_are_counted_and_keep_their_end(clip_folder):
     images, long = make_images(2), ["a pencil sketch of a very blue dress", "a bag"]
-    by_hand = float(cosines(folder, images, long).mean())
+    by_hand = float(cosines(clip_folder, images, long).mean())
     assert by_hand > 0
-    result = clip_score(images, long, str(folder))
+    result = clip_score(images, long, str(clip_folder))
     assert result["clip_score"] == pytest.approx(by_hand, abs=1e-3)
-    lengths = [len(ids) for ids in CLIPTokenizer.from_pretrained(folder)(long).input_ids]
+    lengths = [len(ids) for ids in CLIPTokenizer.from_pretrained(clip_folder)(long).input_ids]
     assert lengths[0] > 8 > lengths[1] and result["details"]["num_cut_prompts"] == 1
 
 
-def test_clip_as_feature_extractor(folder):
-    extractor = get_extractor(f"clip={folder}")
+def test_clip_as_feature_extractor(clip_folder):
+    extractor = get_extractor(f"clip={clip_folder}")
     assert extractor.num_features == 8 and "crop_size" in extractor.preprocessing
     images = make_images(12)
     same = fidelity(images, images, extractor)
@@ -82,9 +59,9 @@ def test_clip_as_feature_extractor(folder):
     assert fidelity(images, 255 - images // 2, extractor)["fid_clip"] > 1e-4
 
 
-def test_what_cannot_be_scored(folder, tmp_path):
+def test_what_cannot_be_scored(clip_folder, tmp_path):
     with pytest.raises(ValueError, match="5 images, but 4 prompts"):
-        clip_score(make_images(), PROMPTS[:4], str(folder))
+        clip_score(make_images(), PROMPTS[:4], str(clip_folder))
     with pytest.raises(ValueError, match="CLIP folder '/no/such' does not exist"):
         load_clip("/no/such")
     with pytest.raises(ValueError, match="no CLIP model"):

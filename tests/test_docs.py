@@ -7,8 +7,8 @@ import sys
 
 import pytest
 from registries import registries_kept
+from scripts import the_script
 from short_runs import ROOT
-from test_bad_inputs import the_script
 
 from barrier_diffusers.utils.command_line import parse_config
 from barrier_diffusers.workflow.sweep_file import read_sweep

@@ -1,11 +1,10 @@
 """evaluate_sd.py with every attack, killed in the middle of one: the same command again gives the same files."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
+import time
 
+from forks import Script
 from short_evaluations import evaluate, flags
 from short_runs import ROOT, run
 
@@ -30,17 +29,11 @@ def test_killed_during_an_attack_and_restarted_is_the_same_file(tmp_path, monkey
     names = ["inversion", "prompt_search", "relearning", "benign", "misspelled", "paraphrased"]
     assert [entry["attack"] for entry in record["attacks"]] == names and "after" in record["membership"]
 
-    command = [sys.executable, "train_scripts/evaluate_sd.py", *flags(killed, **changes)]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as the tests run: other sums, other last digits
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    said = b""
-    with subprocess.Popen(command, cwd=ROOT, env=one_thread, **pipes) as process:
-        while b"prompt search 1" not in said:
-            heard = process.stderr.read1()
-            assert heard, f"it ended before it could be killed: {said[-2000:].decode(errors='replace')}"
-            said += heard
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL and not (killed / "metrics.json").exists()
+    script = Script("barrier_diffusers.scripts.evaluate_sd", flags(killed, **changes), tmp_path / "said")
+    while "prompt search 1" not in script.output:
+        assert script.is_running, f"it ended before it could be killed: {script.output[-2000:]}"
+        time.sleep(0.02)
+    assert script.kill() == -signal.SIGKILL and not (killed / "metrics.json").exists()
     made = {path.name: path.stat().st_mtime_ns for path in killed.glob("images/concepts/after/*.png")}
     assert len(made) == 20
     evaluate(killed, **changes)

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from forgotten_images import pictures
 from pipelines import build
 from short_evaluations import evaluate, twin_of_base
 from short_runs import ROOT
 from sklearn.metrics import roc_auc_score
-from test_attacks import pictures
 
 from barrier_diffusers.data.concepts import ConceptConfig
 from barrier_diffusers.evaluation.erasure import ImageEvaluationConfig

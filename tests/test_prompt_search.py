@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from forgotten_images import forgotten
 from pipelines import build
-from test_attacks import forgotten
 
 from barrier_diffusers.evaluation.attacks import ATTACKS
 from barrier_diffusers.evaluation.attacks.base import encode, frozen

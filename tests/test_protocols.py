@@ -2,19 +2,16 @@
 
 import csv
 import json
-import os
-import signal
-import subprocess
 import sys
 import time
 
 import pytest
 import torch
+from forks import Script
 from PIL import Image
 from safetensors.torch import save_file
 from short_evaluations import twin_of_base
 from short_runs import BASE, ROOT
-from test_clip_score import folder as clip_folder  # noqa: F401  a fixture
 
 from barrier_diffusers.data.prompt_files import PromptRow, write_prompts
 from barrier_diffusers.evaluation.lpips import alexnet
@@ -78,15 +75,11 @@ def test_killed_in_the_middle_and_restarted_is_the_same_file(tmp_path):
     changes |= {"evaluation.sampling.num_inference_steps": 5, "evaluation.sampling.batch_size": 4}
     evaluate(tmp_path / "whole", **changes)
     killed = tmp_path / "killed"
-    command = [sys.executable, "train_scripts/evaluate_sd.py", *as_flags(killed, **changes)]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as the tests run: other sums, other last digits
-    process = subprocess.Popen(command, cwd=ROOT, env=one_thread, **quiet)
+    script = Script("barrier_diffusers.scripts.evaluate_sd", as_flags(killed, **changes), tmp_path / "said")
     while len(made := list(killed.glob("images/concepts/after/*.png"))) < 8:
-        assert process.poll() is None, "it ended before it could be killed"
+        assert script.is_running, f"it ended before it could be killed: {script.output[-2000:]}"
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    script.kill()
     made = list(killed.glob("images/concepts/after/*.png"))
     assert 8 <= len(made) < 40 and not (killed / "metrics.json").exists()
     times = {path.name: path.stat().st_mtime_ns for path in made}
@@ -103,7 +96,7 @@ def test_killed_in_the_middle_and_restarted_is_the_same_file(tmp_path):
         evaluate(killed, **changes)  # finished
 
 
-def test_style_with_classifier_lpips_clip_and_fidelity(tmp_path, clip_folder, backbone, capsys):  # noqa: F811
+def test_style_with_classifier_lpips_clip_and_fidelity(tmp_path, clip_folder, backbone, capsys):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         save_file(
@@ -124,7 +117,7 @@ def test_style_with_classifier_lpips_clip_and_fidelity(tmp_path, clip_folder, ba
     assert "LPIPS before - after" in printed and "CLIP score" in printed and "fid classifier" in printed
 
 
-def test_lpips_and_clip_suffice_for_styles(tmp_path, clip_folder, backbone, prompts):  # noqa: F811
+def test_lpips_and_clip_suffice_for_styles(tmp_path, clip_folder, backbone, prompts):
     first = evaluate(tmp_path / "one", **{**style_of(prompts), "clip": clip_folder})
     assert "classes" not in first and first["clip_score"]["after"]["details"]["retained"]["num_images"] == 3
     with torch.random.fork_rng():
@@ -188,7 +181,7 @@ def test_nudity_on_a_pipeline_and_on_photographs(tmp_path, prompts, capsys):
     assert "exposed parts at 0.6" in " ".join(capsys.readouterr().out.split())
 
 
-def test_coco_and_nudity_in_one_run(tmp_path, clip_folder, prompts, capsys):  # noqa: F811
+def test_coco_and_nudity_in_one_run(tmp_path, clip_folder, prompts, capsys):
     pytest.importorskip("nudenet")
     captions = tmp_path / "captions.csv"
     with (ROOT / "assets/fashion_images/test/metadata.csv").open() as file:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import image_batches, make_small_unet, run_net, run_unet, unet_batches
+from forks import in_ranks
 from projected import TEXT, add_lora, config_of, drift_inside, text_batches, train
 
 from barrier_diffusers import Barrier
@@ -190,7 +190,7 @@ def _worker(rank, folder):
 
 
 def test_two_processes_fit_one_projection_and_fail_together(tmp_path):
-    mp.spawn(_worker, (str(tmp_path),), nprocs=2)
+    in_ranks(_worker, str(tmp_path))
     single = recorded(make_small_unet(), text_batches(num=4, rank=6), projection_energy=0.9)
     expected = next(iter(single.projections.values())).to_tensors()
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from short_runs import ROOT, run
-from test_checkpoints import Small
+from small_training import Small
 
 from barrier_diffusers.data.concepts import write_image_folder
 from barrier_diffusers.evaluation.classifier import AttributeClassifier

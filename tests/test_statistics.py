@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forks import in_ranks
 
 from barrier_diffusers.protection.statistics import Moments, ProjectionSketch
 
@@ -145,7 +145,7 @@ def _worker(rank, folder):
 
 
 def test_two_processes_give_the_same_statistics(tmp_path):
-    mp.spawn(_worker, (str(tmp_path),), nprocs=2)
+    in_ranks(_worker, str(tmp_path))
     whole, sketch = Moments(6), ProjectionSketch(torch.full((6,), 5.0))
     whole.update(rows())
     sketch.update(rows())

@@ -71,6 +71,12 @@ def test_every_form_of_an_upward_import_is_seen(source):
     assert not list(upward_imports("from barrier_diffusers.utils.files import remove", Path("protection/loss.py")))
 
 
+def test_helpers_of_tests_are_no_tests():
+    for path in Path(__file__).parent.glob("*.py"):
+        found = [name for name in imported_modules(path.read_text(encoding="utf-8"), "") if name.startswith("test_")]
+        assert not found, f"{path.name} imports {found[0]}: what two tests need is in a module of its own"
+
+
 def test_the_top_level_is_small():
     entries = {path.name for path in PACKAGE.iterdir()} - {"__init__.py", "__pycache__"}
     assert set(ROOMS) <= entries and len(entries) <= 10

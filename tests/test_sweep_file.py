@@ -8,8 +8,9 @@ import numpy as np
 import optuna
 import pytest
 import yaml
+from light_stages import CONFIGS, enter_repository
 from short_runs import ROOT
-from test_workflow import CONFIGS, enter_repository, own_workflows  # noqa: F401
+from sweep_files import write
 
 from barrier_diffusers.workflow.sweep_file import LOG_RANGES, OPTIONS, ROUNDED, TAIL, decode, encode, read_sweep
 from barrier_diffusers.workflow.sweeps import EveryPoint, check_sweep
@@ -20,21 +21,8 @@ with warnings.catch_warnings():  # of pydantic, about how the package is written
     HyperParameter = pytest.importorskip("sweeps.params", reason="wandb's sweep controller").HyperParameter
     import sweeps
 
+pytestmark = pytest.mark.usefixtures("own_workflows")
 FILES = sorted((ROOT / "train_scripts" / "sweeps").glob("*.yaml"))
-COMMAND = ["${env}", "${interpreter}", "${program}", "--config", "pipeline.yaml", "--output_dir=x/{hash}", "${args}"]
-BASE = {
-    "program": "train_scripts/run_pipeline.py",
-    "method": "grid",
-    "metric": {"name": "score", "goal": "maximize"},
-    "parameters": {"unlearn.learning_rate": {"values": [1, 2]}},
-    "command": COMMAND,
-}
-
-
-def write(path, **changes):
-    content = {key: value for key, value in {**BASE, **changes}.items() if value is not None}
-    path.write_text(yaml.safe_dump(content))
-    return str(path)
 
 
 def wandb_grid(content):

@@ -11,10 +11,10 @@ import light_stages
 import optuna
 import pytest
 import yaml
+from light_stages import wait_for
 from optuna.storages.journal import JournalFileSymlinkLock
 from optuna.trial import TrialState
 from PIL import Image
-from test_workflow import own_workflows, wait_for  # noqa: F401
 
 from barrier_diffusers.scripts import sweep as sweep_script
 from barrier_diffusers.workflow.processes import Stopped
@@ -25,6 +25,7 @@ from barrier_diffusers.workflow.tracking import UnknownMetric
 from barrier_diffusers.workflow.workflow import stop_message
 
 AXES = ["evaluate.classes.unlearning_accuracy", "evaluate.classes.retain_accuracy_drop"]
+pytestmark = pytest.mark.usefixtures("own_workflows")
 RATE, BONUS = "unlearn.learning_rate", "evaluate.bonus"
 
 

@@ -64,9 +64,7 @@ def child(arguments):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("count", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_and_resumed_it_gives_the_same_bits(count, data, tmp_path):
-    whole, done, killed = killed_and_resumed(
-        child, lambda folder: (words(data, folder),), tmp_path, count, ["train_text_to_image"]
-    )
+    whole, done, killed = killed_and_resumed(child, lambda folder: (words(data, folder),), tmp_path, count)
     for folder in done:
         for name in WEIGHTS:
             first, second = (load_file(run / f"sd/{name}.safetensors") for run in (whole, folder))

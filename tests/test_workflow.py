@@ -6,12 +6,12 @@ import os
 import re
 import signal
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 
 import light_stages
 import pytest
+from light_stages import CONFIGS, enter_repository, wait_for
 from short_runs import ROOT
 
 from barrier_diffusers.evaluation.attacks import ATTACKS
@@ -23,16 +23,8 @@ from barrier_diffusers.workflow.settings import chosen_objective
 from barrier_diffusers.workflow.stages import stage_inputs
 from barrier_diffusers.workflow.workflow import command_of, parse_workflow, run_workflow, stop_message
 
-CONFIGS = sorted((ROOT / "train_scripts" / "configs").glob("pipeline_*.yaml"))
+pytestmark = pytest.mark.usefixtures("own_workflows")
 SCORE = {"evaluate.classes.unlearning_accuracy": 1, "evaluate.classes.retain_accuracy_drop": -1}
-
-
-@pytest.fixture(autouse=True)
-def own_workflows():
-    """The kinds are as they were afterwards."""
-    before = dict(WORKFLOWS)
-    yield
-    WORKFLOWS.update(before)
 
 
 @pytest.fixture
@@ -204,13 +196,6 @@ def test_dry_run_says_what_would_run(light, tmp_path, capsys):
     assert "evaluate: bonus was 0.0 and is 2.0" in said and "train_scripts/judge.py --config out/stages/" in said
 
 
-def wait_for(condition, seconds=20):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def drive(words, root, said):
     """A pipeline in a process of its own."""
     with open(said, "w") as sys.stderr:
@@ -285,29 +270,6 @@ def test_signals_are_not_swallowed(light):
     with pytest.raises(ValueError, match=r"stage unlearn failed \(exit status -9\)"):
         light()
     assert not issubclass(Stopped, ValueError)
-
-
-def stand_ins(text):
-    """Empty files and folders in place of the data that a configuration for real models names."""
-    for name in sorted(set(re.findall(r"data/[\w.-]+", text))):
-        path = Path(name)
-        if path.suffix:
-            path.parent.mkdir(exist_ok=True)
-            path.write_text("case_number,prompt\n0,a dog\n")
-        else:
-            path.mkdir(parents=True, exist_ok=True)
-            (path / "config.json").write_text("{}")
-
-
-def enter_repository(config, folder, monkeypatch):
-    """A folder from which the paths of a configuration lead somewhere."""
-    monkeypatch.chdir(folder)
-    for name in ("assets", "train_scripts"):
-        (folder / name).symlink_to(ROOT / name)
-    if "ddpm" in config.stem and not (ROOT / "ddpm_ext/unlearn.py").is_file():
-        pytest.skip("no DDPM scripts")
-    if "fashion" not in config.stem:
-        stand_ins(config.read_text())
 
 
 def test_generated_images_depend_on_no_attack_and_no_judge():
