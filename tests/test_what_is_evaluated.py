@@ -14,7 +14,6 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
 from pipelines import build
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from short_evaluations import twin_of_base
 from short_runs import BASE, ROOT
@@ -42,6 +41,7 @@ from barrier_diffusers.objectives.uce import aligned_tokens
 from barrier_diffusers.protection.barrier import Barrier
 from barrier_diffusers.protection.config import BarrierConfig
 from barrier_diffusers.training.unlearn import apply_edit
+from barrier_diffusers.utils.shown_text import plain_console
 from barrier_diffusers.workflow.settings import UnlearnConfig
 
 SAMPLING = SamplingConfig(num_inference_steps=2, resolution=32)
@@ -475,7 +475,7 @@ def test_labels_are_text_wherever_they_are_shown(label, tmp_path, monkeypatch, c
     shares = {label: share(10.0, 1.8, 40.4), "bag": share(95.0, 88.0, 98.0)}
     assert label_bars(shares, shares, [label]).startswith(b"\x89PNG")
     image_rows(np.zeros((2, 4, 4, 3), np.uint8), [label, "bag"], tmp_path / "rows.png")
-    monkeypatch.setattr(tables, "Console", lambda **_: Console(width=300))
+    monkeypatch.setattr(tables, "plain_console", lambda: plain_console(300))
     metrics = json.loads((tmp_path / "run/metrics.json").read_text()) | {"retain_accuracy_after": 95.0}
     tables.print_metrics(metrics, "class", [label])
     attack = {"attack": label, "concept": label, "pre_attack": shares[label], "post_attack": shares[label]}

@@ -23,10 +23,11 @@ from barrier_diffusers.utils.files import written_whole
 from barrier_diffusers.utils.run_records import MANIFEST_NAME, METRICS_NAME, numbers
 
 REPORT_NAME = "report.html"
+LOSSES = "Losses per training step"
 PICTURES = {  # file of a run -> what it shows
     "before_after.png": "Images before and after, the same prompts and seeds",
     "attacks.png": "Images of the plain prompts and under each attack, the same seeds",
-    "loss_curves.png": "Losses per training step",
+    "loss_curves.png": LOSSES,
 }
 FIRST_SETTINGS = (  # of all scripts that leave a run
     *("pretrained_model_name_or_path", "model_name_or_path", "images_dir", "lora_weights", "base_model"),
@@ -107,10 +108,9 @@ class RunRecord:
         if self.drop is not None and self.retained:
             ends = self.drop_interval
             interval = f" ({ends[0]:.1f} to {ends[1]:.1f})" if ends else ""
-            lost = "lost" if self.drop >= 0 else "gained"
             said.append(
-                f"Everything else {lost} {abs(self.drop):.1f} points of accuracy, to {self.retained['value']:.1f} %; "
-                f"drop {self.drop:.1f}{interval}."
+                f"The accuracy on everything else dropped by {self.drop + 0.0:.1f} points{interval}, to "
+                f"{self.retained['value']:.1f} %."
             )
         elif self.retained:
             low, high = self.retained["interval_95"]
@@ -194,13 +194,15 @@ def words(value: Any) -> str:
 
 
 def figures(run: RunRecord) -> dict[str, bytes]:
-    """Caption -> PNG, drawn from the numbers."""
+    """Caption -> PNG, drawn from the numbers; the page shows them after what was made."""
     found: dict[str, bytes] = {}
     after = run.shares("after")
     if after:
         found["Recognised images per label, with 95 % intervals"] = label_bars(
             run.shares("before"), after, forgotten=run.forgotten
         )
+    if LOSSES in run.pictures:
+        found[LOSSES] = run.pictures[LOSSES]
     if run.certificate:
         found["Drift of every protected map on held-out images, and its bound"] = drift_bars(run.certificate["maps"])
     return found
@@ -218,7 +220,7 @@ def render(runs: Sequence[RunRecord]) -> str:
     shown = [
         {
             "run": run,
-            "pictures": {caption: as_data_uri(png) for caption, png in run.pictures.items()},
+            "pictures": {caption: as_data_uri(png) for caption, png in run.pictures.items() if caption != LOSSES},
             "figures": {caption: as_data_uri(png) for caption, png in figures(run).items()},
             "manifest": json.dumps(run.manifest, indent=2, ensure_ascii=False),
         }

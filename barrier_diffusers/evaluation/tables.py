@@ -30,12 +30,11 @@ def print_metrics(metrics: Mapping[str, Any], attribute: str, forgotten: Sequenc
         if key.endswith("_accuracy_after") and key not in ("retain_accuracy_after", "forget_accuracy_after"):
             name = key.removesuffix("_accuracy_after").replace("_", " ")
             add(name, details.get(key.replace("_after", "_before")), details[key])
-    console = plain_console()
-    console.print(table)
+    plain_console().print(table)
     retained = f"retain accuracy {metrics['retain_accuracy_after']:.1f} %"
     if "retain_accuracy_drop" in metrics:
         retained = f"retain accuracy drop {metrics['retain_accuracy_drop']:.1f} points"
-    console.print(
+    print(
         f"unlearning accuracy {metrics['unlearning_accuracy']:.1f} % "
         f"({details['unlearning_accuracy']['num_images']} images), {retained} "
         f"({details['retain_accuracy_after']['num_images']} images)"
