@@ -60,6 +60,7 @@ class EvaluateConfig:
     retain_prompts: list[str] = field(default_factory=list)
     image_column: str = "image"
     caption_column: str = "text"
+    caption_template: str = "a photo of a {}"  # caption of a row where the data have none; {}: its concept_column
     lora_weights: str | None = None  # folder with the adapter that unlearned, merged into the pipeline first
     base_model: str | None = None  # the pipeline before it was unlearned, for the "before" columns
     overwrite_output_dir: bool = False
@@ -158,6 +159,7 @@ class EvaluateConfig:
             dataset_name=self.dataset_name,
             image_column=self.image_column,
             caption_column=self.caption_column,
+            caption_template=self.caption_template,
             forget_prompts=self.forget_prompts,
             retain_prompts=self.retain_prompts,
         )
