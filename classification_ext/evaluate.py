@@ -7,6 +7,8 @@ Any field of `EvaluateConfig` is a dotted flag. output_dir gets evaluation.json.
 
 from __future__ import annotations
 
+import barrier_diffusers.utils.signals  # noqa: F401  # isort: skip  # first: from here on a signal ends in one line
+
 import torch
 
 from barrier_diffusers.utils.command_line import run_script

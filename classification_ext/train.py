@@ -7,21 +7,45 @@ Any field of `TrainConfig` is a dotted flag. output_dir becomes the classifier, 
 
 from __future__ import annotations
 
+import barrier_diffusers.utils.signals  # noqa: F401  # isort: skip  # first: from here on a signal ends in one line
+
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from barrier_diffusers.data.labelled_images import LabelledImages
 from barrier_diffusers.evaluation.accuracy import share
 from barrier_diffusers.evaluation.pictures import loss_curves
 from barrier_diffusers.utils.command_line import run_script
-from barrier_diffusers.utils.files import write_json
-from barrier_diffusers.utils.run_records import MANIFEST_NAME, METRICS_NAME, manifest, module_hash
+from barrier_diffusers.utils.files import remove, write_json
+from barrier_diffusers.utils.run_records import MANIFEST_NAME, METRICS_NAME, fingerprint, manifest, module_hash
 from classification_ext.data import load_split, make_splits
 from classification_ext.metrics import correct, predict
-from classification_ext.models import ARCHITECTURES, Classifier, build_classifier
+from classification_ext.models import ARCHITECTURES, AnyClassifier, Classifier, build_classifier
 from classification_ext.settings import TrainConfig
 from classification_ext.supervised import fit, open_seeded_run
+
+
+def save_weights(config: TrainConfig, model: AnyClassifier) -> None:
+    """Write the classifier in the precision that the settings name; numbers of other weights are deleted first."""
+    output = Path(config.output_dir)
+    for name in (MANIFEST_NAME, METRICS_NAME):
+        remove(output / name)
+    if config.save_dtype == "fp16" and isinstance(model, Classifier):
+        model.half().save_pretrained(output)
+        model.float()  # what is tested is what is saved
+    else:
+        model.save_pretrained(output)
+
+
+def accuracies(config: TrainConfig, model: AnyClassifier, *, name: str, images: LabelledImages) -> dict[str, Any]:
+    """The share of all images, and of those of each label, that get their own label."""
+    device = next(model.parameters()).device
+    right = correct(predict(model, images, config.eval_batch_size, device), images.labels)
+    rows = {label: images.rows_of(label).numpy() for label in images.names}
+    per_label = {label: share(right[chosen])["value"] for label, chosen in rows.items() if len(chosen)}
+    return {f"{name}_accuracy": share(right), f"{name}_per_label": per_label}
 
 
 def main(config: TrainConfig) -> None:
@@ -40,29 +64,21 @@ def main(config: TrainConfig) -> None:
         splits = make_splits(train, test, config)
         train, test = splits.retain, splits.test
     model = build_classifier(config.model_name_or_path, names, side, channels, config.seed)
+    trainer.checkpoints.inputs = {"base model": module_hash(model), "data": fingerprint(digests)}
     seconds = fit(trainer, config, recipe=config, model=model, images=train)
-    if not accelerator.is_main_process:
-        return
-    if config.save_dtype == "fp16" and isinstance(model, Classifier):
-        model.half().save_pretrained(output)
-        model.float()  # what is tested is what is saved
-    else:
-        model.save_pretrained(output)
-    scores: dict[str, Any] = {}
-    for name, images in (("train", train), ("test", test)):
-        right = correct(predict(model, images, config.eval_batch_size, accelerator.device), images.labels)
-        scores[f"{name}_accuracy"] = share(right)
-        present = [label for label in names if len(images.rows_of(label))]
-        scores[f"{name}_per_label"] = {
-            label: share(right[images.rows_of(label).numpy()])["value"] for label in present
-        }
-    facts = {"num_steps": trainer.max_steps, "seconds_training": seconds}
-    loss_curves(trainer.history.values, output / "loss_curves.png")
-    write_json(output / METRICS_NAME, {**scores, **facts})
-    hashes = {**digests, "model": module_hash(model)}
-    write_json(output / MANIFEST_NAME, manifest(config, hashes, **facts, history=trainer.history.values))
-    said = ", ".join(f"{name} {scores[f'{name}_accuracy']['value']:.2f} %" for name in ("train", "test"))
-    print(f"accuracy: {said}; {seconds:.0f} s on {torch.get_num_threads()} threads\nclassifier: {output}")
+    if accelerator.is_main_process:
+        save_weights(config, model)
+        scores: dict[str, Any] = {}
+        for name, images in (("train", train), ("test", test)):
+            scores |= accuracies(config, model, name=name, images=images)
+        facts = {"num_steps": trainer.max_steps, "seconds_training": seconds}
+        loss_curves(trainer.history.values, output / "loss_curves.png")
+        write_json(output / METRICS_NAME, {**scores, **facts})
+        hashes = {**digests, "model": module_hash(model)}
+        write_json(output / MANIFEST_NAME, manifest(config, hashes, **facts, history=trainer.history.values))
+        said = ", ".join(f"{name} {scores[f'{name}_accuracy']['value']:.2f} %" for name in ("train", "test"))
+        print(f"accuracy: {said}; {seconds:.0f} s on {torch.get_num_threads()} threads\nclassifier: {output}")
+    trainer.finish()
     accelerator.end_training()
 
 

@@ -8,6 +8,8 @@ metrics.json, manifest.json, the barrier and the loss curves beside it.
 
 from __future__ import annotations
 
+import barrier_diffusers.utils.signals  # noqa: F401  # isort: skip  # first: from here on a signal ends in one line
+
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,8 +29,8 @@ from barrier_diffusers.training.saliency import SaliencyMask, summed_gradients
 from barrier_diffusers.training.steps import freeze_normalisation
 from barrier_diffusers.training.trainer import Trainer
 from barrier_diffusers.utils.command_line import run_script
-from barrier_diffusers.utils.files import write_json
-from barrier_diffusers.utils.run_records import MANIFEST_NAME, METRICS_NAME, manifest, module_hash
+from barrier_diffusers.utils.files import remove, write_json
+from barrier_diffusers.utils.run_records import MANIFEST_NAME, METRICS_NAME, fingerprint, manifest, module_hash
 from classification_ext.data import Batch, Splits, in_order, load_split, make_splits, pixels_of, shuffled
 from classification_ext.methods import METHODS, Edit, Method, Step
 from classification_ext.methods.boundary_expand import ShadowLabel
@@ -98,6 +100,7 @@ def load_run(config: UnlearnConfig) -> Run:
         )
     model.to(accelerator.device).requires_grad_(True).eval()
     barrier = Barrier(model, config.barrier) if config.trained_weights == "targets" else None
+    trainer.checkpoints.inputs = {"base model": module_hash(model), "data": fingerprint(splits.digests())}
     return Run(config, method, trainer, model=model, splits=splits, barrier=barrier, base_hash=module_hash(model))
 
 
@@ -230,6 +233,8 @@ def save_weights(run: Run, results: dict[str, Any]) -> dict[str, Any]:
         barrier.save_pretrained(config.output_dir)
     if barrier is not None:
         barrier.remove()
+    for name in (MANIFEST_NAME, METRICS_NAME, REPORT_NAME):  # of weights that are about to go
+        remove(Path(config.output_dir) / name)
     model.save_pretrained(config.output_dir)
     return facts
 
@@ -271,7 +276,7 @@ def main(config: UnlearnConfig) -> None:
         save_records(run, before, facts=facts, results=results)
         output = Path(config.output_dir)
         print(f"classifier: {output}\nreport:     {write_report([output], output / REPORT_NAME)}")
-    run.accelerator.wait_for_everyone()
+    run.trainer.finish()
     run.accelerator.end_training()
 
 

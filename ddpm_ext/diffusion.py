@@ -5,6 +5,7 @@ Shapes: B batch, N images, C channels, S image side, c, h, w what the UNet sees.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from barrier_diffusers.data.labelled_images import LabelledImages, as_pixels
 from barrier_diffusers.models.architectures import CallContext
 from barrier_diffusers.models.noising import DiffusionNoising, Noised, Noising
 from barrier_diffusers.objectives.base import Condition
+from barrier_diffusers.utils.run_records import fingerprint
 from ddpm_ext.pipeline import ClassConditionalDDPMPipeline
 
 LABELS = "class_labels"  # the condition of a sample: the row of the class embedding
@@ -65,6 +67,13 @@ class LabelRows(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
+    def digest(self) -> str:
+        """SHA-256 over all of it."""
+        found = hashlib.sha256(repr(self.null_label).encode())
+        for values in (self.labels, self.images, self.anchors):
+            found.update(b"none" if values is None else values.contiguous().cpu().numpy().tobytes())
+        return found.hexdigest()
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         row: dict[str, Any] = {"index": torch.tensor(index), "condition": {LABELS: self.labels[index]}}
         if self.anchors is not None:
@@ -82,6 +91,10 @@ class UnlearningRows:
 
     forget: LabelRows
     retain: LabelRows | None
+
+    def digest(self) -> str:
+        """SHA-256 over both."""
+        return fingerprint(self.forget.digest(), self.retain.digest() if self.retain is not None else None)
 
 
 def draw(rows: LabelledImages, ids: list[int], limit: int | None, generator: torch.Generator) -> LabelledImages:

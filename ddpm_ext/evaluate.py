@@ -7,6 +7,8 @@ With `concept` and `base_model` the pipeline is compared with the one it was bef
 
 from __future__ import annotations
 
+import barrier_diffusers.utils.signals  # noqa: F401  # isort: skip  # first: from here on a signal ends in one line
+
 import torch
 
 from barrier_diffusers.evaluation.erasure import generate_cached

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import barrier_diffusers.utils.signals  # noqa: F401  # isort: skip  # first: from here on a signal ends in one line
+
 from dataclasses import dataclass, field
 from typing import Literal
 

@@ -9,6 +9,8 @@ unlearning.
 
 from __future__ import annotations
 
+import barrier_diffusers.utils.signals  # noqa: F401  # isort: skip  # first: from here on a signal ends in one line
+
 from pathlib import Path
 
 import torch
@@ -105,6 +107,7 @@ def main(config: TrainConfig) -> None:
     averages.to(accelerator.device)
     optimizer.register_step_post_hook(lambda *_: averages.step(parameters))
     trainer.checkpoints.states["averages"] = averages
+    trainer.checkpoints.inputs = {"data": rows.digest()}
     (batches,) = trainer.prepare(
         models=[unet], parameters=parameters, optimizer=optimizer, loaders=[shuffled(rows, config)]
     )
@@ -139,6 +142,7 @@ def main(config: TrainConfig) -> None:
         hashes = {"data": rows.digest(), **module_hashes(pipeline)}
         write_json(output / MANIFEST_NAME, manifest(config, hashes, **facts))
         print(f"pipeline: {output}")
+    trainer.finish()
     accelerator.end_training()
 
 

@@ -8,6 +8,8 @@ pipeline, with metrics.json, manifest.json and the pictures beside it.
 
 from __future__ import annotations
 
+import barrier_diffusers.utils.signals  # noqa: F401  # isort: skip  # first: from here on a signal ends in one line
+
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,7 +34,7 @@ from barrier_diffusers.protection.targets import Snapshots, snapshot_of
 from barrier_diffusers.training.trainer import Trainer, open_run
 from barrier_diffusers.training.unlearn import Unlearner, rates_of_maps
 from barrier_diffusers.utils.command_line import run_script
-from barrier_diffusers.utils.files import write_json
+from barrier_diffusers.utils.files import remove, write_json
 from barrier_diffusers.utils.run_records import MANIFEST_NAME, METRICS_NAME, fingerprint, manifest
 from ddpm_ext.attacks import Images, attack_images, run_attacks
 from ddpm_ext.diffusion import LabelDenoiser, LabelRows, UnlearningRows, draw
@@ -193,6 +195,8 @@ def save_weights(config: UnlearnConfig, model: LoadedModel, results: dict[str, A
     facts |= {"percent_trainable": round(100 * trained / everything, 4)}
     facts["drift"] = relative_drifts(barrier, model.snapshots)
     barrier.remove()
+    for name in (MANIFEST_NAME, METRICS_NAME, REPORT_NAME):  # of weights that are about to go
+        remove(output / name)
     model.pipeline.save_pretrained(output)
     return facts
 
@@ -253,6 +257,7 @@ def main(config: UnlearnConfig) -> None:
         denoiser=LabelDenoiser(model.pipeline),
         resolution=model.pipeline.resolution,
     )
+    trainer.checkpoints.inputs = {"base model": fingerprint(model.hashes), "data": rows.digest()}
     unlearner.protect(rows)
     model.barrier = unlearner.barrier
     results = unlearner.train(rows, partial(validate, config, model.pipeline))
@@ -261,7 +266,7 @@ def main(config: UnlearnConfig) -> None:
         judge_after(config, model, before, history=results["history"], facts=facts)
         print(f"pipeline: {output}\npicture:  {output / 'before_after.png'}")
         print(f"report:   {write_report([output], output / REPORT_NAME)}")
-    accelerator.wait_for_everyone()
+    trainer.finish()
     accelerator.end_training()
 
 

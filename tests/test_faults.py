@@ -3,12 +3,17 @@
 import json
 import os
 import resource
+import shutil
 import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pipelines
 import pytest
 import torch
+import unlearn_sd
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from datasets import load_dataset
@@ -19,6 +24,7 @@ from short_runs import ROOT, flags, main, run
 
 from barrier_diffusers.data.concepts import write_image_folder
 from barrier_diffusers.data.encoding import encode_moments
+from barrier_diffusers.data.readers import rows_hash
 from barrier_diffusers.models.denoiser import PipelineDenoiser
 from barrier_diffusers.training.checkpoints import Checkpoints, read_checkpoint
 from barrier_diffusers.utils.command_line import parse_config, run_script
@@ -205,9 +211,15 @@ def kills(count):
     return int(os.environ.get("BARRIER_KILLS", count))
 
 
+def trained(output):
+    """Whether the last step's checkpoint is there, or the run is over."""
+    return (output / "checkpoints" / "step-6").is_dir() or (output / "manifest.json").is_file()
+
+
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("count", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_and_resumed_a_run_gives_the_same_bits(count, tmp_path):
+@pytest.mark.parametrize("ready", [lambda output: True, trained], ids=["anywhere", "after the last step"])
+def test_killed_at_random_moments_and_resumed_a_run_gives_the_same_bits(count, ready, tmp_path):
     settings = {**STEPS, "checkpointing_steps": 1, "resume_from_checkpoint": "latest", "max_forget_images": 32}
     settings |= {"max_train_steps": 6}
     whole, done, killed = killed_and_resumed(
@@ -215,10 +227,122 @@ def test_killed_at_random_moments_and_resumed_a_run_gives_the_same_bits(count, t
         lambda output: (flags(output, **settings),),
         tmp_path,
         kills(count),
+        ready,
     )
     wanted = load_file(whole / "unet" / "diffusion_pytorch_model.safetensors")
     for output in done:
         found = load_file(output / "unet" / "diffusion_pytorch_model.safetensors")
         assert all(torch.equal(found[name], value) for name, value in wanted.items()), killed
         assert history(whole) == history(output), killed
-        assert not [path for path in (output / "checkpoints").iterdir() if path.name.startswith(".")]
+        assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["step-4", "step-5"]
+
+
+MOMENTS = [
+    (signal.SIGTERM, "save_weights", "before"),
+    (signal.SIGINT, "save_weights", "after"),
+    (signal.SIGTERM, "judge", "after"),
+    (signal.SIGINT, "save_records", "after"),
+]
+
+
+@pytest.mark.parametrize(("number", "stage", "moment"), MOMENTS)
+def test_a_signal_after_the_last_step_loses_nothing(
+    number, stage, moment, tmp_path, cache, whole, monkeypatch, capsys
+):
+    original = getattr(unlearn_sd, stage)
+
+    def stopped(*arguments):
+        if moment == "after":
+            original(*arguments)
+        os.kill(os.getpid(), number)
+        pytest.fail("the signal was not heard")
+
+    words = flags(tmp_path / "run", cache_dir=cache, **STEPS)
+    with monkeypatch.context() as patch:
+        patch.setattr(unlearn_sd, stage, stopped)
+        patch.setattr(sys, "argv", ["unlearn_sd.py", *words])
+        with pytest.raises(SystemExit) as caught:
+            run_script(main, UnlearnConfig)
+    assert caught.value.code == 128 + number
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "stopped by" in line]
+    assert line.endswith(
+        f"stopped by {number.name}: checkpoint {tmp_path}/run/checkpoints/step-4 is whole; the same command with "
+        "--resume_from_checkpoint latest goes on from it"
+    )
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: pytest.fail("it trains again"))
+    _, resumed = run(tmp_path / "run", cache, resume_from_checkpoint="latest", **STEPS)
+    assert resumed["hashes"] == whole[1]["hashes"] and resumed["history"] == whole[1]["history"]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_folder_without_its_numbers_has_none_of_other_weights(tmp_path, cache, monkeypatch):
+    run(tmp_path / "run", cache, **STEPS, checkpointing_steps=2)
+    monkeypatch.setattr(unlearn_sd, "judge", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    changes = {**STEPS, "max_train_steps": 5, "resume_from_checkpoint": "latest"}
+    monkeypatch.setattr(sys, "argv", ["unlearn_sd.py", *flags(tmp_path / "run", cache_dir=cache, **changes)])
+    with pytest.raises(SystemExit):
+        run_script(main, UnlearnConfig)
+    there = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"model_index.json", "erased_concepts.json"} <= there
+    assert not there & {"metrics.json", "manifest.json", "report.html", "certificate.json"}
+
+
+SCRIPTS = {"train_scripts/unlearn_sd.py": signal.SIGINT, "-m ddpm_ext.unlearn": signal.SIGTERM}
+
+
+@pytest.mark.parametrize(("script", "number"), SCRIPTS.items())
+def test_a_signal_while_a_script_imports_is_one_line(script, number, tmp_path):
+    for delay in (0, 0.7):
+        process = subprocess.Popen(
+            [sys.executable, *script.split(), "--output_dir", str(tmp_path / "run")],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        while not heard(process.pid, number):
+            time.sleep(0.01)
+        time.sleep(delay)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=100)
+        assert process.returncode == 128 + number, said
+        assert said == f"stopped by {number.name}: start it again\n"
+
+
+def heard(pid, number):
+    """Whether a process handles the signal by now (Python's own Ctrl-C does not count)."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = int(next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")), 16)
+    return bool(caught >> (signal.SIGTERM - 1) & 1) and bool(caught >> (number - 1) & 1)
+
+
+def test_a_run_on_other_data_or_another_base_is_not_gone_on_with(tmp_path, cache, whole, capsys):
+    checkpoint = whole[0] / "checkpoints" / "step-2"
+    path = checkpoint / "checkpoint.json"
+    content = json.loads(path.read_text())
+    assert set(content["inputs"]) == {"base model", "data"}
+    for name in content["inputs"]:
+        shutil.copytree(checkpoint, tmp_path / name / "checkpoints" / "step-2")
+        other = {**content, "inputs": {**content["inputs"], name: "0"}}
+        (tmp_path / name / "checkpoints" / "step-2" / "checkpoint.json").write_text(json.dumps(other))
+        with pytest.raises(ValueError, match=f"belongs to a run with another {name}: what the settings name is not"):
+            run(tmp_path / name, cache, resume_from_checkpoint="latest", **STEPS)
+    shutil.copytree(checkpoint, tmp_path / "old" / "checkpoints" / "step-2")
+    del content["inputs"], content["after_training"]  # as earlier versions wrote it
+    (tmp_path / "old" / "checkpoints" / "step-2" / "checkpoint.json").write_text(json.dumps(content))
+    _, resumed = run(tmp_path / "old", cache, resume_from_checkpoint="latest", **STEPS)
+    assert resumed["hashes"] == whole[1]["hashes"]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: checkpoint")]
+    assert "earlier version" in line
+
+
+def test_the_hash_of_the_data_sees_every_file_and_caption(tmp_path):
+    images = torch.randint(256, (3, 8, 8, 3), dtype=torch.uint8).numpy()
+    hashes = set()
+    for captions, change in ((["a", "b", "c"], 0), (["a", "b", "d"], 0), (["a", "c", "b"], 0), (["a", "b", "c"], 1)):
+        folder = tmp_path / str(len(hashes))
+        write_image_folder(folder, images + change, {"text": captions})
+        rows = load_dataset(str(folder), split="train")
+        hashes.add(rows_hash(rows, ["image", "text"]))
+        assert rows_hash(rows, ["image", "text"]) in hashes
+    assert len(hashes) == 4

@@ -10,6 +10,8 @@ is; images/, attacks.png and report.html.
 
 from __future__ import annotations
 
+import barrier_diffusers.utils.signals  # noqa: F401  # isort: skip  # first: from here on a signal ends in one line
+
 from typing import Any
 
 from barrier_diffusers.evaluation.attacks.running import run_attacks

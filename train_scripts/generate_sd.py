@@ -8,6 +8,8 @@ was stopped goes on with the images that it has.
 
 from __future__ import annotations
 
+import barrier_diffusers.utils.signals  # noqa: F401  # isort: skip  # first: from here on a signal ends in one line
+
 from barrier_diffusers.evaluation.judged_model import IMAGES_NAME, JudgedModel, claim_evaluation_dir
 from barrier_diffusers.evaluation.protocols import make_protocols
 from barrier_diffusers.evaluation.settings import EvaluateConfig

@@ -9,6 +9,8 @@ Shapes: N images, H height, W width, C colour channels.
 
 from __future__ import annotations
 
+import barrier_diffusers.utils.signals  # noqa: F401  # isort: skip  # first: from here on a signal ends in one line
+
 import gzip
 import io
 import shutil

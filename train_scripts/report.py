@@ -6,6 +6,8 @@ python train_scripts/report.py --compare runs/one runs/another --output runs/com
 
 from __future__ import annotations
 
+import barrier_diffusers.utils.signals  # noqa: F401  # isort: skip  # first: from here on a signal ends in one line
+
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -8,6 +8,8 @@ complete, or depends on something that changed: settings, data, weights, code, v
 
 from __future__ import annotations
 
+import barrier_diffusers.utils.signals  # noqa: F401  # isort: skip  # first: from here on a signal ends in one line
+
 from barrier_diffusers.utils.command_line import run_script
 from barrier_diffusers.utils.installation import ROOT
 from barrier_diffusers.workflow.processes import Stopped

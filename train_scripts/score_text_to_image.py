@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import barrier_diffusers.utils.signals  # noqa: F401  # isort: skip  # first: from here on a signal ends in one line
+
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path

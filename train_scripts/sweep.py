@@ -8,6 +8,8 @@ in output_dir holds them. The last worker leaves results.csv, results.md, import
 
 from __future__ import annotations
 
+import barrier_diffusers.utils.signals  # noqa: F401  # isort: skip  # first: from here on a signal ends in one line
+
 import shlex
 
 from barrier_diffusers.utils.command_line import run_script

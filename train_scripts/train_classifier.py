@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import barrier_diffusers.utils.signals  # noqa: F401  # isort: skip  # first: from here on a signal ends in one line
+
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -15,7 +17,7 @@ from tqdm.auto import tqdm
 
 from barrier_diffusers.data.columns import with_texts
 from barrier_diffusers.data.encoding import read_pixels
-from barrier_diffusers.data.readers import read_rows
+from barrier_diffusers.data.readers import read_rows, rows_hash
 from barrier_diffusers.evaluation.classifier import AttributeClassifier
 from barrier_diffusers.training.run_config import RunConfig, StageConfig
 from barrier_diffusers.training.trainer import ONE_CYCLE, Trainer, make_accelerator, require_usable
@@ -89,6 +91,7 @@ def train_classifier(trainer: Trainer, config: ClassifierConfig, labels: dict[st
     order = torch.Generator().manual_seed(config.seed)
     loader = DataLoader(rows, config.train_batch_size, shuffle=True, drop_last=True, generator=order)
     parameters = list(model.parameters())
+    trainer.checkpoints.inputs = {"data": rows_hash(train, [config.image_column, *config.attributes])}
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     (batches,) = trainer.prepare(models=[model], parameters=parameters, optimizer=optimizer, loaders=[loader])
     network = trainer.models[0].train()
@@ -141,6 +144,7 @@ def main(config: ClassifierConfig) -> None:
         write_json(output / METRICS_NAME, {"config": asdict(config), **scores})
         said = "; ".join(f"{name} {value:.2f} %" for name, value in scores["test_accuracy"].items())
         print(f"{said} on {len(test)} test images")
+    trainer.finish()
     accelerator.end_training()
 
 

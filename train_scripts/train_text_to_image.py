@@ -7,6 +7,8 @@ exponential moving average -> pipeline folder. A VAE that is already in work_dir
 
 from __future__ import annotations
 
+import barrier_diffusers.utils.signals  # noqa: F401  # isort: skip  # first: from here on a signal ends in one line
+
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from barrier_diffusers.data.encoding import cached_tensors, encode_moments, image_batches, tokenize
-from barrier_diffusers.data.readers import load_image_text
+from barrier_diffusers.data.readers import load_image_text, rows_hash
 from barrier_diffusers.models.noising import sample_latents
 from barrier_diffusers.models.publishing import load_in_float32
 from barrier_diffusers.models.vocabulary import cut_clip_vocabulary, find_clip_vocabulary
@@ -121,7 +123,7 @@ class TrainConfig(RunConfig):
         return Trainer(accelerator, self, stage=stage, folder=Path(self.work_dir) / f"{name}_training")
 
 
-def train_vae(accelerator: Accelerator, config: TrainConfig, dataset: Dataset) -> AutoencoderKL:
+def train_vae(accelerator: Accelerator, config: TrainConfig, dataset: Dataset) -> None:
     """Fit the autoencoder on mean absolute + squared error; scaling_factor is set to 1 / std of the latents."""
     settings = config.vae
     levels = len(settings.block_out_channels)
@@ -139,6 +141,7 @@ def train_vae(accelerator: Accelerator, config: TrainConfig, dataset: Dataset) -
 
     loader = shuffled(rows, settings.train_batch_size, config.seed)
     trainer = config.trainer(accelerator, settings, "vae")
+    trainer.checkpoints.inputs = {"data": rows_hash(dataset, [config.image_column])}
     (batches,) = trainer.prepare(
         models=[vae], parameters=list(vae.parameters()), optimizer=optimizer, loaders=[loader]
     )
@@ -158,7 +161,9 @@ def train_vae(accelerator: Accelerator, config: TrainConfig, dataset: Dataset) -
 
     trainer.fit(terms, desc="VAE")
     accelerator.free_memory()  # the next stage's checkpoints hold its own networks alone
-    return vae.eval()
+    with written_whole(Path(config.work_dir) / "vae") as temporary:
+        vae.eval().save_pretrained(temporary)
+    trainer.finish()
 
 
 def build_text_encoder(config: TextConfig, tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -211,8 +216,8 @@ def train_text_to_image(
     tokenizer: CLIPTokenizer,
     scheduler: DDIMScheduler,
     scale: float,
-) -> tuple[CLIPTextModel, UNet2DConditionModel]:
-    """Noise prediction on cached latents; returns the averaged (EMA) text encoder and UNet.
+) -> tuple[CLIPTextModel, UNet2DConditionModel, Trainer]:
+    """Noise prediction on cached latents; returns the averaged (EMA) text encoder and UNet, and their trainer.
 
     Args:
         rows: VAE posteriors, and for each the number of its caption.
@@ -249,13 +254,13 @@ def train_text_to_image(
         for average, model in zip(averages, models, strict=True):
             average.step(model.parameters())
 
-    if trainer.first_step:
+    if 0 < trainer.first_step < trainer.max_steps:  # at the end of the training they have them
         average_weights(trainer.first_step)
     trainer.fit(terms, after_step=average_weights, desc="UNet")
     accelerator.free_memory()
     for average, model in zip(averages, models, strict=True):
         average.copy_to(model.parameters())
-    return text_encoder.eval(), unet.eval()
+    return text_encoder.eval(), unet.eval(), trainer
 
 
 def main(config: TrainConfig) -> None:
@@ -270,9 +275,7 @@ def main(config: TrainConfig) -> None:
     output, work = Path(config.output_dir), Path(config.work_dir)
     set_seed(config.seed)
     if not (work / "vae" / "config.json").is_file():
-        vae = train_vae(accelerator, config, dataset)
-        with written_whole(work / "vae") as temporary:
-            vae.save_pretrained(temporary)
+        train_vae(accelerator, config, dataset)
     vae = AutoencoderKL.from_pretrained(work / "vae").to(accelerator.device).eval().requires_grad_(False)
     name = f"moments-{fingerprint(dataset._fingerprint, asdict(config.vae), config.seed)}.safetensors"
     moments = cached_tensors(
@@ -294,7 +297,7 @@ def main(config: TrainConfig) -> None:
     set_seed(config.seed + 1)
     distinct = ["", *sorted(set(captions))]
     position = {text: index for index, text in enumerate(distinct)}
-    text_encoder, unet = train_text_to_image(
+    text_encoder, unet, trainer = train_text_to_image(
         accelerator,
         config,
         rows=TensorDataset(moments, torch.tensor([position[text] for text in captions])),
@@ -316,6 +319,7 @@ def main(config: TrainConfig) -> None:
     pipeline.to(getattr(torch, config.save_dtype)).save_pretrained(output)
     load_in_float32(output)
     write_json(output / "training_config.json", asdict(config))
+    trainer.finish()
     print(f"pipeline saved in {output}")
     accelerator.end_training()
 

@@ -8,6 +8,8 @@ pipeline (or the LoRA adapter), with metrics.json, manifest.json, the pictures a
 
 from __future__ import annotations
 
+import barrier_diffusers.utils.signals  # noqa: F401  # isort: skip  # first: from here on a signal ends in one line
+
 from barrier_diffusers.data.erased_concepts import read_erased
 from barrier_diffusers.evaluation.report import REPORT_NAME, write_report
 from barrier_diffusers.models.publishing import push_folder
@@ -49,7 +51,7 @@ def main(config: UnlearnConfig) -> None:
         print(f"report:   {write_report([run.output], run.output / REPORT_NAME)}")
         if run.repo_id is not None:
             print(f"hub:      {push_folder(run.output, run.repo_id)}")
-    run.accelerator.wait_for_everyone()
+    run.trainer.finish()
     run.accelerator.end_training()
 
 

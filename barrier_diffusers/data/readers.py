@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -117,6 +118,25 @@ def unreadable_image(dataset: Dataset, image_column: str, rows: Iterable[int]) -
                 f"the image of row {name} cannot be read: {reason(error)}. Replace it or leave the row out"
             )
     return None
+
+
+def rows_hash(rows: Dataset, columns: Sequence[str]) -> str:
+    """SHA-256 over these columns of all rows, in order; of an image over its file, which is not decoded."""
+    images = [column for column in columns if isinstance(rows.features[column], Image)]
+    rows = rows.select_columns(list(columns))
+    for column in images:
+        rows = rows.cast_column(column, Image(decode=False))
+    digest = hashlib.sha256()
+    for row in rows:
+        for column in columns:
+            value = row[column]
+            if column in images and value is not None:
+                content = value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
+            else:
+                content = repr(value).encode()
+            digest.update(f"{column} {len(content)} ".encode())
+            digest.update(content)
+    return digest.hexdigest()
 
 
 def split_concepts(

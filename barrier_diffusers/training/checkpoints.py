@@ -21,6 +21,7 @@ from torch import Tensor
 from barrier_diffusers.protection.barrier import Barrier
 from barrier_diffusers.utils.checks import flat
 from barrier_diffusers.utils.files import WriteError, file_hash, put_in_place, remove, removed_on_failure, write_json
+from barrier_diffusers.utils.signals import SIGNALS, say_stopped, set_way_on
 
 CHECKPOINT_NAME = "checkpoint.json"
 
@@ -111,6 +112,7 @@ class Checkpoints:
             self.settings["mixed_precision"] = accelerator.mixed_precision
         self.defaults["mixed_precision"] = "no"
         self.states: dict[str, Stateful] = {}
+        self.inputs: dict[str, str] = {}  # base, data -> SHA-256; written into every checkpoint, and compared
         self.last: Path | None = None  # read or written by this run
 
     @property
@@ -161,14 +163,34 @@ class Checkpoints:
                 "Give the settings it was written with, or start anew in another output_dir"
             )
 
+    def _compare_inputs(self, folder: Path, inputs: Mapping[str, str] | None) -> None:
+        if not self.inputs:
+            return
+        if inputs is None:
+            if self.accelerator.is_main_process:
+                print(
+                    f"warning: checkpoint {str(folder)!r} was written by an earlier version, which did not note base "
+                    "model and data: see yourself that they are still the same",
+                    file=sys.stderr,
+                )
+            return
+        other = [name for name, digest in self.inputs.items() if inputs.get(name, digest) != digest]
+        if other:
+            raise ValueError(
+                f"checkpoint {str(folder)!r} belongs to a run with another {' and other '.join(other)}: what the "
+                "settings name is not what it was. Give what it was written with, or start anew in another output_dir"
+            )
+
     def load(self, folder: Path, max_steps: int) -> int:
         """Restore everything from a checkpoint that `find` returned; the number of steps done.
 
         Raises:
-            ValueError: it has more steps than the run, its states do not fit, or a file holds a pickle of more than
-                numbers, which could run code.
+            ValueError: it is of another base model or other data, has more steps than the run, its states do not fit,
+                or a file holds a pickle of more than numbers, which could run code.
         """
-        step = int(json.loads((folder / CHECKPOINT_NAME).read_text(encoding="utf-8"))["step"])
+        content = json.loads((folder / CHECKPOINT_NAME).read_text(encoding="utf-8"))
+        step = int(content["step"])
+        self._compare_inputs(folder, content.get("inputs"))
         if step > max_steps:
             raise ValueError(f"checkpoint {str(folder)!r} has {step} steps, the run only {max_steps}")
         try:
@@ -186,11 +208,23 @@ class Checkpoints:
         except (KeyError, RuntimeError, ValueError, OSError) as error:
             said = str(error).split("\n")[0]
             raise ValueError(f"checkpoint {str(folder)!r} does not fit this run: {said}") from error
-        self.last = folder
+        self._take_note(folder)
         return step
 
-    def save(self, step: int, parameters: Iterable[Tensor], barrier: Barrier | None) -> Path:
+    def _take_note(self, folder: Path) -> None:
+        """A run that is stopped from now on, in training or after it, goes on from this whole checkpoint."""
+        self.last = folder
+        set_way_on(
+            f"checkpoint {folder} is whole; the same command with --resume_from_checkpoint latest goes on from it"
+        )
+
+    def save(
+        self, step: int, parameters: Iterable[Tensor], barrier: Barrier | None, after_training: bool = False
+    ) -> Path:
         """Save training state and regions as step-N, whole or not at all; drop the oldest beyond the limit.
+
+        Args:
+            after_training: it is kept beside the others, until `drop_trained`.
 
         Raises:
             FloatingPointError: non-finite parameters.
@@ -202,35 +236,55 @@ class Checkpoints:
         try:
             with removed_on_failure(temporary, folder):
                 if main:
-                    for left in self.root.glob(".*step-*"):  # by a run that was killed while it wrote
-                        remove(left)
+                    self.remove_leftovers()
                     temporary.mkdir(parents=True)
                 self.accelerator.wait_for_everyone()
                 self.accelerator.save_state(str(temporary), safe_serialization=True)
                 self.accelerator.wait_for_everyone()
                 if main:
-                    self._complete(temporary, step, barrier)
+                    self._complete(temporary, barrier, {"step": step, "after_training": after_training})
                     put_in_place(temporary, folder)
         except WriteError as error:
             raise WriteError(folder, error.reason, f"free disk space, then go on. {self._way_on}") from error
-        self.last = folder
-        if main:
+        self._take_note(folder)
+        if main and not after_training:
             stale_first = sorted(self.folders, key=lambda path: (step_of(path) <= step, step_of(path)))
             for old in stale_first[: -self.limit if self.limit else 0]:
-                hidden = old.with_name(f".old-{old.name}")
-                old.rename(hidden)
-                remove(hidden)
+                self._drop(old)
         self.accelerator.wait_for_everyone()
         return folder
 
-    def _complete(self, temporary: Path, step: int, barrier: Barrier | None) -> None:
+    def _drop(self, folder: Path) -> None:
+        hidden = folder.with_name(f".old-{folder.name}")
+        folder.rename(hidden)
+        remove(hidden)
+
+    def remove_leftovers(self) -> None:
+        """Delete what a run left that was killed while it wrote or dropped a checkpoint."""
+        for left in self.root.glob(".*step-*"):
+            remove(left)
+
+    def drop_trained(self) -> None:
+        """Delete what was kept from the end of the training: the result is whole."""
+        for folder in self.folders:
+            try:
+                content = json.loads((folder / CHECKPOINT_NAME).read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                continue
+            if content.get("after_training"):
+                self._drop(folder)
+        if self.root.is_dir() and not any(self.root.iterdir()):
+            self.root.rmdir()
+
+    def _complete(self, temporary: Path, barrier: Barrier | None, facts: dict[str, Any]) -> None:
         if barrier is not None:
             barrier.save_pretrained(temporary / "barrier")
         for name, state in self.states.items():
             torch.save(state.state_dict(), temporary / f"{name}.bin")
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         digests = {path.relative_to(temporary).as_posix(): file_hash(path) for path in files}
-        write_json(temporary / CHECKPOINT_NAME, {"step": step, "settings": self.settings, "files": digests})
+        content = {**facts, "settings": self.settings, "inputs": self.inputs, "files": digests}
+        write_json(temporary / CHECKPOINT_NAME, content)
 
     @property
     def _way_on(self) -> str:
@@ -254,9 +308,6 @@ class Checkpoints:
             f"{what}. {self._way_on}; with the same settings it may come to the same, so start anew in another "
             "output_dir with a lower learning_rate or max_grad_norm, or with mixed_precision no"
         )
-
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interruption:
@@ -300,14 +351,8 @@ class Interruption:
             self.accelerator.set_trigger()
         return self.accelerator.check_trigger()
 
-    def leave(self, checkpoint: Path) -> NoReturn:
+    def leave(self) -> NoReturn:
         """End the process as one that the signal ended: exit status 143 (SIGTERM) or 130 (SIGINT)."""
-        number = signal.Signals(self._received or signal.SIGTERM)
-        if self.accelerator.is_main_process:
-            print(
-                f"stopped by {number.name}: checkpoint {checkpoint} is whole; the same command with "
-                "--resume_from_checkpoint latest goes on from it",
-                file=sys.stderr,
-            )
+        status = say_stopped(self._received or signal.SIGTERM)
         self.accelerator.end_training()
-        raise SystemExit(128 + number)
+        raise SystemExit(status)

@@ -208,7 +208,8 @@ class HostCopy:
 
 
 class Trainer:
-    """What a stage of a run trains with, and the loop that does it: `prepare` once, then `fit`.
+    """What a stage of a run trains with, and the loop that does it: `prepare` once, then `fit`, and `finish` when
+    what was trained is saved.
 
     Args:
         config: of the whole run; checkpoints remember it.
@@ -236,6 +237,8 @@ class Trainer:
         output = folder or Path(config.output_dir)
         self.checkpoints = Checkpoints(accelerator, output, config, config.checkpoints_total_limit)
         self.checkpoint = self.checkpoints.find(config.resume_from_checkpoint)
+        if accelerator.is_main_process:
+            self.checkpoints.remove_leftovers()
         self.history = self.checkpoints.states["history"] = History()
         self.models: list[nn.Module] = []
         self.parameters: list[nn.Parameter] = []
@@ -286,8 +289,8 @@ class Trainer:
         desc: str = "unlearning",
         names: Sequence[str] = (),
     ) -> float:
-        """Run the steps that are left; the seconds they took. Checkpoints are written as the settings say, and when a
-        signal ends the run.
+        """Run the steps that are left; the seconds they took. Checkpoints are written as the settings say, when a
+        signal ends the run, and at the end: whatever happens before `finish`, the training is not lost.
 
         The host waits for the device once in a step, for the parts of the loss, while the device works on the
         gradients. They are means over micro-steps and processes, and are looked at before the weights change.
@@ -317,18 +320,28 @@ class Trainer:
                 progress.set_postfix({name: f"{value:.4g}" for name, value in means.items()})
                 stop = flags > 0 if accelerator.num_processes > 1 else interruption.requested
                 due = every is not None and (step + 1) % every == 0
-                if stop or (due and step + 1 < self.max_steps):
-                    saved = checkpoints.save(step + 1, self.parameters, barrier)
-                if stop:
-                    interruption.leave(saved)
+                if (stop or due) and step + 1 < self.max_steps:
+                    checkpoints.save(step + 1, self.parameters, barrier)
+                    if stop:
+                        interruption.leave()
                 if after_step is not None:
                     after_step(step + 1)
             checkpoints.check_weights(self.parameters, self.max_steps)
+            if self.first_step < self.max_steps:
+                checkpoints.save(self.max_steps, self.parameters, barrier, after_training=True)
+                if stop:
+                    interruption.leave()
         seconds = time.perf_counter() - start
         accelerator.wait_for_everyone()
         for model in self.models:
             accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # gives a network its own forward back
         return round(seconds, 2)
+
+    def finish(self) -> None:
+        """The result is whole: what was kept of the training for a run that is stopped before is dropped."""
+        if self.accelerator.is_main_process:
+            self.checkpoints.drop_trained()
+        self.accelerator.wait_for_everyone()
 
     def _step(
         self, step: int, terms: Terms, barrier: Barrier | None, interruption: Interruption

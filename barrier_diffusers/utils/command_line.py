@@ -19,6 +19,7 @@ from jsonargparse import ArgumentParser
 
 from barrier_diffusers.utils.installation import require_assets, resolve_named_files, where_assets_are
 from barrier_diffusers.utils.open_settings import class_with_open_sections
+from barrier_diffusers.utils.signals import heeding_signals
 
 
 def run_script(main: Callable[[Any], None], config_class: type | Callable[[list[str]], Any]) -> None:
@@ -29,7 +30,8 @@ def run_script(main: Callable[[Any], None], config_class: type | Callable[[list[
     `--config NAME` also finds NAME.yaml among the configurations beside the script that defines `main`.
 
     A mistake of the user (ValueError, OSError, FloatingPointError) ends in one line on stderr and exit status 1; a bad
-    flag in exit status 2. Set BARRIER_TRACEBACK=1 to see where an error came from.
+    flag in exit status 2; a signal in one line too, wherever it comes. Set BARRIER_TRACEBACK=1 to see where an error
+    came from.
     """
     try:
         read = partial(parse_config, config_class) if isinstance(config_class, type) else config_class
@@ -40,10 +42,8 @@ def run_script(main: Callable[[Any], None], config_class: type | Callable[[list[
         raise SystemExit(_fail(error, 2, where)) from error
     try:
         require_assets(config)
-        main(config)
-    except KeyboardInterrupt as error:  # while training, Ctrl-C ends the step first (interruption.py)
-        print("stopped by SIGINT, not while training: start it again", file=sys.stderr)
-        raise SystemExit(130) from error
+        with heeding_signals():
+            main(config)
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("BARRIER_TRACEBACK"):
             raise

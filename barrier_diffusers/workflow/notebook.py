@@ -132,5 +132,6 @@ def unlearn(
             save_weights(run, model, data)
             metrics = judge(run, model, data, before, results)
             save_records(run, model, data, metrics, results)
+        run.trainer.finish()
         run.accelerator.end_training()
     return UnlearnResult(pipeline, metrics, results["history"], model.barrier)

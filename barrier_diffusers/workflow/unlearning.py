@@ -22,7 +22,8 @@ from barrier_diffusers.data.concepts import (
     load_concepts,
 )
 from barrier_diffusers.data.erased_concepts import ERASED_NAME, ErasedConcepts, as_json
-from barrier_diffusers.evaluation.certification import HeldOut, held_out_images, write_certificate
+from barrier_diffusers.data.readers import rows_hash
+from barrier_diffusers.evaluation.certification import CERTIFICATE_NAME, HeldOut, held_out_images, write_certificate
 from barrier_diffusers.evaluation.erasure import (
     EvaluationPrompts,
     check_evaluation_prompts,
@@ -31,6 +32,7 @@ from barrier_diffusers.evaluation.erasure import (
     make_evaluation_prompts,
 )
 from barrier_diffusers.evaluation.pictures import before_after_grid, loss_curves, strip
+from barrier_diffusers.evaluation.report import REPORT_NAME
 from barrier_diffusers.evaluation.tables import print_metrics
 from barrier_diffusers.models.architectures import components, get_architecture
 from barrier_diffusers.models.denoiser import PipelineDenoiser
@@ -53,7 +55,7 @@ from barrier_diffusers.objectives import Objective
 from barrier_diffusers.protection.barrier import Barrier
 from barrier_diffusers.training.trainer import Trainer, open_run
 from barrier_diffusers.training.unlearn import Unlearner, apply_edit, maps_of_prompts, prompt_inputs, rates_of_maps
-from barrier_diffusers.utils.files import write_json
+from barrier_diffusers.utils.files import remove, write_json
 from barrier_diffusers.utils.run_records import MANIFEST_NAME, METRICS_NAME, fingerprint, manifest
 from barrier_diffusers.workflow.settings import UnlearnConfig, chosen_objective, data_needs
 
@@ -112,6 +114,14 @@ class RunData:
     encoded: EncodedConcepts | None  # None for a closed-form edit, which reads captions alone
     prompts: EvaluationPrompts
     prompt_targets: list[str]  # targets whose retain inputs are the retain prompts' embeddings
+
+    def digest(self) -> str:
+        """SHA-256 of what a run learns from."""
+        rows = {"forget": self.concepts.forget, "retain": self.concepts.retain}
+        config = self.concepts.config
+        wanted = (config.image_column, config.caption_column)
+        columns = {role: [name for name in wanted if name in part.column_names] for role, part in rows.items()}
+        return fingerprint({role: rows_hash(part, columns[role]) for role, part in rows.items()})
 
     @property
     def forgotten(self) -> ErasedConcepts:
@@ -258,6 +268,7 @@ def protect(run: Run, model: LoadedModel, data: RunData) -> Unlearner:
         resolution=model.resolution,
     )
     assert data.encoded is not None
+    run.trainer.checkpoints.inputs = {"base model": fingerprint(model.hashes), "data": data.digest()}
     inputs = {}
     if data.prompt_targets and run.trainer.checkpoint is None:
         inputs = prompt_inputs(data.prompt_targets, model.pipeline, data.concepts.retain_captions)
@@ -299,23 +310,29 @@ def edit(run: Run, model: LoadedModel, data: RunData) -> dict[str, Any]:
 
 
 def save_weights(run: Run, model: LoadedModel, data: RunData) -> None:
-    """Write the barrier, the pipeline or its adapter, and what is erased from it by now."""
+    """Write what is erased by now, the barrier, and last the pipeline or its adapter: what loads is whole.
+
+    Pictures and numbers of other weights, which an earlier run left, are deleted first.
+    """
     config, output = run.config, run.output
     model.denoiser.network.eval()
+    for name in (MANIFEST_NAME, METRICS_NAME, CERTIFICATE_NAME, REPORT_NAME):  # of weights that are about to go
+        remove(output / name)
+    write_json(output / ERASED_NAME, as_json([*model.erased, data.forgotten]))
     (model.barrier if config.protected else config.barrier).save_pretrained(output)
     if config.rank:
         save_adapter(model.pipeline, output)
     else:
         save_pipeline(model.pipeline, output)
-    write_json(output / ERASED_NAME, as_json([*model.erased, data.forgotten]))
 
 
 def save_merged(run: Run, model: LoadedModel, data: RunData) -> None:
     """Fuse the adapter into the weights for good, and write the pipeline in output_dir/merged."""
     model.denoiser.network.fuse_lora()
     model.denoiser.network.unload_lora()
-    save_pipeline(model.pipeline, run.output / "merged")
+    (run.output / "merged").mkdir(exist_ok=True)
     write_json(run.output / "merged" / ERASED_NAME, as_json([*model.erased, data.forgotten]))
+    save_pipeline(model.pipeline, run.output / "merged")
 
 
 def judge(run: Run, model: LoadedModel, data: RunData, before: Before, results: dict[str, Any]) -> dict[str, Any]:
