@@ -10,7 +10,13 @@ from oracle import Oracle, corners
 from barrier_diffusers.protection.config import BarrierConfig
 from barrier_diffusers.protection.drift import FullDrift, LoraDrift
 from barrier_diffusers.protection.loss import interval_ends
-from barrier_diffusers.protection.region import ForgetRegion, fit_directions, fit_region, thin_factor
+from barrier_diffusers.protection.region import (
+    ForgetRegion,
+    fit_directions,
+    fit_region,
+    leading_eigenvectors,
+    thin_factor,
+)
 from barrier_diffusers.protection.stacks import runs
 from barrier_diffusers.protection.statistics import Moments, ProjectionSketch
 
@@ -242,6 +248,37 @@ def test_few_distinct_rows_give_a_thin_factor_and_the_same_loss():
             results.append([value, *torch.autograd.grad(value, parameters)])
         for ours, theirs in zip(*results, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("spectrum", ["decaying", "few", "flat", "zero"])
+def test_leading_eigenvectors_are_those_of_the_whole_decomposition(spectrum):
+    """Krylov's for many features, whatever the spectrum; no number is drawn from the global generator."""
+    width, num = 800, 6
+    values = {
+        "decaying": torch.arange(1, width + 1, dtype=torch.float64) ** -1.0,
+        "few": torch.cat([torch.linspace(9, 1, 9), torch.zeros(width - 9)]).double(),
+        "flat": torch.linspace(2, 1, width, dtype=torch.float64),
+        "zero": torch.zeros(width, dtype=torch.float64),
+    }[spectrum]
+    vectors = torch.linalg.qr(torch.randn(width, width, generator=GENERATOR, dtype=torch.float64))[0]
+    state = torch.get_rng_state()
+    found, basis = leading_eigenvectors((vectors * values) @ vectors.T, num)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(found, values[:num], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(basis.T @ basis, torch.eye(num, dtype=torch.float64), rtol=0, atol=1e-12)
+    if spectrum != "zero":
+        inside = vectors[:, :num].T @ basis
+        torch.testing.assert_close(inside.abs(), torch.eye(num, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+def test_what_cannot_have_a_thin_factor_is_known_at_once():
+    """The bound on the largest eigenvalues refuses nothing that the factorisation would give."""
+    wide = torch.randn(12, 300, generator=GENERATOR, dtype=torch.float64)
+    few = torch.randn(12, 3, generator=GENERATOR, dtype=torch.float64)
+    assert thin_factor(torch.cov(wide), 3) is None
+    assert thin_factor(few @ few.T, 3).shape == (12, 3)
+    equal = torch.linalg.qr(few)[0]  # three equal eigenvalues: the bound is met exactly
+    assert thin_factor(equal @ equal.T, 3).shape == (12, 3)
 
 
 def test_inputs_without_and_with_a_residual_side_by_side():

@@ -44,7 +44,7 @@ class InputRecorder:
         self.leader_of: dict[str, str] = {}
         self._expected = dict(leader_of or {})
         self._readers: dict[tuple[Any, ...], tuple[weakref.ref, list[str]]] = {}
-        self._finite: dict[str, Tensor] = {}
+        self._sums: list[tuple[str, Tensor]] = []  # of the rows of this batch
 
     def observe(self, linear_map: ProtectedMap, value: Tensor) -> None:
         """Note that `value` reached the map `linear_map`.
@@ -66,8 +66,7 @@ class InputRecorder:
             # autocast would take the statistics in half precision, inference mode would make them read-only
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(value.device.type, enabled=False):
                 rows = input_rows(value.detach(), layer)
-                finite = torch.isfinite(rows.sum(dtype=torch.float32))  # one pass: NaN and infinity survive a sum
-                self._finite[name] = finite & self._finite[name] if name in self._finite else finite
+                self._sums.append((name, rows.sum(dtype=torch.float32)))  # NaN and infinity survive a sum
                 self.on_rows(name, rows)
 
     def _readers_of(self, value: Tensor, geometry: tuple[Any, ...]) -> list[str]:
@@ -88,13 +87,13 @@ class InputRecorder:
             NonFiniteActivationError: names the first map that got NaN or infinity, and the batch.
         """
         self._readers.clear()
-        flags, self._finite = self._finite, {}
-        if not flags:
+        sums, self._sums = self._sums, []
+        if not sums:
             return
-        device = next(iter(flags.values())).device
-        finite = torch.stack([flag.to(device) for flag in flags.values()])
+        device = sums[0][1].device
+        finite = torch.stack([each.to(device) for _, each in sums]).isfinite()
         if not finite.all():
-            name = next(name for name, flag in zip(flags, finite.tolist(), strict=True) if not flag)
+            name = next(name for (name, _), each in zip(sums, finite.tolist(), strict=True) if not each)
             raise NonFiniteActivationError(f"non-finite activations reached {name} in batch {index}")
 
 

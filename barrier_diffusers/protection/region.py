@@ -5,6 +5,7 @@ Shapes: D input features, K kept directions.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,24 @@ from barrier_diffusers.protection.statistics import Moments, ProjectionSketch
 from barrier_diffusers.utils.files import written_whole
 
 THIN = 4  # a factor of C_res is used where it has at most D / THIN columns: then it halves the work at least
+
+
+SMALLEST_KRYLOV = 700  # input features; of fewer, the whole decomposition is as quick
+
+
+OVERSAMPLED = 16  # directions beyond those asked for
+
+
+KRYLOV_BLOCKS = 8  # powers of C between restarts
+
+
+KRYLOV_RESTARTS = 3
+
+
+KRYLOV_ERROR = 1e-10  # of the largest eigenvalue; float32, in which the basis is kept, rounds at 6e-8
+
+
+KRYLOV_TOO_FLAT = 1e-3  # likewise: with a larger error after a round, more rounds would cost more than they save
 
 
 LEFT_OUT = 1e-6  # share of the trace of C_res that its factor may miss: the size of float32's rounding
@@ -89,6 +108,9 @@ def thin_factor(covariance_DD: Tensor, most: int) -> Tensor | None:
     so its trace, which is known at every step, bounds what a loss can miss: trace * ||dW||^2 / O. In float64, on the
     host, with work O(D L^2).
     """
+    trace = covariance_DD.diagonal().sum()
+    if most and math.sqrt(most) * covariance_DD.norm() < (1 - 2 * LEFT_OUT) * trace:
+        return None  # the largest `most` eigenvalues sum to no more, by Cauchy and Schwarz
     left_DD = covariance_DD.detach().double().cpu()
     diagonal_D = left_DD.diagonal().clone()
     enough = LEFT_OUT * diagonal_D.sum()
@@ -127,10 +149,40 @@ def fit_directions(moments: Moments, config: BarrierConfig, name: str = "") -> D
         identity_DD = torch.eye(num_features, dtype=torch.float64, device=covariance_DD.device)
         return Directions(moments.mean, identity_DD, covariance_DD.diagonal().clone())
     check_reduced_dim(config, num_features, name)
-    values_D, vectors_DD = torch.linalg.eigh(covariance_DD)
-    leading_DK = vectors_DD.flip(1)[:, : config.reduced_dim]
-    values_K = values_D.flip(0)[: config.reduced_dim]
+    values_K, leading_DK = leading_eigenvectors(covariance_DD, config.reduced_dim)
     return Directions(moments.mean, _fix_signs(leading_DK.contiguous()), values_K.clamp_min(0))
+
+
+def leading_eigenvectors(covariance_DD: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """The `num` largest eigenvalues, descending, and their eigenvectors (D, num), float64.
+
+    Where these are few of many, by a block Krylov method (Golub and Underwood 1977; Musco and Musco 2015), which is
+    mostly matrix products: restarted until C v - lambda v is rounding, and given up for the whole decomposition where
+    the spectrum is too flat for that.
+    """
+    num_features = len(covariance_DD)
+    width = num + OVERSAMPLED
+    if num_features >= SMALLEST_KRYLOV and width * KRYLOV_BLOCKS <= num_features // 2:
+        generator = torch.Generator().manual_seed(0)  # no number is drawn from the global one
+        start = torch.randn(num_features, width, generator=generator, dtype=torch.float64)
+        block_DW = torch.linalg.qr(start.to(covariance_DD.device))[0]
+        for _ in range(KRYLOV_RESTARTS):
+            blocks = [block_DW]
+            for _ in range(KRYLOV_BLOCKS - 1):
+                blocks.append(torch.linalg.qr(covariance_DD @ blocks[-1])[0])
+            space_DS = torch.linalg.qr(torch.cat(blocks, dim=1))[0]
+            image_DS = covariance_DD @ space_DS
+            values_S, rotation_SS = torch.linalg.eigh(space_DS.T @ image_DS)
+            values_W, rotation_SW = values_S.flip(0)[:width], rotation_SS.flip(1)[:, :width]
+            block_DW = space_DS @ rotation_SW
+            error_DK = (image_DS @ rotation_SW - block_DW * values_W)[:, :num]
+            error = float(error_DK.norm(dim=0).max() / values_W[0].clamp_min(1e-300))
+            if error <= KRYLOV_ERROR:
+                return values_W[:num], block_DW[:, :num]
+            if error > KRYLOV_TOO_FLAT:
+                break
+    values_D, vectors_DD = torch.linalg.eigh(covariance_DD)
+    return values_D.flip(0)[:num], vectors_DD.flip(1)[:, :num]
 
 
 def check_reduced_dim(config: BarrierConfig, num_features: int, name: str) -> None:
@@ -142,16 +194,17 @@ def check_reduced_dim(config: BarrierConfig, num_features: int, name: str) -> No
         )
 
 
-def residual_covariance(moments: Moments, basis_DK: Tensor) -> Tensor:
+def residual_covariance(covariance_DD: Tensor, basis_DK: Tensor) -> Tensor:
     """C_res = (I - B B^T) C (I - B B^T), (D, D), in O(D^2 K): no second decomposition.
 
     For the forget rows B holds eigenvectors of C, so this is C - B diag(eig) B^T. It is positive semi-definite by
     construction: eigenvalues below 0 are float64 rounding, a billionth of what the float32 of the result rounds off.
     """
-    covariance_DD = moments.covariance
-    half_DD = covariance_DD - basis_DK @ (basis_DK.T @ covariance_DD)
-    residual_DD = half_DD - (half_DD @ basis_DK) @ basis_DK.T
-    return (residual_DD + residual_DD.T) / 2
+    image_DK = covariance_DD @ basis_DK
+    half_DK = image_DK - basis_DK @ ((basis_DK.T @ image_DK) / 2)
+    return torch.addmm(
+        covariance_DD, torch.cat([basis_DK, half_DK], dim=1), torch.cat([half_DK, basis_DK], dim=1).T, alpha=-1
+    )
 
 
 def fit_region(
@@ -182,7 +235,8 @@ def fit_region(
         outer_lower, outer_upper = z_lower - config.infinity_scale, z_upper + config.infinity_scale
     residual, multiplier = None, 1.0
     if config.decomposition != "none":
-        residual = residual_covariance(_residual_moments(forget_moments, retain_moments, config), directions.basis_DK)
+        source = _residual_moments(forget_moments, retain_moments, config)
+        residual = residual_covariance(source.covariance, directions.basis_DK)
         if config.residual_weighting == "singular_values":
             multiplier = _singular_value_weight(forget_moments.count, *directions.basis_DK.shape)
     return ForgetRegion(

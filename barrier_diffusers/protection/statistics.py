@@ -1,7 +1,7 @@
 """Streaming statistics of a layer's inputs: moments and percentiles in memory that does not grow with the data.
 
-Both accumulate over batches, merge exactly, and are summed over the processes of a distributed run; rows are never
-kept. Shapes: N rows, D input features, K directions, S histogram bins.
+Both accumulate over batches, merge exactly, and are summed over the processes of a distributed run; no row is kept
+for long. Shapes: N rows, D input features, K directions, S histogram bins.
 """
 
 from __future__ import annotations
@@ -34,52 +34,77 @@ def is_distributed() -> bool:
 class Moments:
     """Count, mean and covariance of rows (docs/method.md section 1): batches in float32, accumulated in float64.
 
+    A pass over D x D numbers costs more than a few rows are worth, so up to D / 4 rows wait until they are added
+    together; memory does not grow with the data.
+
     Args:
         num_features: D.
         device: where the accumulators live; best that of the activations.
     """
 
     def __init__(self, num_features: int, device: torch.device | str | None = None):
-        self.count = 0
         self.mean_D = torch.zeros(num_features, dtype=torch.float64, device=device)
         self.scatter_DD = torch.zeros(num_features, num_features, dtype=torch.float64, device=device)
+        self._added = 0
+        self._waiting: list[Tensor] = []
+
+    @property
+    def count(self) -> int:
+        """Number of rows seen."""
+        return self._added + sum(map(len, self._waiting))
 
     def update(self, x_ND: Tensor) -> None:
         """Add the rows `x_ND` (any floating dtype)."""
-        if len(x_ND) == 0:
-            return
-        rows = x_ND.float()
-        mean_D = rows.mean(0)
-        centred_ND = rows - mean_D
-        self._combine(len(rows), mean_D.double(), centred_ND.T @ centred_ND)
+        most = len(self.mean_D) // 4
+        if len(x_ND) > most:
+            self._add(x_ND.float())
+        elif len(x_ND):
+            if self.count - self._added + len(x_ND) > most:
+                self._add_waiting()
+            self._waiting.append(x_ND.to(torch.float32, copy=True))  # the network may overwrite its own
 
     def merge(self, other: Moments) -> None:
         """Add the rows that `other` has seen."""
-        self._combine(other.count, other.mean_D, other.scatter_DD)
+        other._add_waiting()
+        self._add_waiting()
+        if other._added:
+            self._combine(other._added, other.mean_D, other.scatter_DD)
+
+    def _add_waiting(self) -> None:
+        if self._waiting:
+            rows = self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting)
+            self._waiting = []
+            self._add(rows)
+
+    def _add(self, rows: Tensor) -> None:
+        with torch.autocast(rows.device.type, enabled=False):  # rows that waited are added in whatever context
+            mean_D = rows.mean(0)
+            centred_ND = rows - mean_D
+            self._combine(len(rows), mean_D, centred_ND.T @ centred_ND)
 
     def _combine(self, count: int, mean_D: Tensor, scatter_DD: Tensor) -> None:
         """Pairwise update of mean and scatter (Chan, Golub, LeVeque 1979)."""
-        if count == 0:
-            return
-        total = self.count + count
+        total = self._added + count
         delta_D = mean_D - self.mean_D
         self.scatter_DD += scatter_DD  # in place, as is the next: D x D temporaries would cost more than the product
-        self.scatter_DD.addr_(delta_D, delta_D, alpha=self.count * count / total)
-        self.mean_D += delta_D * (count / total)
-        self.count = total
+        if self._added:
+            self.scatter_DD.addr_(delta_D, delta_D, alpha=self._added * count / total)
+        self.mean_D.add_(delta_D, alpha=count / total)
+        self._added = total
 
     def all_reduce(self) -> None:
         """Combine with the other processes' rows: counts and sums first, then scatters around the common mean."""
+        self._add_waiting()
         if not is_distributed():
             return
-        count = _reduce(torch.tensor([self.count], dtype=torch.float64, device=self.mean_D.device))
+        count = _reduce(torch.tensor([self._added], dtype=torch.float64, device=self.mean_D.device))
         total = int(count.item())
         if total == 0:
             return
-        mean_D = _reduce(self.mean_D * (self.count / total))
+        mean_D = _reduce(self.mean_D * (self._added / total))
         delta_D = self.mean_D - mean_D
-        self.scatter_DD = _reduce(self.scatter_DD + torch.outer(delta_D, delta_D) * self.count)
-        self.mean_D, self.count = mean_D, total
+        self.scatter_DD = _reduce(self.scatter_DD + torch.outer(delta_D, delta_D) * self._added)
+        self.mean_D, self._added = mean_D, total
 
     @property
     def mean(self) -> Tensor:
@@ -95,10 +120,11 @@ class Moments:
     def covariance(self) -> Tensor:
         """C = mean((x - mean)(x - mean)^T), (D, D) float64, exactly symmetric."""
         self._require_rows()
-        return (self.scatter_DD + self.scatter_DD.T) / (2 * self.count)
+        return (self.scatter_DD + self.scatter_DD.T).div_(2 * self._added)
 
     def _require_rows(self) -> None:
-        if self.count == 0:
+        self._add_waiting()
+        if self._added == 0:
             raise ValueError("no rows were recorded, so there is no mean or covariance")
 
 
@@ -115,34 +141,45 @@ class ProjectionSketch:
 
     def __init__(self, scale_K: Tensor):
         self.scale_K = scale_K.double().clamp_min(torch.finfo(torch.float32).tiny)
-        self.bins_per_side = math.ceil(math.log(LARGEST / SMALLEST) / math.log(RATIO)) + 1
-        shape, device = (len(scale_K), 2 * self.bins_per_side + 1), scale_K.device
+        bins_per_side = math.ceil(math.log(LARGEST / SMALLEST) / math.log(RATIO)) + 1
+        steps = torch.arange(bins_per_side, dtype=torch.float64, device=scale_K.device)
+        edges = SMALLEST * RATIO**steps
+        self.edges_S = torch.cat([-edges.flip(0), edges])  # of the bins, in units of the scale
+        shape, device = (len(scale_K), len(self.edges_S) + 1), scale_K.device
         self.count = 0
         self.counts_KS = torch.zeros(shape, dtype=torch.int64, device=device)
         self.sums_KS = torch.zeros(shape, dtype=torch.float64, device=device)
-        self.minimum_K = torch.full_like(self.scale_K, math.inf)
-        self.maximum_K = torch.full_like(self.scale_K, -math.inf)
+        self._minima = [torch.full_like(self.scale_K, math.inf)]
+        self._maxima = [torch.full_like(self.scale_K, -math.inf)]
+        self._one = torch.ones((), dtype=torch.int64, device=device)
 
     def update(self, z_NK: Tensor) -> None:
         """Add the projections `z_NK` of N rows."""
         if len(z_NK) == 0:
             return
-        z_KN = z_NK.double().T.contiguous()
-        distance_KN = torch.log(z_KN.abs() / self.scale_K[:, None] / SMALLEST) / math.log(RATIO)
-        steps_KN = (distance_KN.floor() + 1).clamp(0, self.bins_per_side) * z_KN.sign()
-        bins_KN = steps_KN.nan_to_num().long() + self.bins_per_side  # the recorder reports NaN; here it must not crash
-        self.counts_KS.scatter_add_(1, bins_KN, torch.ones_like(bins_KN))
-        self.sums_KS.scatter_add_(1, bins_KN, z_KN)
-        self.minimum_K = torch.minimum(self.minimum_K, z_KN.amin(1))
-        self.maximum_K = torch.maximum(self.maximum_K, z_KN.amax(1))
+        z_NK = z_NK.double()
+        bins_NK = torch.bucketize(z_NK / self.scale_K, self.edges_S)  # NaN, which the recorder reports, comes last
+        self.counts_KS.scatter_add_(1, bins_NK.T, self._one.expand_as(bins_NK).T)
+        self.sums_KS.scatter_add_(1, bins_NK.T, z_NK.T)
+        minimum_K, maximum_K = torch.aminmax(z_NK, dim=0)
+        self._minima.append(minimum_K)
+        self._maxima.append(maximum_K)
+        if len(self._minima) > 64:
+            self._merge_extremes()
         self.count += len(z_NK)
+
+    def _merge_extremes(self) -> tuple[Tensor, Tensor]:
+        """Smallest and largest z per direction, (K,)."""
+        self._minima = [torch.stack(self._minima).amin(0)]
+        self._maxima = [torch.stack(self._maxima).amax(0)]
+        return self._minima[0], self._maxima[0]
 
     def merge(self, other: ProjectionSketch) -> None:
         """Add the rows that `other`, built with the same scales, has seen."""
         self.counts_KS += other.counts_KS
         self.sums_KS += other.sums_KS
-        self.minimum_K = torch.minimum(self.minimum_K, other.minimum_K)
-        self.maximum_K = torch.maximum(self.maximum_K, other.maximum_K)
+        self._minima += other._minima
+        self._maxima += other._maxima
         self.count += other.count
 
     def all_reduce(self) -> None:
@@ -151,19 +188,20 @@ class ProjectionSketch:
             return
         _reduce(self.counts_KS)
         _reduce(self.sums_KS)
-        _reduce(self.minimum_K, dist.ReduceOp.MIN)
-        _reduce(self.maximum_K, dist.ReduceOp.MAX)
+        minimum_K, maximum_K = self._merge_extremes()
+        _reduce(minimum_K, dist.ReduceOp.MIN)
+        _reduce(maximum_K, dist.ReduceOp.MAX)
         self.count = int(self.counts_KS[0].sum().item())
 
     @property
     def minimum(self) -> Tensor:
         """Smallest z per direction, (K,) float32, exact."""
-        return self._checked(self.minimum_K)
+        return self._checked(self._merge_extremes()[0])
 
     @property
     def maximum(self) -> Tensor:
         """Largest z per direction, (K,) float32, exact."""
-        return self._checked(self.maximum_K)
+        return self._checked(self._merge_extremes()[1])
 
     def quantile(self, p: float) -> Tensor:
         """The p-quantile of each direction, (K,) float32; exact for p = 0 and 1, else within 1 % of rank.
