@@ -90,13 +90,14 @@ def test_no_operator_waits_for_the_device():
 @pytest.mark.parametrize("side", [8, 32])  # few rows, which wait until there are more; many rows
 def test_operators_of_recording_a_batch(side):
     """Per distinct input, beside those of the network's own forward passes."""
-    unet, per_size = build_unet("tiny"), {}
-    for num_batches in (2, 8):
+    unet = build_unet("tiny")
+
+    def launched(num_batches):
         batches = make_batches("tiny", num_batches, 2, side)
         barrier = Barrier(unet, BarrierConfig(targets=TARGETS["all"], reduced_dim=4))
         total = count_operators(lambda: barrier.setup_protection(batches, forward))
-        own = count_operators(lambda: [forward(unet, batch) for batch in [*batches, *batches]])
-        per_size[num_batches] = total - own
-    assert len(barrier.groups) == 33
-    each = (per_size[8] - per_size[2]) / (6 * 2 * 33)  # of one batch in one of the two passes
+        assert len(barrier.groups) == 33
+        return total - count_operators(lambda: [forward(unet, batch) for batch in [*batches, *batches]])
+
+    each = (launched(8) - launched(2)) / (6 * 2 * 33)  # of one batch in one of the two passes
     assert 3 < each <= 10
