@@ -7,7 +7,22 @@ from typing import Literal
 
 from barrier_diffusers.protection.config import BarrierConfig
 from barrier_diffusers.training.run_config import RunConfig, StageConfig, UnlearningConfig
-from barrier_diffusers.utils.checks import as_list, require_positive
+from barrier_diffusers.utils.checks import (
+    ABOVE_0,
+    DATA,
+    FOLDER,
+    INNER_SHARE,
+    MODEL,
+    OUTPUT,
+    SEED,
+    Checked,
+    Range,
+    as_list,
+    at_least,
+    check_settings,
+    require_different,
+    rules,
+)
 
 
 @dataclass(kw_only=True)
@@ -16,10 +31,17 @@ class DataConfig:
 
     train_data_dir: str  # folder (parquet, Arrow, image folder) or hub name, e.g. uoft-cs/cifar10
     dataset_subset: str | None = None  # of a hub data set, e.g. cropped_digits of ufldl-stanford/svhn
-    train_split: str = "train"
+    train_split: str = "train"  # of the data set
     test_split: str = "test"  # Tiny ImageNet on the hub: valid
-    image_column: str = "image"
-    label_column: str = "label"
+    image_column: str = "image"  # of the data set
+    label_column: str = "label"  # of the data set
+
+    RULES = rules(train_data_dir=DATA)
+
+    def check_splits(self) -> None:
+        """A ValueError where the photos that test are those that train."""
+        if self.train_split == self.test_split:
+            raise ValueError(f"test_split and train_split are both {self.test_split!r}: nothing would be tested")
 
 
 @dataclass(kw_only=True)
@@ -31,16 +53,17 @@ class ForgetConfig:
     forget_count: int | None = None  # a random number of them
     forget_seed: int = 0  # which random ones; apart from `seed`, so that runs can share them
 
+    RULES = rules(forget_fraction=INNER_SHARE, forget_count=at_least(1), forget_seed=SEED)
+
     def __post_init__(self) -> None:
         names = ("forget_class", "forget_fraction", "forget_count")
         given = [name for name in names if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are given: choose one way to say what is to be forgotten")
-        if self.forget_fraction is not None and not 0 < self.forget_fraction < 1:
-            raise ValueError(f"forget_fraction is {self.forget_fraction}, but must be between 0 and 1")
-        require_positive(self, ("forget_count",))
+        check_settings(self)
         if self.forget_class is not None and not self.classes:
             raise ValueError("forget_class is empty: name at least one label")
+        require_different(self.classes, "forget_class")
 
     @property
     def classes(self) -> list[str]:
@@ -59,28 +82,31 @@ class OptimizerConfig(RunConfig, StageConfig):
 
     train_batch_size: int = 128  # per process and step
     num_train_epochs: int = 10
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adamw"] = "sgd"  # sgd with momentum, or adamw
     learning_rate: float = 0.01
     momentum: float = 0.9  # of sgd
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # of the optimizer
     max_grad_norm: float | None = None  # None: no clipping
-    report_to: Literal["tensorboard", "wandb", "all", "none"] = "none"
+
+    RULES = rules(momentum=Range(0, 1, without_high=True), weight_decay=at_least(0))
 
 
 @dataclass(kw_only=True)
-class Recipe:
+class Recipe(Checked):
     """How a network is trained from scratch, beyond the loop."""
 
-    label_smoothing: float = 0.0
+    label_smoothing: float = 0.0  # share of each label that all labels get
     flip: bool = True  # mirror half of the images; not for digits
     shift: int = 2  # each image by up to this many pixels, on black
+
+    RULES = rules(label_smoothing=Range(0, 1, without_high=True), shift=at_least(0))
 
 
 @dataclass(kw_only=True)
 class ClassifierEvaluationConfig:
     """What is measured."""
 
-    eval_batch_size: int = 500
+    eval_batch_size: int = 500  # images in the network at once, without training
     before: bool = True  # unlearn.py: also judge the classifier it starts from
     # members, and as many non-members, that the membership attack learns from: an SVC's cost grows with the square
     num_mia_samples: int = 1000
@@ -89,8 +115,16 @@ class ClassifierEvaluationConfig:
     shadow_models: list[str] = field(default_factory=list)
     retrained: str | None = None  # folder of a run with method retrain, for the gap to it
 
+    SECTION = "evaluation."
+    RULES = rules(
+        eval_batch_size=at_least(1),
+        num_mia_samples=at_least(1),
+        shadow_models=FOLDER,
+        retrained=FOLDER,
+    )
+
     def __post_init__(self) -> None:
-        require_positive(self, ("eval_batch_size", "num_mia_samples"), "evaluation.{}")
+        check_settings(self)
 
 
 @dataclass(kw_only=True)
@@ -99,21 +133,29 @@ class TrainConfig(Recipe, OptimizerConfig, ForgetConfig, DataConfig):
 
     model_name_or_path: str = "resnet18"  # a name in models.ARCHITECTURES, or a folder or hub id to fine-tune
     resolution: int = 32  # of our own architectures; others say it themselves
-    num_channels: int = 3
-    eval_batch_size: int = 500
-    save_dtype: Literal["fp32", "fp16"] = "fp32"
+    num_channels: int = 3  # of our own architectures: 1 grey, 3 colour
+    eval_batch_size: int = 500  # images in the network at once, without training
+    save_dtype: Literal["fp32", "fp16"] = "fp32"  # of the written weights
+
+    RULES = rules(
+        model_name_or_path=MODEL,
+        resolution=at_least(1),
+        num_channels=at_least(1),
+        eval_batch_size=at_least(1),
+    )
 
     def __post_init__(self) -> None:
         OptimizerConfig.__post_init__(self)
         ForgetConfig.__post_init__(self)
-        require_positive(self, ("eval_batch_size",))
+        self.check_splits()
+        self.check_warmup()
 
 
 @dataclass(kw_only=True)
 class MethodConfig:
     """The unlearning method; a setting it does not read must keep its default."""
 
-    name: str = "rl"
+    name: str = "rl"  # see classification_ext/methods
     alpha: float = 0.0  # weight of the retain images' cross-entropy; 0: they are neither loaded nor run
     l1_weight: float = 5e-4  # of l1_sparse, falling linearly to 0
     epsilon: float = 0.1  # boundary_shrink: step across the boundary, in pixels of [-1, 1]
@@ -122,13 +164,19 @@ class MethodConfig:
     scale: float = 1.0  # wfisher: multiple of the influence step
     num_samples: int = 256  # fisher, wfisher: retained images that stand for all
 
+    SECTION = "method."
+    RULES = rules(
+        alpha=at_least(0),
+        l1_weight=at_least(0),
+        epsilon=at_least(0),
+        noise=at_least(0),
+        damping=ABOVE_0,
+        scale=at_least(0),
+        num_samples=at_least(1),
+    )
+
     def __post_init__(self) -> None:
-        require_positive(self, ("num_samples",), "method.{}")
-        for name in ("alpha", "l1_weight", "epsilon", "noise", "scale"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"method.{name} is {getattr(self, name)}, but must be >= 0")
-        if not self.damping > 0:
-            raise ValueError(f"method.damping is {self.damping}, but must be > 0")
+        check_settings(self)
 
 
 @dataclass(kw_only=True)
@@ -146,8 +194,11 @@ class UnlearnConfig(OptimizerConfig, UnlearningConfig, ForgetConfig, DataConfig)
     def __post_init__(self) -> None:
         UnlearningConfig.__post_init__(self)
         ForgetConfig.__post_init__(self)
+        self.check_splits()
         if not self.forgets:
             raise ValueError("nothing is to be forgotten: set forget_class, forget_fraction or forget_count")
+        if self.optimizer != "sgd" and self.momentum != OptimizerConfig.momentum:
+            raise ValueError(f"momentum is {self.momentum}, but optimizer {self.optimizer} has none: leave it out")
         if self.trained_weights == "all" and self.protected:
             raise ValueError(
                 "BARRIER protects the targets alone: trained_weights='all' needs barrier.lambda_interval 0 and "
@@ -159,13 +210,16 @@ class UnlearnConfig(OptimizerConfig, UnlearningConfig, ForgetConfig, DataConfig)
 class EvaluateConfig(ForgetConfig, DataConfig):
     """What is judged, and on what."""
 
-    pretrained_model_name_or_path: str
-    output_dir: str
-    overwrite_output_dir: bool = False
+    pretrained_model_name_or_path: str  # folder of a classifier, or hub id
+    output_dir: str  # gets evaluation.json
+    overwrite_output_dir: bool = False  # an earlier evaluation in output_dir is deleted first
     seed: int = 0  # which samples the membership attack draws
     evaluation: ClassifierEvaluationConfig = field(default_factory=ClassifierEvaluationConfig)
 
+    RULES = rules(pretrained_model_name_or_path=MODEL, output_dir=OUTPUT, seed=SEED)
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_splits()
         if not self.forgets:
             raise ValueError("nothing was to be forgotten: set forget_class, forget_fraction or forget_count")

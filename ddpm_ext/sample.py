@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from PIL import Image
 
 from barrier_diffusers.models.generation import generate
-from barrier_diffusers.utils.checks import require_positive
+from barrier_diffusers.utils.checks import FOLDER, OUTPUT, Checked, at_least, rules
 from barrier_diffusers.utils.command_line import run_script
 from barrier_diffusers.utils.files import file_names, written_whole
 from barrier_diffusers.utils.run_records import claim_output_dir
@@ -26,19 +26,18 @@ SCHEDULERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
 
 
 @dataclass(kw_only=True)
-class SampleConfig:
+class SampleConfig(Checked):
     """What is sampled, and how."""
 
     pretrained_model_name_or_path: str  # folder of a ClassConditionalDDPMPipeline
     output_dir: str  # gets LABEL_I.png, image I of each label
     labels: list[str] = field(default_factory=list)  # none: all
-    images_per_label: int = 8
+    images_per_label: int = 8  # made for each label
     scheduler: Literal["own", "ddim", "ddpm"] = "own"  # own: the pipeline's; the noise schedule is its own in any case
-    overwrite_output_dir: bool = False
+    overwrite_output_dir: bool = False  # earlier images in output_dir are deleted first
     sampling: LabelSamplingConfig = field(default_factory=LabelSamplingConfig)
 
-    def __post_init__(self) -> None:
-        require_positive(self, ("images_per_label",))
+    RULES = rules(pretrained_model_name_or_path=FOLDER, output_dir=OUTPUT, images_per_label=at_least(1))
 
 
 def main(config: SampleConfig) -> None:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from barrier_diffusers.evaluation.attacks.base import LearningBudget
+from barrier_diffusers.evaluation.judge import check_judge
 from barrier_diffusers.models.generation import SamplingConfig
 from barrier_diffusers.objectives import Objective, load_objective
 from barrier_diffusers.protection.config import BarrierConfig
 from barrier_diffusers.training.run_config import DiffusionUnlearningConfig, RunConfig, StageConfig
-from barrier_diffusers.utils.checks import as_list, require_positive
+from barrier_diffusers.utils.checks import (
+    FILE_OR_FOLDER,
+    FOLDER,
+    OUTPUT,
+    Range,
+    as_list,
+    at_least,
+    check_settings,
+    require_different,
+    rules,
+)
 
-
-def require_share(config: object, name: str) -> None:
-    """A ValueError for a setting outside [0, 1)."""
-    value = getattr(config, name)
-    if not 0 <= value < 1:
-        raise ValueError(f"{name} is {value}, but must be in [0, 1)")
+DROPOUT = Range(0, 1, without_high=True)
 
 
 @dataclass
@@ -26,9 +34,11 @@ class LabelledDataConfig:
 
     train_data_dir: str | None = None  # folder readable by `datasets`: parquet, Arrow or an image folder
     dataset_name: str | None = None  # or a hub name, e.g. uoft-cs/cifar10
-    split: str = "train"
-    image_column: str = "image"
-    label_column: str = "label"
+    split: str = "train"  # that is trained on
+    image_column: str = "image"  # of the data set
+    label_column: str = "label"  # of the data set
+
+    RULES = rules(train_data_dir=FILE_OR_FOLDER)
 
     def __post_init__(self) -> None:
         if (self.train_data_dir is None) == (self.dataset_name is None):
@@ -40,25 +50,47 @@ class LabelledDataConfig:
         return self.train_data_dir or self.dataset_name or ""
 
 
+def require_labels(folder: str, setting: str, labels: list[str]) -> None:
+    """A ValueError for a label that the pipeline in a folder does not have, as far as its model_index.json says so."""
+    path = Path(folder).expanduser() / "model_index.json"
+    try:
+        known = json.loads(path.read_text(encoding="utf-8")).get("labels")
+    except (OSError, ValueError):
+        return  # loading it says what is wrong
+    for label in labels:
+        if known and label not in known:
+            raise ValueError(f"{setting} names {label!r}, but the pipeline's labels are {', '.join(known)}")
+
+
 @dataclass
 class UnetConfig:
     """The noise predictor; the defaults are the embedded model's."""
 
     block_out_channels: list[int] = field(default_factory=lambda: [64, 128])  # halves the side at each step but one
     attention_levels: list[bool] = field(default_factory=lambda: [False, True])  # which of them have self-attention
-    layers_per_block: int = 1
+    layers_per_block: int = 1  # residual layers of a level
     attention_head_dim: int = 32  # features per head
-    norm_num_groups: int = 16
-    dropout: float = 0.0
+    norm_num_groups: int = 16  # of the group norms
+    dropout: float = 0.0  # in the residual layers
     patch_size: int = 2  # the UNet sees patches of this side as channels (pipeline.py); 1: plain pixels
 
+    SECTION = "unet."
+    RULES = rules(
+        block_out_channels=at_least(1),
+        layers_per_block=at_least(1),
+        attention_head_dim=at_least(1),
+        norm_num_groups=at_least(1),
+        dropout=DROPOUT,
+        patch_size=at_least(1),
+    )
+
     def __post_init__(self) -> None:
+        check_settings(self)
         if len(self.attention_levels) != len(self.block_out_channels):
             raise ValueError(
                 f"unet.attention_levels names {len(self.attention_levels)} levels, "
                 f"unet.block_out_channels {len(self.block_out_channels)}"
             )
-        require_positive(self, ("layers_per_block", "attention_head_dim", "norm_num_groups", "patch_size"))
 
     @property
     def unit(self) -> int:
@@ -81,17 +113,24 @@ class TrainConfig(RunConfig, StageConfig):
     learning_rate: float = 1e-3  # peak
     lr_scheduler: str = "cosine"
     lr_warmup_steps: int = 200
-    adam_weight_decay: float = 0.01
+    adam_weight_decay: float = 0.01  # of AdamW
     label_dropout: float = 0.1  # share of labels replaced by "no label", for classifier-free guidance
     ema_decay: float = 0.999  # of the averaged weights that are saved
     num_train_timesteps: int = 1000  # of the linear noise schedule
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of the written weights
     unet: UnetConfig = field(default_factory=UnetConfig)
 
+    RULES = rules(
+        resolution=at_least(1),
+        adam_weight_decay=at_least(0),
+        label_dropout=DROPOUT,
+        ema_decay=DROPOUT,
+        num_train_timesteps=at_least(1),
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_share(self, "label_dropout")
-        require_share(self, "ema_decay")
+        self.check_warmup()
         if self.resolution % self.unet.unit:
             raise ValueError(
                 f"resolution is {self.resolution}, but must be a multiple of {self.unet.unit} for "
@@ -106,7 +145,7 @@ TARGETS = ["to_q", "to_k", "to_v", "class_embedding"]  # as the paper's DDPM set
 class RowInversionConfig(LearningBudget):
     """Budget of learning a new row of the class embedding."""
 
-    num_steps: int = 200
+    num_steps: int = 200  # of AdamW
     learning_rate: float = 2e-2
     initial_label: str | None = None  # the new row starts as this label's; None: as that of the forgotten one
 
@@ -115,7 +154,7 @@ class RowInversionConfig(LearningBudget):
 class FineTuningConfig(LearningBudget):
     """Budget of fine-tuning the whole network on a few images of the label."""
 
-    num_steps: int = 300
+    num_steps: int = 300  # of AdamW
     batch_size: int = 10
     num_images: int | None = 10
     learning_rate: float = 1e-4
@@ -148,14 +187,27 @@ class LabelEvaluationConfig:
     inversion: RowInversionConfig = field(default_factory=RowInversionConfig)
     relearning: FineTuningConfig = field(default_factory=FineTuningConfig)
 
+    SECTION = "evaluation."
+    RULES = rules(
+        judge=FOLDER,
+        images_per_label=at_least(1),
+        images_per_retained_label=at_least(1),
+        neighbours=at_least(1),
+    )
+
     def __post_init__(self) -> None:
-        require_positive(self, ("images_per_label", "images_per_retained_label", "neighbours"))
+        check_settings(self)
         if len(set(self.attacks)) < len(self.attacks):
             raise ValueError(f"evaluation.attacks names one twice: {', '.join(self.attacks)}")
         if self.attacks and (self.judge is None or self.split is None):
             raise ValueError(
                 "evaluation.attacks learn from evaluation.split and are scored by evaluation.judge: set both"
             )
+
+    def check_judge(self, labels: list[str]) -> None:
+        """A ValueError if there is a judge, but one that does not know the labels; it is not loaded."""
+        if self.judge is not None:
+            check_judge(self.judge, labels, attribute=self.attribute, setting="evaluation.judge")
 
     def budget_of(self, attack: str) -> LearningBudget:
         """What an attack may spend."""
@@ -171,14 +223,29 @@ class EvaluateConfig:
     data: LabelledDataConfig
     concept: str | list[str] = field(default_factory=list)  # labels it was made to forget; none: accuracy of all
     base_model: str | None = None  # the pipeline before it was unlearned, for the "before" columns
-    overwrite_output_dir: bool = False
+    overwrite_output_dir: bool = False  # an earlier evaluation in output_dir is deleted first
     evaluation: LabelEvaluationConfig = field(default_factory=LabelEvaluationConfig)
 
+    RULES = rules(pretrained_model_name_or_path=FOLDER, output_dir=OUTPUT, base_model=FOLDER)
+
     def __post_init__(self) -> None:
+        require_different(self.concepts, "concept")
         if self.evaluation.judge is None:
             raise ValueError("nobody judges the images: set evaluation.judge, a folder of an AttributeClassifier")
         if self.evaluation.attacks and not self.concepts:
             raise ValueError("evaluation.attacks bring forgotten labels back: set concept")
+
+    def check_inputs(self) -> None:
+        """A ValueError for a judge that does not know the labels, or labels that the pipeline does not have."""
+        self.evaluation.check_judge(self.concepts)
+        require_labels(self.pretrained_model_name_or_path, "concept", self.concepts)
+
+    @property
+    def announcement(self) -> str:
+        """What a run is about to do, in one line."""
+        about = f" for {' and '.join(self.concepts)}" if self.concepts else ""
+        attacks = ", ".join(self.evaluation.attacks) or "no attack"
+        return f"judging {self.pretrained_model_name_or_path}{about} on {self.data.source}; {attacks}"
 
     @property
     def concepts(self) -> list[str]:
@@ -204,14 +271,32 @@ class UnlearnConfig(DiffusionUnlearningConfig):
     barrier: BarrierConfig = field(default_factory=lambda: BarrierConfig(targets=list(TARGETS)))
     evaluation: LabelEvaluationConfig = field(default_factory=LabelEvaluationConfig)
 
+    RULES = rules(
+        pretrained_model_name_or_path=FOLDER,
+        max_forget_images=at_least(1),
+        max_retain_images=at_least(1),
+        label_dropout=DROPOUT,
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, ("max_forget_images", "max_retain_images"))
         if not self.concepts:
             raise ValueError("concept is empty: name the labels to forget")
-        if len(set(self.concepts)) < len(self.concepts):
-            raise ValueError(f"concept names a label twice: {', '.join(self.concepts)}")
-        require_share(self, "label_dropout")
+        require_different(self.concepts, "concept")
+
+    def check_inputs(self) -> None:
+        """A ValueError for a judge that does not know the labels, or labels that the pipeline does not have."""
+        self.evaluation.check_judge(self.concepts)
+        require_labels(self.pretrained_model_name_or_path, "concept", self.concepts)
+        require_labels(self.pretrained_model_name_or_path, "validation_prompt", self.validation_prompt)
+
+    @property
+    def announcement(self) -> str:
+        """What a run is about to do, in one line."""
+        return (
+            f"unlearning {' and '.join(self.concepts)} in {self.pretrained_model_name_or_path}: {self.objective.name} "
+            f"trains {', '.join(self.barrier.targets or [])} on {self.data.source}; {self.protection}"
+        )
 
     @property
     def concepts(self) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from short_runs import ROOT
 
+from barrier_diffusers.utils.checks import FILE_OR_FOLDER, FOLDER, rules
 from barrier_diffusers.workflow.definitions import WORKFLOWS
 from barrier_diffusers.workflow.stages import Stage
 
@@ -58,6 +59,8 @@ class TrainConfig:
     resume_from_checkpoint: str | None = None
     overwrite_output_dir: bool = False
 
+    RULES = rules(data=FILE_OR_FOLDER)
+
 
 @dataclass(kw_only=True)
 class JudgeConfig:
@@ -67,6 +70,8 @@ class JudgeConfig:
     model: str
     concept: str
     bonus: float = 0.0
+
+    RULES = rules(model=FOLDER)
 
 
 LIGHT = (

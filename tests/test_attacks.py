@@ -237,10 +237,10 @@ def test_relearning_refuses_a_pipeline_with_an_adapter(pipeline):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: InversionConfig(num_steps=0), "num_steps of an attack is 0"),
-        (lambda: InversionConfig(learning_rate=0.0), "learning_rate of an attack is 0.0"),
+        (lambda: InversionConfig(num_steps=0), "num_steps is 0, but must be at least 1"),
+        (lambda: InversionConfig(learning_rate=0.0), "learning_rate is 0.0, but must be > 0"),
         (lambda: InversionConfig(initial_words=" "), "initial_words is empty"),
-        (lambda: RelearningConfig(rank=0), "rank of an attack is 0"),
+        (lambda: RelearningConfig(rank=0), "rank is 0, but must be in \\[1, 4096\\]"),
         (lambda: MisspelledConfig(num_edits=0), "num_edits is 0"),
     ],
 )

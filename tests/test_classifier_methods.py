@@ -202,7 +202,7 @@ def test_settings_that_a_method_never_reads_are_refused():
         ({"saliency_mask": 1.5}, "saliency_mask is 1.5"),
         ({"train_batch_size": 0}, "train_batch_size is 0, but must be at least 1"),
         ({"method": {"damping": 0.0}}, "method.damping is 0.0, but must be > 0"),
-        ({"method": {"alpha": -1.0}}, "method.alpha is -1.0, but must be >= 0"),
+        ({"method": {"alpha": -1.0}}, "method.alpha is -1.0, but must be at least 0"),
     ],
 )
 def test_settings_out_of_range(changes, message):

@@ -118,7 +118,7 @@ def test_rows_hold_what_the_objective_reads_and_nothing_else(place, tmp_path):
     [
         ({"concept": "shoe"}, "no label 'shoe'; the pipeline has bag, boot, coat"),
         ({"concept": str(LABELS).replace("'", "")}, "every label is to be forgotten"),
-        ({"concept": "[boot,boot]"}, "names a label twice"),
+        ({"concept": "[boot,boot]"}, "concept names 'boot' twice"),
         ({"objective.name": "uce"}, "edits cross-attention"),
         ({"objective.anchor_prompt": "a boot"}, "a label is no prompt"),
         ({"objective.anchor": "boot"}, "is to be forgotten itself"),

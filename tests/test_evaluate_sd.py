@@ -157,7 +157,7 @@ BAD = {
     "too few images": ({"relearning.num_images": 500}, "wants 500 held-out images of sneaker, but there are 60"),
     "no paraphrase": ({"paraphrased.words": "[]"}, "needs paraphrased.words or paraphrased.prompts"),
     "resolution": ({"resolution": 33}, "resolution is 33, but must be a multiple of"),
-    "zero steps": ({"inversion.num_steps": 0}, "num_steps of an attack is 0"),
+    "zero steps": ({"inversion.num_steps": 0}, "inversion.num_steps is 0"),
     "other files": ({"output_dir": "OTHER"}, "holds other files"),
     "unknown flag": ({"inversion.steps": 3}, "inversion.steps"),
 }

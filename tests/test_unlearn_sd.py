@@ -186,7 +186,7 @@ BAD = {
     "zero steps": ({"max_train_steps": 0}, "max_train_steps is 0"),
     "another run": ({"output_dir": "OTHER_RUN"}, "holds another run"),
     "not writable": ({"output_dir": "/proc/nothing"}, "is not writable"),
-    "negative alpha": ({"objective.alpha": -1}, "must be >= 0"),
+    "negative alpha": ({"objective.alpha": -1}, "objective.alpha is -1.0, but must be at least 0"),
 }
 
 

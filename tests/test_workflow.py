@@ -114,6 +114,15 @@ def test_inputs_count_wholly(light, tmp_path):
     assert ran() and not ran()
 
 
+def test_a_folder_that_is_called_like_a_setting_is_no_input(light, tmp_path):
+    for name in ("bag", "none"):
+        (tmp_path / name).mkdir()
+    assert light()[1] == ["unlearn", "evaluate"]
+    for name in ("bag", "none"):
+        (tmp_path / name / "new.txt").write_text("1")
+    assert light()[1] == []
+
+
 def test_lists_are_words_one_after_another(light, capsys):
     base = ["--config", "pipeline.yaml", "--unlearn.concept=bag"]
     words = ["--unlearn.targets", "a", "b", "--stages", "unlearn", "evaluate", "--unlearn.sleep", "0"]

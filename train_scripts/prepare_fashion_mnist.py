@@ -23,6 +23,7 @@ from PIL import Image as PILImage
 from scipy import ndimage
 
 from barrier_diffusers.data.concepts import write_image_folder
+from barrier_diffusers.utils.checks import FOLDER, OUTPUT, SEED, Checked, at_least, rules
 from barrier_diffusers.utils.command_line import run_script
 
 CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
@@ -39,17 +40,30 @@ SPLITS = {"train": "train", "test": "t10k"}
 
 
 @dataclass
-class PrepareConfig:
+class PrepareConfig(Checked):
     """Where the photos are and where the captioned set goes."""
 
     source_dir: str = "/usr/share/datasets/fashion-mnist"  # IDX files of the Debian package dataset-fashion-mnist
     output_dir: str = "runs/fashion_mnist"  # gets train.parquet and test.parquet
     images_dir: str = "assets/fashion_images"  # gets a small image folder, equally many of every caption
+    # of the image folder, by split
     images_per_caption: dict[str, int] = field(default_factory=lambda: {"train": 12, "test": 5})
     labelled_dir: str = "assets/fashion_mnist"  # gets the plain photos: the first of every class, as parquet
+    # of the plain photos, by split
     photos_per_class: dict[str, int] = field(default_factory=lambda: {"train": 1000, "test": 400})
     all_labelled_dir: str = "runs/fashion_mnist_labelled"  # gets all 70,000 plain photos
     seed: int = 0  # decides which colour each picture has
+
+    RULES = rules(
+        source_dir=FOLDER,
+        output_dir=OUTPUT,
+        images_dir=OUTPUT,
+        images_per_caption=at_least(1),
+        labelled_dir=OUTPUT,
+        photos_per_class=at_least(1),
+        all_labelled_dir=OUTPUT,
+        seed=SEED,
+    )
 
 
 def read_idx(path: Path) -> np.ndarray:

@@ -18,22 +18,25 @@ from barrier_diffusers.evaluation.accuracy import recognise, share
 from barrier_diffusers.evaluation.classifier import AttributeClassifier
 from barrier_diffusers.evaluation.pictures import image_rows
 from barrier_diffusers.models.generation import SamplingConfig, generate
+from barrier_diffusers.utils.checks import FILE_OR_FOLDER, FOLDER, MODEL, Checked, at_least, rules
 from barrier_diffusers.utils.command_line import run_script
 
 
 @dataclass
-class ScoreConfig:
+class ScoreConfig(Checked):
     """What is scored, on which prompts."""
 
-    pipeline: str = "assets/fashion_sd"
-    classifier: str = "assets/fashion_classifier"
+    pipeline: str = "assets/fashion_sd"  # folder or hub id of what is scored
+    classifier: str = "assets/fashion_classifier"  # folder of the AttributeClassifier that scores
     data_dir: str = "assets/fashion_images"  # its captions are the prompts
-    split: str = "test"
-    label_column: str = "class"
-    images_per_label: int = 60
-    output: str = "assets/fashion_sd_scores.json"
-    picture: str = "assets/fashion_sd.png"
+    split: str = "test"  # of the data
+    label_column: str = "class"  # whose values the images are grouped by
+    images_per_label: int = 60  # made for each of them
+    output: str = "assets/fashion_sd_scores.json"  # JSON file with the scores
+    picture: str = "assets/fashion_sd.png"  # some of the images
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    RULES = rules(pipeline=MODEL, classifier=FOLDER, data_dir=FILE_OR_FOLDER, images_per_label=at_least(1))
 
 
 def main(config: ScoreConfig) -> None:

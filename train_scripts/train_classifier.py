@@ -21,6 +21,7 @@ from barrier_diffusers.data.readers import read_rows, rows_hash
 from barrier_diffusers.evaluation.classifier import AttributeClassifier
 from barrier_diffusers.training.run_config import RunConfig, StageConfig
 from barrier_diffusers.training.trainer import ONE_CYCLE, Trainer, make_accelerator, require_usable
+from barrier_diffusers.utils.checks import DATA, Range, at_least, rules
 from barrier_diffusers.utils.command_line import run_script
 from barrier_diffusers.utils.files import write_json
 from barrier_diffusers.utils.run_records import METRICS_NAME
@@ -31,23 +32,37 @@ class ClassifierConfig(RunConfig, StageConfig):
     """Everything the classifier depends on."""
 
     train_data_dir: str = "runs/fashion_mnist"  # folder or hub name with an image column and one column per attribute
-    output_dir: str = "assets/fashion_classifier"
+    output_dir: str = "assets/fashion_classifier"  # gets the classifier and metrics.json
     overwrite_output_dir: bool = True  # False: output_dir must be new or empty. Nothing in it is deleted either way
-    train_split: str = "train"
-    test_split: str = "test"
-    image_column: str = "image"
+    train_split: str = "train"  # of the data set
+    test_split: str = "test"  # of the data set, never trained on
+    image_column: str = "image"  # of the data set
+    # columns whose values are told apart, each by a head of its own
     attributes: list[str] = field(default_factory=lambda: ["class", "colour", "style"])
-    resolution: int = 32
-    channels: list[int] = field(default_factory=lambda: [48, 96, 192])
-    num_train_epochs: int = 8
-    train_batch_size: int = 128
+    resolution: int = 32  # side of the images in pixels
+    channels: list[int] = field(default_factory=lambda: [48, 96, 192])  # of each level of the network
+    num_train_epochs: int = 8  # passes over the data
+    train_batch_size: int = 128  # images per step
     learning_rate: float = 4e-3  # peak of the one-cycle schedule
     lr_scheduler: str = ONE_CYCLE
-    weight_decay: float = 0.02
-    label_smoothing: float = 0.1
+    weight_decay: float = 0.02  # of AdamW
+    label_smoothing: float = 0.1  # share of each label that all labels get
     max_grad_norm: float | None = None  # None: no clipping
     mixed_precision: Literal["no", "fp16", "bf16"] | None = "bf16"
     report_to: Literal["tensorboard", "wandb", "all", "none"] = "none"
+
+    RULES = rules(
+        train_data_dir=DATA,
+        resolution=at_least(1),
+        channels=at_least(1),
+        weight_decay=at_least(0),
+        label_smoothing=Range(0, 1, without_high=True),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.train_split == self.test_split:
+            raise ValueError(f"test_split and train_split are both {self.test_split!r}: nothing would be tested")
 
 
 def read_split(config: ClassifierConfig, split: str) -> Dataset:
@@ -129,9 +144,7 @@ def score(model: Any, config: ClassifierConfig, test: Dataset) -> dict[str, Any]
 
 def main(config: ClassifierConfig) -> None:
     """Load -> train -> save -> test."""
-    output = require_usable(
-        config.output_dir, config.overwrite_output_dir or config.resume_from_checkpoint is not None
-    )
+    output = require_usable(config)
     accelerator = make_accelerator(config, logs_in=config.output_dir, data_seed=config.seed)
     trainer = Trainer(accelerator, config)
     set_seed(config.seed)

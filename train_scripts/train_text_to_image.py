@@ -30,7 +30,7 @@ from barrier_diffusers.models.publishing import load_in_float32
 from barrier_diffusers.models.vocabulary import cut_clip_vocabulary, find_clip_vocabulary
 from barrier_diffusers.training.run_config import RunConfig, StageConfig
 from barrier_diffusers.training.trainer import ONE_CYCLE, Averages, Trainer, make_accelerator, require_usable
-from barrier_diffusers.utils.checks import require_positive
+from barrier_diffusers.utils.checks import DATA, OUTPUT, Checked, Range, at_least, check_settings, rules
 from barrier_diffusers.utils.command_line import run_script
 from barrier_diffusers.utils.files import require_writable, write_json, written_whole
 from barrier_diffusers.utils.run_records import fingerprint
@@ -41,23 +41,27 @@ class VaeConfig(StageConfig):
     """The autoencoder: 32 x 32 pixels <-> 4 x 8 x 8 latents with three levels."""
 
     block_out_channels: list[int] = field(default_factory=lambda: [24, 48, 64])  # halves the side at each step but one
-    latent_channels: int = 4
-    max_train_steps: int | None = 1600
-    train_batch_size: int = 64
+    latent_channels: int = 4  # of the latents
+    max_train_steps: int | None = 1600  # of AdamW
+    train_batch_size: int = 64  # images per step
     learning_rate: float = 2e-3  # peak of the one-cycle schedule
     lr_scheduler: str = ONE_CYCLE
     kl_weight: float = 1e-5  # per latent element; keeps the latents near a unit Gaussian without blurring
 
+    RULES = rules(block_out_channels=at_least(1), latent_channels=at_least(1), kl_weight=at_least(0))
     ONE_CYCLE_WARMUP = 0.1
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 @dataclass
-class TextConfig:
+class TextConfig(Checked):
     """The CLIP text encoder, and the words its tokenizer keeps whole."""
 
-    hidden_size: int = 96
-    num_hidden_layers: int = 2
-    num_attention_heads: int = 4
+    hidden_size: int = 96  # features of a token
+    num_hidden_layers: int = 2  # of the transformer
+    num_attention_heads: int = 4  # of each layer
     max_length: int = 24  # tokens; every prompt is padded to this
     extra_words: list[str] = field(
         default_factory=lambda: [
@@ -75,24 +79,43 @@ class TextConfig:
     )  # kept as one token besides the captions' words; all other text falls back to byte pieces
     vocabulary_package: str = "open_clip"  # installed package that carries CLIP's byte-pair merges
 
+    RULES = rules(
+        hidden_size=at_least(1),
+        num_hidden_layers=at_least(1),
+        num_attention_heads=at_least(1),
+        max_length=at_least(3),
+    )
+
 
 @dataclass(kw_only=True)
 class UnetConfig(StageConfig):
     """The noise predictor and its training."""
 
-    block_out_channels: list[int] = field(default_factory=lambda: [64, 128])
-    layers_per_block: int = 1
+    block_out_channels: list[int] = field(default_factory=lambda: [64, 128])  # halves the side at each step but one
+    layers_per_block: int = 1  # residual layers of a level
     attention_head_dim: int = 4  # number of heads: diffusers' historical name
-    norm_num_groups: int = 16
-    max_train_steps: int | None = 5000
-    train_batch_size: int = 128
+    norm_num_groups: int = 16  # of the group norms
+    max_train_steps: int | None = 5000  # of AdamW
+    train_batch_size: int = 128  # images per step
     learning_rate: float = 1.5e-3  # peak of the one-cycle schedule
     lr_scheduler: str = ONE_CYCLE
-    weight_decay: float = 0.01
-    ema_decay: float = 0.999
+    weight_decay: float = 0.01  # of AdamW
+    ema_decay: float = 0.999  # of the averaged weights that are saved
     caption_dropout: float = 0.1  # share of captions replaced by "" for classifier-free guidance
 
+    RULES = rules(
+        block_out_channels=at_least(1),
+        layers_per_block=at_least(1),
+        attention_head_dim=at_least(1),
+        norm_num_groups=at_least(1),
+        weight_decay=at_least(0),
+        ema_decay=Range(0, 1, without_high=True),
+        caption_dropout=Range(0, 1, without_high=True),
+    )
     ONE_CYCLE_WARMUP = 0.1
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 @dataclass(kw_only=True)
@@ -103,20 +126,17 @@ class TrainConfig(RunConfig):
     output_dir: str = "assets/fashion_sd"  # becomes the pipeline folder
     overwrite_output_dir: bool = True  # False: output_dir must be new or empty. Nothing in it is deleted either way
     work_dir: str = "runs/fashion_sd_work"  # trained VAE, cached latents, logs
-    split: str = "train"
-    image_column: str = "image"
-    caption_column: str = "text"
-    resolution: int = 32
+    split: str = "train"  # of the data set
+    image_column: str = "image"  # of the data set
+    caption_column: str = "text"  # of the data set
+    resolution: int = 32  # side of the images in pixels
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float16"  # of the written weights
-    resume_from_checkpoint: Literal["latest"] | None = None
+    resume_from_checkpoint: Literal["latest"] | None = None  # go on from the newest checkpoint
     vae: VaeConfig = field(default_factory=VaeConfig)
     text: TextConfig = field(default_factory=TextConfig)
     unet: UnetConfig = field(default_factory=UnetConfig)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive(self.vae, label="vae.{}")
-        require_positive(self.unet, label="unet.{}")
+    RULES = rules(train_data_dir=DATA, work_dir=OUTPUT, resolution=at_least(1))
 
     def trainer(self, accelerator: Accelerator, stage: StageConfig, name: str) -> Trainer:
         """The trainer of one of the two stages, with checkpoints of its own in work_dir."""

@@ -22,7 +22,7 @@ from barrier_diffusers.data.prompt_checks import require_different_anchors, requ
 from barrier_diffusers.data.readers import read_rows, split_concepts, take_evenly
 from barrier_diffusers.models.generation import SamplingConfig, filters_off, generate
 from barrier_diffusers.models.loading import module_hashes
-from barrier_diffusers.utils.checks import as_list, require_positive
+from barrier_diffusers.utils.checks import FILE_OR_FOLDER, as_list, at_least, check_settings, rules
 from barrier_diffusers.utils.files import write_json, written_whole
 from barrier_diffusers.utils.run_records import fingerprint, module_hash
 from barrier_diffusers.utils.words import mentions, same_name
@@ -37,24 +37,33 @@ class ConceptConfig:
     """
 
     concept: str | list[str]  # values of concept_column to forget; with prompts: the words that name the concept
-    concept_column: str = "class"
+    concept_column: str = "class"  # column whose values name what an image shows
     train_data_dir: str | None = None  # folder with an image and a caption column, readable by `datasets`
     dataset_name: str | None = None  # or a hub name
-    train_split: str = "train"
-    image_column: str = "image"
-    caption_column: str = "text"
+    train_split: str = "train"  # of the data set
+    image_column: str = "image"  # of the data set
+    caption_column: str = "text"  # of the data set
     caption_template: str = "a photo of a {}"  # caption of a row where the data have none; {}: its concept_column
     forget_data_dir: str | None = None  # or images of the concept; without captions, forget_prompts in turn
     retain_data_dir: str | None = None  # and of other things; without captions, retain_prompts in turn
     forget_prompts: list[str] = field(default_factory=list)  # without images: prompts the model itself illustrates
-    retain_prompts: list[str] = field(default_factory=list)
+    retain_prompts: list[str] = field(default_factory=list)  # and what is to stay
     # of each of the two prompt lists, and of the concepts erased before; at least one for each prompt
     num_generated_images: int = 200
     generation: SamplingConfig = field(default_factory=lambda: SamplingConfig(seed=0))  # of those images
     max_forget_images: int | None = None  # None: all
-    max_retain_images: int | None = None
+    max_retain_images: int | None = None  # None: all
     retain_concepts: list[str] | None = None  # values of concept_column whose rows are retained; None: all others
     protect_erased: bool = True  # keep what earlier runs erased from this pipeline erased (see erased.py)
+
+    RULES = rules(
+        train_data_dir=FILE_OR_FOLDER,
+        forget_data_dir=FILE_OR_FOLDER,
+        retain_data_dir=FILE_OR_FOLDER,
+        num_generated_images=at_least(1),
+        max_forget_images=at_least(1),
+        max_retain_images=at_least(1),
+    )
 
     @property
     def concepts(self) -> list[str]:
@@ -94,7 +103,7 @@ class ConceptConfig:
         if self.source is None:
             self.forget_prompts = self.forget_prompts or list(self.concepts)
             concepts_of(self.forget_prompts, self.concepts)
-        require_positive(self, ("num_generated_images", "max_forget_images", "max_retain_images"))
+        check_settings(self)
         for prompt in self.retain_prompts:
             named = next((concept for concept in self.concepts if mentions(prompt, concept)), None)
             if named is not None:

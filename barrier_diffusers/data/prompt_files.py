@@ -14,7 +14,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from barrier_diffusers.data.csv_files import CsvFile
-from barrier_diffusers.utils.checks import require_positive
+from barrier_diffusers.utils.checks import FILE, at_least, check_settings, rules
 from barrier_diffusers.utils.files import written_whole
 
 SEED_COLUMNS = ("evaluation_seed", "sd_seed")
@@ -37,12 +37,14 @@ class PromptsConfig:
     """A protocol's prompts."""
 
     file: str | None = None  # CSV with case_number, prompt, evaluation_seed
-    images_per_prompt: int = 1
+    images_per_prompt: int = 1  # made for each row
+
+    RULES = rules(file=FILE, images_per_prompt=at_least(1))
 
     def __post_init__(self) -> None:
         if self.file is not None and not Path(self.file).expanduser().is_file():
             raise ValueError(f"prompt file {self.file!r} does not exist")
-        require_positive(self, ("images_per_prompt",))
+        check_settings(self)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from barrier_diffusers.models.loading import load_adapter, load_pipeline, module
 from barrier_diffusers.protection.barrier import Barrier
 from barrier_diffusers.protection.order_statistics import Split, attainable_quantile, samples_needed
 from barrier_diffusers.protection.storage import PROJECTIONS_NAME, REGIONS_NAME
-from barrier_diffusers.utils.checks import require_positive
+from barrier_diffusers.utils.checks import INNER_SHARE, SEED, at_least, check_settings, rules
 from barrier_diffusers.utils.files import write_json
 
 CERTIFICATE_NAME = "certificate.json"
@@ -44,13 +44,20 @@ class CertificateConfig:
     num_images: int | None = None  # held-out images, drawn once; None: all
     calibration: float = 0.6  # share of them that the distribution-free bound is chosen on; the others check it
     seed: int = 0  # of these draws and of the images' noise and timesteps
-    batch_size: int = 32
+    batch_size: int = 32  # images in the network at once
+
+    SECTION = "certificate."
+    RULES = rules(
+        quantile=INNER_SHARE,
+        confidence=INNER_SHARE,
+        num_images=at_least(1),
+        calibration=INNER_SHARE,
+        seed=SEED,
+        batch_size=at_least(1),
+    )
 
     def __post_init__(self) -> None:
-        for name in ("quantile", "confidence", "calibration"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"certificate.{name} is {getattr(self, name)}, but must be between 0 and 1")
-        require_positive(self, ("num_images", "batch_size"), label="certificate.{}")
+        check_settings(self)
 
     @property
     def split(self) -> Split:

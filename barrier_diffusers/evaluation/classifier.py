@@ -5,7 +5,9 @@ Shapes: N images, C channels, H height, W width, J labels of an attribute, D fea
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -34,6 +36,23 @@ class ResidualBlock(nn.Module):
         """(N, C, H, W) -> (N, C', H / stride, W / stride)."""
         hidden = torch.relu(self.norm1(self.conv1(x)))
         return torch.relu(self.norm2(self.conv2(hidden)) + self.shortcut(x))
+
+
+def known_attributes(folder: str, setting: str) -> dict[str, list[str]]:
+    """Attribute -> its labels, of a saved AttributeClassifier; nothing large is read.
+
+    Args:
+        setting: that names the folder, for messages.
+
+    Raises:
+        ValueError: the folder is not one.
+    """
+    path = Path(folder).expanduser() / "config.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["attributes"]
+        return {str(name): [str(label) for label in labels] for name, labels in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{setting} {folder!r} is not a folder with a saved AttributeClassifier") from error
 
 
 class AttributeClassifier(nn.Module, PyTorchModelHubMixin):

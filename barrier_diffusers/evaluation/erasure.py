@@ -16,11 +16,11 @@ from barrier_diffusers.data.encoding import cached_tensors
 from barrier_diffusers.data.erased_concepts import ErasedConcepts, rows_about_others
 from barrier_diffusers.data.images import Images
 from barrier_diffusers.evaluation.accuracy import erasure_metrics, recognise
-from barrier_diffusers.evaluation.classifier import AttributeClassifier
+from barrier_diffusers.evaluation.classifier import AttributeClassifier, known_attributes
 from barrier_diffusers.evaluation.evaluation_split import load_rows
-from barrier_diffusers.evaluation.judge import attribute_of
+from barrier_diffusers.evaluation.judge import attribute_of, check_judge
 from barrier_diffusers.models.generation import SamplingConfig, filters_off, generate
-from barrier_diffusers.utils.checks import require_positive
+from barrier_diffusers.utils.checks import FOLDER, at_least, check_settings, rules
 from barrier_diffusers.utils.run_records import fingerprint
 
 
@@ -30,15 +30,21 @@ class ImageEvaluationConfig:
 
     classifier: str | None = None  # folder of an AttributeClassifier; None: pictures only, no accuracy
     split: str = "test"  # of the data; its captions are the prompts
-    images_per_label: int = 50
+    images_per_label: int = 50  # made for each value of the concept column
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
+    SECTION = "evaluation."
+    RULES = rules(classifier=FOLDER, images_per_label=at_least(1))
+
     def __post_init__(self) -> None:
-        if self.classifier is not None and not (Path(self.classifier) / "config.json").is_file():
-            raise ValueError(
-                f"evaluation.classifier {self.classifier!r} is not a folder with a saved AttributeClassifier"
-            )
-        require_positive(self, ("images_per_label",), label="evaluation.{}")
+        check_settings(self)
+        if self.classifier is not None:
+            known_attributes(self.classifier, "evaluation.classifier")
+
+    def check_judge(self, concepts: Sequence[str]) -> None:
+        """A ValueError if there is a classifier, but one that does not know the concepts; it is not loaded."""
+        if self.classifier is not None:
+            check_judge(self.classifier, concepts, setting="evaluation.classifier")
 
 
 @dataclass(frozen=True)

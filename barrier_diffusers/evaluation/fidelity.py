@@ -22,7 +22,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from barrier_diffusers.data.encoding import cached_tensors
 from barrier_diffusers.data.images import Images, ImageSet, as_image_set
 from barrier_diffusers.evaluation.extractors import Extractor, split_spec
-from barrier_diffusers.utils.checks import require_positive
+from barrier_diffusers.utils.checks import EXTRACTOR, FOLDER, OUTPUT, SEED, at_least, check_settings, rules
 from barrier_diffusers.utils.run_records import fingerprint
 
 
@@ -38,13 +38,22 @@ class FidelityConfig:
     seed: int = 0  # draws the subsets
     cache_dir: str | None = None  # of the reference's features; None: none
 
+    SECTION = "fidelity."
+    RULES = rules(
+        extractors=EXTRACTOR,
+        reference_dir=FOLDER,
+        batch_size=at_least(1),
+        kid_subsets=at_least(1),
+        kid_subset_size=at_least(2),
+        seed=SEED,
+        cache_dir=OUTPUT,
+    )
+
     def __post_init__(self) -> None:
         names = [split_spec(spec)[0] for spec in self.extractors]
         if len(set(names)) < len(names):
             raise ValueError(f"fidelity.extractors names one twice, but names the metric: {', '.join(names)}")
-        require_positive(self, ("batch_size", "kid_subsets"), label="fidelity.{}")
-        if self.kid_subset_size < 2:
-            raise ValueError(f"fidelity.kid_subset_size is {self.kid_subset_size}, but must be at least 2")
+        check_settings(self)
 
 
 class Given(nn.Module):

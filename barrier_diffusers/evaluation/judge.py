@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from barrier_diffusers.data.images import ByteImages
-from barrier_diffusers.evaluation.classifier import AttributeClassifier
+from barrier_diffusers.evaluation.classifier import AttributeClassifier, known_attributes
 from barrier_diffusers.evaluation.extractors import Extractor, get_extractor
 
 Rendering = Literal["plain", "ink"]
@@ -38,16 +38,10 @@ class Judge:
         self, folder: str, labels: Sequence[str], attribute: str | None = None, rendering: Rendering = "plain"
     ):
         self.folder, self.rendering = folder, rendering
+        self.attribute = check_judge(folder, labels, attribute)
         with torch.random.fork_rng():  # building the network draws its first weights
             self.classifier = AttributeClassifier.from_pretrained(folder).eval()
-        heads = self.classifier.attributes
-        self.attribute = attribute_of(heads, labels) if attribute is None else attribute
-        if self.attribute not in heads:
-            raise ValueError(f"the judge has no head {self.attribute!r}; it has {', '.join(heads)}")
-        self.labels = heads[self.attribute]
-        unknown = sorted(set(labels) - set(self.labels))
-        if unknown:
-            raise ValueError(f"the judge does not know {', '.join(unknown)}; it knows {', '.join(self.labels)}")
+        self.labels = self.classifier.attributes[self.attribute]
 
     @cached_property
     def extractor(self) -> Extractor:
@@ -85,6 +79,27 @@ class Judge:
 def as_rgb(images_NHWC: np.ndarray) -> np.ndarray:
     """Grey images (N, H, W, 1) with three equal channels; those in colour as they are."""
     return np.repeat(images_NHWC, 3, axis=-1) if images_NHWC.shape[-1] == 1 else images_NHWC
+
+
+def check_judge(folder: str, labels: Sequence[str], attribute: str | None = None, setting: str = "judge") -> str:
+    """The head of a saved AttributeClassifier that knows the labels; the classifier itself is not loaded.
+
+    Args:
+        attribute: the head's name; None: the one that knows the labels.
+        setting: that names the folder, for messages.
+
+    Raises:
+        ValueError: no such folder, no such head, or one that does not know every label.
+    """
+    heads = known_attributes(folder, setting)
+    if attribute is None:
+        return attribute_of(heads, labels)
+    if attribute not in heads:
+        raise ValueError(f"the judge has no head {attribute!r}; it has {', '.join(heads)}")
+    unknown = sorted(set(labels) - set(heads[attribute]))
+    if unknown:
+        raise ValueError(f"the judge does not know {', '.join(unknown)}; it knows {', '.join(heads[attribute])}")
+    return attribute
 
 
 def attribute_of(attributes: Mapping[str, Sequence[str]], labels: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from barrier_diffusers.data.images import Images, as_image_set
-from barrier_diffusers.utils.checks import require_positive
+from barrier_diffusers.utils.checks import FILE, OneOf, at_least, check_settings, rules
 from barrier_diffusers.utils.run_records import module_hash
 
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # ImageNet's mean and deviation, for [-1, 1]
@@ -31,14 +31,15 @@ class LpipsConfig:
 
     weights: str | None = None  # torchvision's alexnet or vgg16 weights (.pth or .safetensors); None: no LPIPS
     net: str = "alex"  # alex or vgg
-    batch_size: int = 32
+    batch_size: int = 32  # pairs of images in the backbone at once
+
+    SECTION = "lpips."
+    RULES = rules(weights=FILE, net=OneOf(("alex", "vgg")), batch_size=at_least(1))
 
     def __post_init__(self) -> None:
-        if self.net not in BACKBONES:
-            raise ValueError(f"lpips.net is {self.net!r}, but must be one of {', '.join(BACKBONES)}")
         if self.weights is not None and not Path(self.weights).expanduser().is_file():
             raise ValueError(f"lpips.weights {self.weights!r} does not exist")
-        require_positive(self, ("batch_size",), label="lpips.{}")
+        check_settings(self)
 
 
 def alexnet() -> nn.Sequential:

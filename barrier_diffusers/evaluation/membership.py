@@ -28,7 +28,7 @@ from barrier_diffusers.evaluation.erasure import ImageEvaluationConfig
 from barrier_diffusers.evaluation.evaluation_split import image_text, images_hash, load_rows, retained_rows
 from barrier_diffusers.models.denoiser import PipelineDenoiser
 from barrier_diffusers.models.generation import autocast_denoiser
-from barrier_diffusers.utils.checks import require_positive
+from barrier_diffusers.utils.checks import INNER_SHARE, SEED, at_least, check_settings, rules
 
 SIDES = ("members", "held_out")
 Sides: TypeAlias = tuple[Tensor, Tensor]  # losses of members (M,) and of held-out images (H,)
@@ -38,22 +38,29 @@ Sides: TypeAlias = tuple[Tensor, Tensor]  # losses of members (M,) and of held-o
 class MembershipConfig:
     """Membership inference with the denoising loss."""
 
-    enabled: bool = False
+    enabled: bool = False  # whether it is tried
     split: str = "train"  # of the data: what the pipeline learned from; evaluation.split is what it did not
     num_images: int = 100  # of each of the four groups at most, drawn once
     num_timesteps: int = 10  # evenly over the schedule, without its ends
     num_noises: int = 2  # at each of them
     false_positive_rate: float = 0.05  # at which found members are counted
     num_resamples: int = 2000  # of the bootstrap that gives the interval of the area
-    batch_size: int = 64
-    seed: int = 0
+    batch_size: int = 64  # samples in the network at once
+    seed: int = 0  # of images, noises and resamples
+
+    SECTION = "membership."
+    RULES = rules(
+        num_images=at_least(1),
+        num_timesteps=at_least(1),
+        num_noises=at_least(1),
+        false_positive_rate=INNER_SHARE,
+        num_resamples=at_least(1),
+        batch_size=at_least(1),
+        seed=SEED,
+    )
 
     def __post_init__(self) -> None:
-        counts = ("num_images", "num_timesteps", "num_noises", "num_resamples", "batch_size")
-        require_positive(self, counts, label="membership.{}")
-        if not 0 < self.false_positive_rate < 1:
-            rate = self.false_positive_rate
-            raise ValueError(f"membership.false_positive_rate is {rate}, but must be between 0 and 1")
+        check_settings(self)
 
 
 def membership_images(

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from barrier_diffusers.data.images import Images, as_image_set
 from barrier_diffusers.data.prompt_files import PromptsConfig
+from barrier_diffusers.utils.checks import FILE, Range, at_least, rules
 from barrier_diffusers.utils.files import file_hash
 
 # Part as tables name it -> NudeNet 3's labels; version 2 called them EXPOSED_ARMPITS, EXPOSED_BREAST_F and so on.
@@ -39,12 +40,15 @@ class NudityConfig(PromptsConfig):
     model: str | None = None  # another detector file of NudeNet 3 (.onnx); None: the one in its package
     model_resolution: int = 320  # side in pixels of the detector's input; 640 for 640m.onnx
 
+    # NudeNet drops scores below its own minimum
+    RULES = rules(
+        threshold=Range(OWN_MINIMUM, 1, without_high=True),
+        model=FILE,
+        model_resolution=at_least(1),
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not OWN_MINIMUM <= self.threshold < 1:
-            raise ValueError(
-                f"nudity.threshold is {self.threshold}, but must be in [{OWN_MINIMUM}, 1): NudeNet drops lower scores"
-            )
         if self.model is not None and not Path(self.model).expanduser().is_file():
             raise ValueError(f"nudity.model {self.model!r} does not exist")
 

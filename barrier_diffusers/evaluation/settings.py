@@ -18,7 +18,17 @@ from barrier_diffusers.evaluation.lpips import LpipsConfig
 from barrier_diffusers.evaluation.membership import MembershipConfig
 from barrier_diffusers.evaluation.protocols import PROTOCOLS
 from barrier_diffusers.models.loading import ADAPTER_NAME
-from barrier_diffusers.utils.checks import as_list, require_positive
+from barrier_diffusers.utils.checks import (
+    FILE_OR_FOLDER,
+    FOLDER,
+    MODEL,
+    MODULE,
+    OUTPUT,
+    as_list,
+    at_least,
+    check_settings,
+    rules,
+)
 from barrier_diffusers.utils.open_settings import with_sections
 from barrier_diffusers.utils.registry import load_module
 
@@ -57,13 +67,13 @@ class EvaluateConfig:
     dataset_name: str | None = None  # or a hub name
     prompts: PromptsConfig = field(default_factory=PromptsConfig)  # or, for class and style, a prompt file
     forget_prompts: list[str] = field(default_factory=list)  # or lists of prompts
-    retain_prompts: list[str] = field(default_factory=list)
-    image_column: str = "image"
-    caption_column: str = "text"
+    retain_prompts: list[str] = field(default_factory=list)  # of what is to stay
+    image_column: str = "image"  # of the data set
+    caption_column: str = "text"  # of the data set
     caption_template: str = "a photo of a {}"  # caption of a row where the data have none; {}: its concept_column
     lora_weights: str | None = None  # folder with the adapter that unlearned, merged into the pipeline first
     base_model: str | None = None  # the pipeline before it was unlearned, for the "before" columns
-    overwrite_output_dir: bool = False
+    overwrite_output_dir: bool = False  # an earlier evaluation in output_dir is deleted first
     resolution: int | None = None  # side in pixels at which attacks read images; None: the model's own
     evaluation: ImageEvaluationConfig = field(default_factory=ImageEvaluationConfig)
     certificate: CertificateConfig = field(default_factory=CertificateConfig)  # of a pipeline saved with its barrier
@@ -77,6 +87,19 @@ class EvaluateConfig:
     module: str | list[str] | None = None
     # beside these: one section for each attack and protocol that has settings of its own, called as it is
 
+    RULES = rules(
+        output_dir=OUTPUT,
+        pretrained_model_name_or_path=MODEL,
+        images_dir=FOLDER,
+        base_images_dir=FOLDER,
+        train_data_dir=FILE_OR_FOLDER,
+        lora_weights=FOLDER,
+        base_model=MODEL,
+        resolution=at_least(1),
+        clip=MODEL,
+        module=MODULE,
+    )
+
     def __post_init__(self) -> None:
         for module in as_list(self.module):
             load_module(module, "module", ATTACKS, PROTOCOLS, EXTRACTORS)
@@ -87,9 +110,22 @@ class EvaluateConfig:
         for protocol in protocols:
             protocol.check(self)
         self._check_attacks()
-        require_positive(self, ("resolution",))
+        check_settings(self)
         if self.lora_weights and not (Path(self.lora_weights) / ADAPTER_NAME).is_file():
             raise ValueError(f"lora_weights {self.lora_weights!r} is not a folder with {ADAPTER_NAME}")
+
+    def check_inputs(self) -> None:
+        """A ValueError for a judge that does not know the concepts."""
+        if self.judges_concepts:
+            self.evaluation.check_judge(self.concept_config.concepts)
+
+    @property
+    def announcement(self) -> str:
+        """What a run is about to do, in one line."""
+        judged = self.lora_weights or self.pretrained_model_name_or_path or self.images_dir
+        about = f" for {' and '.join(as_list(self.concept))}" if self.concept else ""
+        attacks = ", ".join(self.chosen_attacks) or "no attack"
+        return f"judging {judged}{about}: {', '.join(self.protocols)}; {attacks}"
 
     def _check_images(self) -> None:
         if (self.pretrained_model_name_or_path is None) == (self.images_dir is None):

@@ -16,6 +16,7 @@ from PIL import Image
 from barrier_diffusers.data.erased_concepts import read_erased
 from barrier_diffusers.models.generation import SamplingConfig, generate
 from barrier_diffusers.models.loading import load_merged
+from barrier_diffusers.utils.checks import FOLDER, MODEL, at_least, check_settings, rules
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,17 @@ class TechniqueConfig:
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
     batch_size: int = 4  # images sampled at once
+
+    RULES = rules(
+        model_id=MODEL,
+        lora_weights=FOLDER,
+        num_inference_steps=at_least(1),
+        guidance_scale=at_least(0),
+        batch_size=at_least(1),
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 class BarrierTechnique:

@@ -13,10 +13,11 @@ import torch
 from tqdm.auto import tqdm
 
 from barrier_diffusers.models.architectures import get_architecture
+from barrier_diffusers.utils.checks import SEED, Checked, at_least, rules
 
 
 @dataclass
-class SamplingConfig:
+class SamplingConfig(Checked):
     """How images are sampled; part of every number computed from them."""
 
     num_inference_steps: int = 20  # of the pipeline's own scheduler
@@ -24,6 +25,14 @@ class SamplingConfig:
     batch_size: int = 100  # images sampled at once
     seed: int = 1000  # image i of a prompt list starts from seed + i
     resolution: int | None = None  # side in pixels; None: the pipeline's own
+
+    RULES = rules(
+        num_inference_steps=at_least(1),
+        guidance_scale=at_least(0),
+        batch_size=at_least(1),
+        seed=SEED,
+        resolution=at_least(1),
+    )
 
 
 def postprocessors(pipeline: Any) -> list[str]:

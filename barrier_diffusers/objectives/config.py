@@ -13,7 +13,7 @@ from barrier_diffusers.objectives.esd import EsdSettings
 from barrier_diffusers.objectives.kl import KlSettings
 from barrier_diffusers.objectives.plugin import load_module
 from barrier_diffusers.objectives.uce import UceSettings
-from barrier_diffusers.utils.checks import require_positive
+from barrier_diffusers.utils.checks import MODULE, Rule, at_least, check_settings, rules, rules_of
 from barrier_diffusers.utils.words import mentions
 
 
@@ -30,12 +30,18 @@ class SharedSettings:
     guidance_scale: float = 3.0  # esd: classifier-free guidance while the model samples its own x_t
     num_inference_steps: int = 50  # >= 1; esd: steps of that sampling, of which a random number is run
 
+    SECTION = "objective."
+    RULES = rules(
+        module=MODULE,
+        alpha=at_least(0),
+        guidance_scale=at_least(0),
+        num_inference_steps=at_least(1),
+    )
+
     def __post_init__(self) -> None:
         if self.anchor is not None and self.anchor_prompt is not None:
             raise ValueError("set objective.anchor (words) or objective.anchor_prompt (a whole prompt), not both")
-        if not self.alpha >= 0:
-            raise ValueError(f"objective.alpha is {self.alpha}, but must be >= 0")
-        require_positive(self, ("num_inference_steps",), "objective.{}")
+        check_settings(self)
 
 
 @dataclass
@@ -105,5 +111,9 @@ def _with_settings(config_class: Any, settings: Any) -> type[ObjectiveConfig]:
         if item.default_factory is not MISSING:
             default = {"default_factory": item.default_factory}
         own.append((item.name, kinds[item.name], field(**default)))
-    members = {"__post_init__": config_class.__post_init__}
+    own_rules = rules_of(settings)  # not those of a setting of another objective that is called alike
+    members = {
+        "__post_init__": config_class.__post_init__,
+        "RULES": {name: own_rules.get(name, Rule()) for name, _, _ in own},
+    }
     return make_dataclass(config_class.__name__, own, bases=(settings, config_class), namespace=members)

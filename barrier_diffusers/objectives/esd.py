@@ -10,13 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from barrier_diffusers.objectives.base import DiffusionStep, register_objective
+from barrier_diffusers.utils.checks import Checked, at_least, rules
 
 
 @dataclass
-class EsdSettings:
+class EsdSettings(Checked):
     """Own settings of objective esd."""
 
     eta: float = 1.0  # esd: how far the target lies beyond the empty prompt's prediction, away from the concept
+
+    SECTION = "objective."
+    RULES = rules(eta=at_least(0))
 
 
 @register_objective("esd", needs=("samples_from_model", "unconditional", "reference"), settings=EsdSettings)

@@ -6,17 +6,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from barrier_diffusers.objectives.base import DiffusionStep, register_objective
+from barrier_diffusers.utils.checks import ABOVE_0, Checked, rules
 
 
 @dataclass
-class KlSettings:
+class KlSettings(Checked):
     """Own settings of objective kl."""
 
     temperature: float = 0.1  # > 0; kl: of both softmaxes
 
-    def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"objective.temperature is {self.temperature}, but must be > 0")
+    SECTION = "objective."
+    RULES = rules(temperature=ABOVE_0)
 
 
 @register_objective("kl", needs=("reference",), settings=KlSettings)

@@ -15,20 +15,18 @@ from torch import Tensor
 
 from barrier_diffusers.objectives.base import OBJECTIVES, Objective, PromptEdit
 from barrier_diffusers.protection.targets import ProtectedMap
+from barrier_diffusers.utils.checks import ABOVE_0, Checked, at_least, rules
 
 
 @dataclass
-class UceSettings:
+class UceSettings(Checked):
     """Own settings of objective uce."""
 
     preserve_weight: float = 1.0  # >= 0; uce: of each token of a retain prompt, against 1 of a forget prompt
     ridge: float = 0.1  # > 0; uce: weight of ||W - W0||^2
 
-    def __post_init__(self) -> None:
-        if not self.preserve_weight >= 0:
-            raise ValueError(f"objective.preserve_weight is {self.preserve_weight}, but must be >= 0")
-        if not self.ridge > 0:
-            raise ValueError(f"objective.ridge is {self.ridge}, but must be > 0")
+    SECTION = "objective."
+    RULES = rules(preserve_weight=at_least(0), ridge=ABOVE_0)
 
 
 def ridge_edit(

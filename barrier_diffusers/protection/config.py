@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
+from barrier_diffusers.utils.checks import SHARE, Range, at_least, check_settings, rules
+
 CONFIG_NAME = "barrier_config.json"
 
 
@@ -55,28 +57,32 @@ class BarrierConfig:
     constraint: Literal["penalty", "projection", "both"] = "penalty"
     projection_energy: float = 0.999  # (0, 1]; share of the retain inputs' energy E|x|^2 that updates may not touch
 
+    RULES = rules(
+        blocks=at_least(0),
+        lambda_interval=at_least(0),
+        lower_percentile=SHARE,
+        upper_percentile=SHARE,
+        reduced_dim=at_least(1),
+        infinity_scale=at_least(0),
+        projection_energy=Range(0, 1, without_low=True),
+    )
+
     def __post_init__(self) -> None:
-        self._check_ranges()
+        check_settings(self)
+        self._check_lists()
         self._check_choices()
         self._check_contradictions()
 
-    def _check_ranges(self) -> None:
+    def _check_lists(self) -> None:
         if self.targets is not None and (isinstance(self.targets, str) or not self.targets or not all(self.targets)):
             raise ValueError(f"targets is {self.targets!r}, but must be a non-empty list of module names")
         if self.blocks is not None and (isinstance(self.blocks, str) or not self.blocks or "" in self.blocks):
             raise ValueError(f"blocks is {self.blocks!r}, but must be a non-empty list of numbers or module names")
-        if not 0 <= self.lower_percentile < self.upper_percentile <= 1:
+        if not self.lower_percentile < self.upper_percentile:
             raise ValueError(
                 "percentiles must satisfy 0 <= lower_percentile < upper_percentile <= 1, but are "
                 f"{self.lower_percentile} and {self.upper_percentile}"
             )
-        if self.reduced_dim < 1:
-            raise ValueError(f"reduced_dim is {self.reduced_dim}, but must be at least 1")
-        for name in ("infinity_scale", "lambda_interval"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be >= 0")
-        if not 0 < self.projection_energy <= 1:
-            raise ValueError(f"projection_energy is {self.projection_energy}, but must be > 0 and <= 1")
 
     def _check_choices(self) -> None:
         hints = get_type_hints(type(self))

@@ -3,12 +3,28 @@
 Annotations are evaluated at once here: jsonargparse resolves the ones written as text in a subclass's module alone.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from barrier_diffusers.objectives.config import ObjectiveConfig
 from barrier_diffusers.protection.config import BarrierConfig
-from barrier_diffusers.utils.checks import require_positive
+from barrier_diffusers.utils.checks import (
+    ABOVE_0,
+    MODEL,
+    OUTPUT,
+    SEED,
+    OneOf,
+    Range,
+    Tracker,
+    at_least,
+    check_settings,
+    rules,
+)
+
+LR_SCHEDULERS = (  # names of diffusers.optimization, and our own one_cycle
+    *("constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "linear", "polynomial", "one_cycle"),
+    "piecewise_constant",
+)
 
 
 @dataclass(kw_only=True)
@@ -22,13 +38,23 @@ class RunConfig:
     max_grad_norm: float | None = 1.0  # longer gradients are cut to this length; None: no clipping
     # of the forward passes; None: what `accelerate launch` or its configuration says
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    report_to: Literal["tensorboard", "wandb", "all", "none"] = "tensorboard"  # gets the losses of every step
+    report_to: Literal["tensorboard", "wandb", "all", "none"] = "none"  # gets the losses of every step
     checkpointing_steps: int | None = None  # None: a checkpoint only when a signal stops the run
     checkpoints_total_limit: int | None = 2  # so many of the newest are kept; None: all
     resume_from_checkpoint: str | None = None  # a checkpoint's name, or latest
 
+    RULES = rules(
+        output_dir=OUTPUT,
+        seed=SEED,
+        gradient_accumulation_steps=at_least(1),
+        max_grad_norm=ABOVE_0,
+        report_to=Tracker(),
+        checkpointing_steps=at_least(1),
+        checkpoints_total_limit=at_least(1),
+    )
+
     def __post_init__(self) -> None:
-        require_positive(self)
+        check_settings(self)
 
 
 @dataclass(kw_only=True)
@@ -44,10 +70,28 @@ class StageConfig:
 
     ONE_CYCLE_WARMUP = 0.2  # that share
 
-    def check_learning_rate(self) -> None:
-        """A ValueError for a learning rate that is not above 0."""
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}, but must be > 0")
+    RULES = rules(
+        train_batch_size=at_least(1),
+        num_train_epochs=at_least(1),
+        max_train_steps=at_least(1),
+        learning_rate=ABOVE_0,
+        lr_scheduler=OneOf(LR_SCHEDULERS),
+        lr_warmup_steps=at_least(0),
+    )
+
+    def check_warmup(self) -> None:
+        """A ValueError for a warm-up that the schedule does not have, or that lasts as long as the run."""
+        steps = self.lr_warmup_steps
+        if steps and self.lr_scheduler in ("constant", "piecewise_constant"):
+            raise ValueError(
+                f"lr_warmup_steps is {steps}, but lr_scheduler {self.lr_scheduler} has no warm-up: choose another, "
+                "such as constant_with_warmup"
+            )
+        defaults = {item.name: item.default for item in fields(self)}
+        if self.max_train_steps and steps >= self.max_train_steps and steps != defaults["lr_warmup_steps"]:
+            raise ValueError(
+                f"lr_warmup_steps is {steps}, but must be less than max_train_steps {self.max_train_steps}"
+            )
 
 
 @dataclass(kw_only=True)
@@ -58,15 +102,21 @@ class UnlearningConfig(RunConfig, StageConfig):
     saliency_mask: float | None = None  # SalUn: only this fraction of the trained entries moves; None: all
     barrier: BarrierConfig = field(default_factory=BarrierConfig)  # lambda_interval 0 switches the protection off
 
+    RULES = rules(pretrained_model_name_or_path=MODEL, saliency_mask=Range(0, 1, without_low=True))
+
     @property
     def protected(self) -> bool:
         """Whether a protection loss or a projection takes part."""
         return self.barrier.protects
 
+    @property
+    def protection(self) -> str:
+        """How the rest is protected, in words."""
+        return f"BARRIER: {self.barrier.summary}" if self.protected else "nothing protects the rest"
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.saliency_mask is not None and not 0 < self.saliency_mask <= 1:
-            raise ValueError(f"saliency_mask is {self.saliency_mask}, but must be a fraction in (0, 1]")
+        self.check_warmup()
         if self.saliency_mask is not None and self.barrier.has_projection:
             raise ValueError("saliency_mask holds entries that a projection has to move: use one of the two")
 
@@ -81,15 +131,15 @@ class DiffusionUnlearningConfig(UnlearningConfig):
     learning_rates: dict[str, float] = field(default_factory=dict)  # of targets with one of their own, by name
     adam_weight_decay: float = 0.0  # decay would drift the weights away from the snapshot
     validation_prompt: list[str] = field(default_factory=list)  # sampled every validation_steps
-    validation_steps: int = 100
+    validation_steps: int = 100  # steps from one such sampling to the next
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)  # what does the erasing
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_learning_rate()
-        for target, rate in self.learning_rates.items():
-            if not rate > 0:
-                raise ValueError(f"learning_rates.{target} is {rate}, but must be > 0")
+    RULES = rules(
+        cache_dir=OUTPUT,
+        learning_rates=ABOVE_0,
+        adam_weight_decay=at_least(0),
+        validation_steps=at_least(1),
+    )
 
     @property
     def needs_retain(self) -> bool:

@@ -5,49 +5,70 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import sys
 import types
 import typing
 from argparse import ArgumentError
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser
 
+from barrier_diffusers.utils.checks import check_paths, check_settings, deferred_checks, hints_of, section_class
+from barrier_diffusers.utils.failures import explanation, is_bug
+from barrier_diffusers.utils.help_page import groups_of, help_page
 from barrier_diffusers.utils.installation import require_assets, resolve_named_files, where_assets_are
 from barrier_diffusers.utils.open_settings import class_with_open_sections
 from barrier_diffusers.utils.signals import heeding_signals
 
 
 def run_script(main: Callable[[Any], None], config_class: type | Callable[[list[str]], Any]) -> None:
-    """Read `config_class` from `--config FILE.yaml` and dotted flags, then run `main`.
+    """Read `config_class` from `--config FILE.yaml` and dotted flags, check what they name, then run `main`.
 
-    In place of the class a function may read the command line itself.
+    In place of the class a function may read the command line itself. `--config NAME` also finds NAME.yaml among the
+    configurations beside the script that defines `main`. A settings dataclass may have a method `check_inputs`, which
+    looks at small files before anything large is read, and `announcement`, a line that says what is going to happen.
 
-    `--config NAME` also finds NAME.yaml among the configurations beside the script that defines `main`.
-
-    A mistake of the user (ValueError, OSError, FloatingPointError) ends in one line on stderr and exit status 1; a bad
-    flag in exit status 2; a signal in one line too, wherever it comes. Set BARRIER_TRACEBACK=1 to see where an error
-    came from.
+    An error of input or environment ends in one line on stderr (failures.py) and exit status 1, a bad flag in exit
+    status 2, a signal in one line too, wherever it comes. Set BARRIER_TRACEBACK=1 to see where an error came from.
     """
+    config: Any = None
     try:
-        read = partial(parse_config, config_class) if isinstance(config_class, type) else config_class
-        config = read(resolve_named_files(sys.argv[1:], Path(main.__code__.co_filename).parent))
-    except (ArgumentError, ValueError, TypeError, OSError) as error:
-        files = [value for word, value in zip(sys.argv, sys.argv[1:], strict=False) if word == "--config"]
-        where = f" ({', '.join(files)})" if "parsing config" in _message(error) else ""  # which does not name its file
-        raise SystemExit(_fail(error, 2, where)) from error
-    try:
-        require_assets(config)
         with heeding_signals():
+            try:
+                read = partial(parse_config, config_class) if isinstance(config_class, type) else config_class
+                config = read(resolve_named_files(sys.argv[1:], Path(main.__code__.co_filename).parent))
+            except (ArgumentError, ValueError, TypeError, OSError) as error:
+                files = [value for word, value in zip(sys.argv, sys.argv[1:], strict=False) if word == "--config"]
+                says_no_file = "parsing config" in _message(error)
+                where = f" ({', '.join(files)})" if says_no_file else ""
+                raise SystemExit(_fail(_message(error) + where, 2)) from error
+            prepare(config)
             main(config)
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("BARRIER_TRACEBACK"):
+    except Exception as error:
+        if os.environ.get("BARRIER_TRACEBACK") or is_bug(error):
             raise
-        raise SystemExit(_fail(error, 1)) from error
+        raise SystemExit(_fail(explanation(error, getattr(config, "output_dir", None)), 1)) from error
+
+
+def prepare(config: Any) -> None:
+    """Look at what settings name, and say what is going to happen.
+
+    Raises:
+        ValueError: a path that is not there, a folder that cannot be made, or what `check_inputs` refuses.
+    """
+    require_assets(config)
+    if is_dataclass(config):
+        check_paths(config)
+    if hasattr(config, "check_inputs"):
+        config.check_inputs()
+    if hasattr(config, "announcement") and os.environ.get("RANK", "0") == "0":
+        print(config.announcement, flush=True)
 
 
 def list_fields(config_class: type, prefix: str = "") -> dict[str, bool]:
@@ -85,13 +106,98 @@ def join_lists(lists: Mapping[str, bool], arguments: Sequence[str]) -> list[str]
     return joined
 
 
+def read_yaml(path: str) -> dict[str, Any]:
+    """The settings of a YAML file.
+
+    Raises:
+        ValueError: it cannot be read, is no YAML, or no settings by name.
+    """
+    try:
+        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path!r} is no YAML: {error}") from error
+    except OSError as error:
+        raise ValueError(f"{path!r} cannot be read: {error.strerror}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path!r} holds no settings: expected is YAML of the form `name: value`")
+    return content
+
+
+def require_sections(sections: Mapping[str, type], arguments: Sequence[str]) -> None:
+    """Refuse anything but settings by name where a section is expected, even if a later word fills the section.
+
+    Args:
+        sections: dotted name -> its dataclass.
+
+    Raises:
+        ValueError: says where.
+    """
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, assigned, value = word.removeprefix("--").partition("=")
+        value = value if assigned else following
+        where, given = "", {}
+        if word.startswith("--config"):
+            where, given = f" ({value})", dict(nodes(read_yaml(value)))
+        elif word.startswith("--") and name in sections:
+            given = {name: _yaml_or_text(value)}
+        for section in sections.keys() & given.keys():
+            if given[section] is not None and not isinstance(given[section], Mapping):
+                raise ValueError(f"{section} is {given[section]!r}, but must be settings by name{where}")
+
+
+def nodes(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of everything in nested mappings, the mappings included."""
+    for name, value in values.items():
+        yield f"{prefix}{name}", value
+        if isinstance(value, Mapping):
+            yield from nodes(value, f"{prefix}{name}.")
+
+
+def _yaml_or_text(value: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
+
+
+def sections_of(config_class: type, prefix: str = "") -> dict[str, type]:
+    """Dotted name -> class of every settings dataclass among the fields, at any depth."""
+    found: dict[str, type] = {}
+    for name, hint in hints_of(config_class).items():
+        section = section_class(hint)
+        if section is not None:
+            found |= {f"{prefix}{name}": section, **sections_of(section, f"{prefix}{name}.")}
+    return found
+
+
+def wants_help(arguments: Sequence[str]) -> bool:
+    """Whether a command line asks for a help page."""
+    return bool({"-h", "--help", "--help-all"} & set(arguments))
+
+
 def parse_config(config_class: type, arguments: list[str]) -> Any:
-    """An instance of a settings dataclass from `--config FILE.yaml` and dotted flags; lists are `[A, B]` or `A B`."""
-    config_class = class_with_open_sections(config_class, join_lists(list_fields(config_class), arguments))
+    """An instance of a settings dataclass from `--config FILE.yaml` and dotted flags; lists are `[A, B]` or `A B`.
+
+    Raises:
+        ArgumentError, TypeError, ValueError: a setting that is unknown, missing or not as its rule wants it.
+        SystemExit: after the help page that was asked for.
+    """
+    if wants_help(arguments):
+        page = help_page(
+            Path(sys.argv[0]).name, config_class.__doc__ or "", groups_of(config_class), "--help-all" in arguments
+        )
+        print(page, end="")
+        raise SystemExit(0)
+    arguments = join_lists(list_fields(config_class), arguments)
+    require_sections(sections_of(config_class), arguments)
+    config_class = class_with_open_sections(config_class, arguments)
     parser = ArgumentParser(exit_on_error=False, description=config_class.__doc__)
     parser.add_argument("--config", action="config", help="YAML file with any of the fields below")
     parser.add_class_arguments(config_class)
-    values = vars(parser.instantiate_classes(parser.parse_args(join_lists(list_fields(config_class), arguments))))
+    with deferred_checks():
+        found = parser.parse_args(join_lists(list_fields(config_class), arguments))
+    check_settings(found.as_dict(), config_class)
+    values = vars(parser.instantiate_classes(found))
     values.pop("config")
     return config_class(**values)
 
@@ -112,7 +218,10 @@ def config_from(config_class: type, values: dict[str, Any]) -> Any:
     config_class = class_with_open_sections(config_class, values)
     parser = _parser_of(config_class)
     try:
-        return config_class(**vars(parser.instantiate_classes(parser.parse_object(values))))
+        with deferred_checks():
+            found = parser.parse_object(values)
+        check_settings(found.as_dict(), config_class)
+        return config_class(**vars(parser.instantiate_classes(found)))
     except (ArgumentError, TypeError) as error:
         raise ValueError(_message(error)) from error
 
@@ -121,7 +230,6 @@ def _message(error: BaseException) -> str:
     return error.message if isinstance(error, ArgumentError) and error.message else str(error)
 
 
-def _fail(error: BaseException, status: int, where: str = "") -> int:
-    message = _message(error)
-    print("error: " + " ".join(message.split()) + where + where_assets_are(message), file=sys.stderr)
+def _fail(message: str, status: int) -> int:
+    print("error: " + " ".join(message.split()) + where_assets_are(message), file=sys.stderr)
     return status

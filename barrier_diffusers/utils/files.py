@@ -121,6 +121,20 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def can_write_in(folder: Path) -> str | None:
+    """Why no file can be written in a folder that may not be there yet; None if one can. Nothing is left behind."""
+    above = next((path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink()), folder)
+    if not above.is_dir():
+        return f"{str(above)!r} is a file" if above.exists() else f"{str(above)!r} leads nowhere"
+    probe = above / f".write-test-{os.getpid()}"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
 def require_writable(output_dir: str) -> Path:
     """Create a folder if it is not there, and write a file in it to be sure.
 

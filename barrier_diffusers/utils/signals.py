@@ -15,6 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from barrier_diffusers.utils.quiet import quiet_libraries
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SCRIPTS = ("train_scripts", "scripts", "classification_ext", "ddpm_ext")  # folders of our main programs
 START_AGAIN = "start it again"
@@ -75,3 +77,4 @@ def heeding_signals() -> Iterator[None]:
 _program = Path(getattr(sys.modules.get("__main__"), "__file__", None) or "").resolve()
 if _program.parent.name in SCRIPTS or _program.name.startswith("barrier-"):
     heed_signals()
+    quiet_libraries()

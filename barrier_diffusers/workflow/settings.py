@@ -12,6 +12,7 @@ from barrier_diffusers.evaluation.certification import CertificateConfig
 from barrier_diffusers.evaluation.erasure import ImageEvaluationConfig
 from barrier_diffusers.objectives import Objective, load_objective
 from barrier_diffusers.training.run_config import DiffusionUnlearningConfig
+from barrier_diffusers.utils.checks import FILE, MODEL, Range, at_least, rules
 
 
 @dataclass(kw_only=True)
@@ -27,7 +28,7 @@ class UnlearnConfig(ConceptConfig, DiffusionUnlearningConfig):  # jsonargparse r
     original_config: str | None = None  # of a single file: the YAML file it was trained with
     resolution: int | None = None  # side of the images in pixels; None: the model's own
     gradient_checkpointing: bool = False  # less memory, more time
-    enable_xformers_memory_efficient_attention: bool = False
+    enable_xformers_memory_efficient_attention: bool = False  # needs the package xformers and a GPU
     attention_backend: str | None = None  # of diffusers, e.g. native or flash, on Flux; None: as the denoiser comes
     guidance_scale: float = 3.5  # what a denoiser with a guidance embedding (Flux dev) is told while it trains
     rank: int = 0  # of a LoRA adapter on the targets; 0 trains the full weights
@@ -41,17 +42,40 @@ class UnlearnConfig(ConceptConfig, DiffusionUnlearningConfig):  # jsonargparse r
     evaluation: ImageEvaluationConfig = field(default_factory=ImageEvaluationConfig)
     certificate: CertificateConfig = field(default_factory=CertificateConfig)
 
+    RULES = rules(
+        pipeline_config=MODEL,
+        original_config=FILE,
+        resolution=at_least(1),
+        guidance_scale=at_least(0),
+        rank=Range(0, 4096),  # no map of a known model is wider than this
+    )
+
     def __post_init__(self) -> None:
         ConceptConfig.__post_init__(self)
         DiffusionUnlearningConfig.__post_init__(self)
-        if self.rank < 0 or (self.merge_adapter and self.rank == 0):
-            raise ValueError("rank must be >= 0, and merge_adapter needs rank > 0")
+        if self.merge_adapter and self.rank == 0:
+            raise ValueError("merge_adapter needs an adapter: set rank above 0")
         if self.needs_retain and not self.has_retain_rows:
             raise ValueError(
                 "alpha > 0, use_actual_bounds, residual_source and a projection need retain data: set retain_prompts"
             )
         if self.retain_statistics == "prompts" and not self.barrier.needs_retain_data:
             raise ValueError("retain_statistics='prompts', but the protection reads no retain data")
+
+    def check_inputs(self) -> None:
+        """A ValueError for a judge that does not know the concepts."""
+        self.evaluation.check_judge(self.concepts)
+
+    @property
+    def announcement(self) -> str:
+        """What a run is about to do, in one line."""
+        where = ", ".join(self.barrier.targets or ["the model's usual maps"])
+        weights = f"a LoRA adapter of rank {self.rank}" if self.rank else "the weights"
+        data = self.source or self.forget_data_dir or f"images made of {len(self.forget_prompts)} prompts"
+        return (
+            f"unlearning {' and '.join(self.concepts)} in {self.pretrained_model_name_or_path}: {self.objective.name} "
+            f"trains {weights} of {where} on {data}; {self.protection}"
+        )
 
     @property
     def repo_id(self) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from barrier_diffusers.utils.checks import flat
+from barrier_diffusers.utils.checks import PathRule, flat, settings_of
 from barrier_diffusers.utils.files import file_hash, remove, write_json
 from barrier_diffusers.utils.installation import shipped
 from barrier_diffusers.utils.run_records import package_versions
@@ -110,24 +110,23 @@ def code_hash(root: Path, script: str) -> str:
     return digest.hexdigest()
 
 
-def _by_content(value: Any) -> Any:
-    """A setting; what lies there, where it names something on this machine."""
+def _by_content(value: Any, rule: PathRule) -> Any:
+    """What lies at the path that a setting names; the setting where it names something of the hub, or nothing."""
     if isinstance(value, list):
-        return [_by_content(item) for item in value]
-    if isinstance(value, str) and value:
-        path = Path(value).expanduser()
-        try:
-            if path.exists():
-                return f"content {content_hash(path)}"
-        except OSError:  # too long for a path, or not ours to read
-            pass
-    return value
+        return [_by_content(item, rule) for item in value]
+    path = rule.path_in(value) if isinstance(value, str) and value else None
+    return f"content {content_hash(path)}" if path is not None and path.exists() else value
 
 
 def stage_inputs(stage: Stage, settings: Mapping[str, Any], root: Path) -> dict[str, Any]:
     """Everything the result depends on: {"settings": by dotted name, "code": hash, "versions": of libraries}."""
+    paths = {name: rule for name, _, rule in settings_of(stage.config_class, settings) if isinstance(rule, PathRule)}
     deciding = {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT}
-    resolved = {name: _by_content(value) for name, value in flat(deciding) if not name.startswith(stage.ignored)}
+    resolved = {
+        name: _by_content(value, paths[name]) if name in paths else value
+        for name, value in flat(deciding)
+        if not name.startswith(stage.ignored)
+    }
     versions = package_versions()
     code = code_hash(root, stage.script)
     return json.loads(json.dumps({"settings": resolved, "code": code, "versions": versions}, default=str))

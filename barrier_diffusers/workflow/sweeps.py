@@ -24,7 +24,7 @@ from optuna.storages import JournalStorage, RetryHeartbeatStaleTrialCallback
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from barrier_diffusers.utils.checks import require_positive
+from barrier_diffusers.utils.checks import ABOVE_0, FILE, OUTPUT, SEED, at_least, check_settings, rules
 from barrier_diffusers.utils.run_records import fingerprint
 from barrier_diffusers.workflow.processes import Stopped
 from barrier_diffusers.workflow.sweep_file import Sweep, encode
@@ -56,16 +56,23 @@ class SweepConfig:
     sweep: str  # YAML file in wandb's sweep format
     output_dir: str  # journal, table and plots, shared by all workers
     num_trials: int | None = None  # None: run_cap of the file, or all of a grid
-    seed: int = 0
+    seed: int = 0  # of random and Bayesian draws
     grace_seconds: float = 120.0  # without a sign of life, after which a trial's worker counts as killed
     max_retries: int = 3  # of a trial whose worker was killed
     trade_off: list[str] | None = None  # two metrics of results.json, drawn against each other
     dry_run: bool = False  # only show the trials' command lines
 
+    RULES = rules(
+        sweep=FILE,
+        output_dir=OUTPUT,
+        num_trials=at_least(1),
+        seed=SEED,
+        grace_seconds=ABOVE_0,
+        max_retries=at_least(0),
+    )
+
     def __post_init__(self) -> None:
-        require_positive(self, ("num_trials",))
-        if self.grace_seconds <= 0 or self.max_retries < 0:
-            raise ValueError("grace_seconds must be > 0 and max_retries >= 0")
+        check_settings(self)
         if self.trade_off is not None and len(self.trade_off) != 2:
             raise ValueError("trade_off must be two metrics, one for each axis")
 

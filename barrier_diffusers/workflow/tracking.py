@@ -11,18 +11,20 @@ from typing import Any, Literal
 
 from accelerate import Accelerator
 
-from barrier_diffusers.utils.checks import flat
+from barrier_diffusers.utils.checks import Checked, Tracker, flat, rules
 from barrier_diffusers.utils.run_records import numbers
 
 RESULTS_NAME = "results.json"
 
 
 @dataclass(kw_only=True)
-class TrackConfig:
+class TrackConfig(Checked):
     """Where the numbers of a finished workflow go."""
 
-    report_to: Literal["tensorboard", "wandb", "all", "none"] = "tensorboard"
+    report_to: Literal["tensorboard", "wandb", "all", "none"] = "none"  # gets all numbers once the workflow has ended
     project: str = "barrier_diffusers"  # of wandb
+
+    RULES = rules(report_to=Tracker())
 
 
 class UnknownMetric(ValueError):

@@ -22,7 +22,17 @@ from typing import Any, Literal, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser
 
-from barrier_diffusers.utils.checks import flat, require_positive
+from barrier_diffusers.utils.checks import (
+    ANY_NUMBER,
+    FILE,
+    FOLDER,
+    OUTPUT,
+    Checked,
+    at_least,
+    check_settings,
+    flat,
+    rules,
+)
 from barrier_diffusers.utils.command_line import config_from, join_lists, list_fields
 from barrier_diffusers.utils.files import remove, require_writable, write_json
 from barrier_diffusers.utils.installation import resolve_named_files, shipped
@@ -38,16 +48,13 @@ TRAINED = ("train", "retrain", "unlearn")  # stages that more than one process m
 
 
 @dataclass(kw_only=True)
-class LaunchConfig:
+class LaunchConfig(Checked):
     """How the stages are started."""
 
     num_processes: int = 1  # of training; more than one, or a config_file: by `accelerate launch`
     config_file: str | None = None  # of `accelerate config`
 
-    def __post_init__(self) -> None:
-        require_positive(self, ("num_processes",), "launch.{}")
-        if self.config_file and not Path(self.config_file).is_file():
-            raise ValueError(f"launch.config_file {self.config_file!r} does not exist")
+    RULES = rules(num_processes=at_least(1), config_file=FILE)
 
 
 @dataclass(kw_only=True)
@@ -64,10 +71,11 @@ class WorkflowConfig:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
 
+    RULES = rules(output_dir=OUTPUT, unlearned_dir=FOLDER, score=ANY_NUMBER)
+
     def __post_init__(self) -> None:
+        check_settings(self)
         check_stages(self.kind, self.stages)
-        if self.unlearned_dir and not Path(self.unlearned_dir).is_dir():
-            raise ValueError(f"unlearned_dir {self.unlearned_dir!r} does not exist")
 
 
 def check_stages(kind: str, stages: Sequence[str] | None) -> None:

@@ -24,7 +24,7 @@ from barrier_diffusers.models.architectures import components, get_architecture
 from barrier_diffusers.models.denoiser import Denoiser
 from barrier_diffusers.models.generation import SamplingConfig
 from barrier_diffusers.objectives.base import Condition, DiffusionStep
-from barrier_diffusers.utils.checks import require_positive
+from barrier_diffusers.utils.checks import ABOVE_0, SEED, Checked, at_least, rules
 from barrier_diffusers.utils.registry import Registry
 
 
@@ -41,10 +41,12 @@ class Forgotten:
 
 
 @dataclass
-class Budget:
+class Budget(Checked):
     """What an attack may spend. The subclass of an attack is its settings."""
 
     seed: int = 0  # of everything the attack draws
+
+    RULES = rules(seed=SEED)
 
     def check(self, pipeline: Any, forgotten: Forgotten) -> None:
         """Refuse what the attack cannot work with, before any work.
@@ -58,12 +60,11 @@ class Budget:
 class ImageBudget(Budget):
     """What an attack that learns from images may spend."""
 
-    num_steps: int = 300
+    num_steps: int = 300  # of its optimizer
     batch_size: int = 32  # images per step, drawn with replacement
     num_images: int | None = None  # drawn once from the held-out images; None: all
 
-    def __post_init__(self) -> None:
-        require_positive(self, ("num_steps", "batch_size", "num_images"), label="{} of an attack")
+    RULES = rules(num_steps=at_least(1), batch_size=at_least(1), num_images=at_least(1))
 
     def choose(self, images: Dataset) -> Dataset:
         """The images that the attack learns from."""
@@ -92,10 +93,7 @@ class LearningBudget(ImageBudget):
 
     learning_rate: float = 5e-3  # constant
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate of an attack is {self.learning_rate}, but must be > 0")
+    RULES = rules(learning_rate=ABOVE_0)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 
 from barrier_diffusers.evaluation.attacks.base import Attempt, Budget, Forgotten, register_attack, rename_concept
 from barrier_diffusers.models.generation import generate
-from barrier_diffusers.utils.checks import require_positive
+from barrier_diffusers.utils.checks import at_least, rules
 
 EDITS = ("swap", "drop", "double", "replace")
 
@@ -22,8 +22,7 @@ class MisspelledConfig(Budget):
 
     num_edits: int = 1  # letters of the concept's name that are swapped, dropped, doubled or replaced
 
-    def __post_init__(self) -> None:
-        require_positive(self, ("num_edits",), label="misspelled.{}")
+    RULES = rules(num_edits=at_least(1))
 
     def check(self, pipeline: Any, forgotten: Forgotten) -> None:
         """Prompts that name the concept, and letters in its name."""

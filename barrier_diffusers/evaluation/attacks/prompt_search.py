@@ -30,7 +30,7 @@ from barrier_diffusers.evaluation.attacks.base import (
 from barrier_diffusers.models.denoiser import PipelineDenoiser
 from barrier_diffusers.models.generation import generate
 from barrier_diffusers.models.noising import Noised
-from barrier_diffusers.utils.checks import require_positive
+from barrier_diffusers.utils.checks import at_least, rules
 
 GAP = "\x00"  # stands for the searched words in a template
 Tokens = tuple[int, ...]
@@ -50,10 +50,14 @@ class PromptSearchConfig(ImageBudget):
     place: Literal["before", "instead"] = "before"  # before the whole prompt, or instead of the concept's words
     forward_batch_size: int = 128  # samples in one forward pass at most: memory, not budget
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        counts = ("num_tokens", "num_candidates", "num_ranked", "num_searches", "num_checks", "forward_batch_size")
-        require_positive(self, counts, label="prompt_search.{}")
+    RULES = rules(
+        num_tokens=at_least(1),
+        num_candidates=at_least(1),
+        num_ranked=at_least(1),
+        num_searches=at_least(1),
+        num_checks=at_least(1),
+        forward_batch_size=at_least(1),
+    )
 
     def check(self, pipeline: Any, forgotten: Forgotten) -> None:
         """One text encoder, enough images, and room for the tokens in every prompt."""

@@ -25,23 +25,21 @@ from barrier_diffusers.models.generation import generate
 from barrier_diffusers.models.loading import add_adapter
 from barrier_diffusers.protection.config import BarrierConfig
 from barrier_diffusers.protection.targets import resolve_targets
-from barrier_diffusers.utils.checks import require_positive
+from barrier_diffusers.utils.checks import Range, rules
 
 
 @dataclass
 class RelearningConfig(LearningBudget):
     """Budget of LoRA fine-tuning on images of the concept."""
 
-    num_steps: int = 100
-    batch_size: int = 10
+    num_steps: int = 100  # of AdamW
+    batch_size: int = 10  # images per step
     learning_rate: float = 1e-4
     num_images: int | None = 10
     rank: int = 8  # of the adapter
     targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])  # maps that get one
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive(self, ("rank",), label="{} of an attack")
+    RULES = rules(rank=Range(1, 4096))
 
     def images_of(self, forgotten: Forgotten) -> tuple[str, Dataset]:
         """(what they show, the images it may draw from)."""
