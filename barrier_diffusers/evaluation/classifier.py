@@ -5,9 +5,12 @@ Shapes: N images, C channels, H height, W width, J labels of an attribute, D fea
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -83,6 +86,12 @@ class AttributeClassifier(nn.Module, PyTorchModelHubMixin):
             layers.append(ResidualBlock(channels[max(index - 1, 0)], width, 1 if index == 0 else 2))
         self.features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.heads = nn.ModuleDict({name: nn.Linear(channels[-1], len(v)) for name, v in self.attributes.items()})
+
+    @classmethod
+    def from_pretrained(cls, *arguments: Any, **options: Any) -> Self:
+        """The classifier of a folder; the library prints that it is a folder, which nobody has to read."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            return super().from_pretrained(*arguments, **options)
 
     def pixels(self, images: Tensor) -> Tensor:
         """Bytes (N, 3, H, W) -> (N, 3, resolution, resolution) in [-1, 1]; other sizes are resampled."""

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser
+from tqdm import tqdm
 
 from barrier_diffusers.utils.checks import check_paths, check_settings, deferred_checks, hints_of, section_class
 from barrier_diffusers.utils.failures import explanation, is_bug
@@ -231,5 +232,12 @@ def _message(error: BaseException) -> str:
 
 
 def _fail(message: str, status: int) -> int:
-    print("error: " + " ".join(message.split()) + where_assets_are(message), file=sys.stderr)
+    last_line("error: " + " ".join(message.split()) + where_assets_are(message))
     return status
+
+
+def last_line(text: str) -> None:
+    """Print a line on stderr below the progress bars that are still open; the error keeps their loops alive."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+    print(text, file=sys.stderr, flush=True)
