@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import barrier_diffusers.utils.signals  # noqa: F401  # isort: skip  # first: from here on a signal ends in one line
 
+from pathlib import Path
+
 import torch
 
 from barrier_diffusers.utils.command_line import run_script
 from barrier_diffusers.utils.files import write_json
-from barrier_diffusers.utils.run_records import claim_output_dir, manifest, module_hash
+from barrier_diffusers.utils.output_folder import in_output_folder
+from barrier_diffusers.utils.run_records import manifest, module_hash
 from classification_ext.data import load_split, make_splits
 from classification_ext.metrics import evaluate, print_table
 from classification_ext.models import load_classifier
@@ -22,9 +25,10 @@ from classification_ext.settings import EvaluateConfig
 EVALUATION_NAME = "evaluation.json"
 
 
+@in_output_folder()
 def main(config: EvaluateConfig) -> None:
     """Load -> measure -> write."""
-    output = claim_output_dir(config.output_dir, config.overwrite_output_dir, resume=False)
+    output = Path(config.output_dir)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_classifier(config.pretrained_model_name_or_path).to(device)
     reads = (model.resolution, model.num_channels, model.names)

@@ -18,7 +18,8 @@ from barrier_diffusers.data.labelled_images import LabelledImages
 from barrier_diffusers.evaluation.accuracy import share
 from barrier_diffusers.evaluation.pictures import loss_curves
 from barrier_diffusers.utils.command_line import run_script
-from barrier_diffusers.utils.files import remove, write_json
+from barrier_diffusers.utils.files import save_whole, write_json
+from barrier_diffusers.utils.output_folder import in_output_folder
 from barrier_diffusers.utils.run_records import MANIFEST_NAME, METRICS_NAME, fingerprint, manifest, module_hash
 from classification_ext.data import load_split, make_splits
 from classification_ext.metrics import correct, predict
@@ -28,15 +29,13 @@ from classification_ext.supervised import fit, open_seeded_run
 
 
 def save_weights(config: TrainConfig, model: AnyClassifier) -> None:
-    """Write the classifier in the precision that the settings name; numbers of other weights are deleted first."""
+    """Write the classifier in the precision that the settings name."""
     output = Path(config.output_dir)
-    for name in (MANIFEST_NAME, METRICS_NAME):
-        remove(output / name)
     if config.save_dtype == "fp16" and isinstance(model, Classifier):
-        model.half().save_pretrained(output)
+        save_whole(model.half().save_pretrained, output, last="config.json")
         model.float()  # what is tested is what is saved
     else:
-        model.save_pretrained(output)
+        save_whole(model.save_pretrained, output, last="config.json")
 
 
 def accuracies(config: TrainConfig, model: AnyClassifier, *, name: str, images: LabelledImages) -> dict[str, Any]:
@@ -48,6 +47,7 @@ def accuracies(config: TrainConfig, model: AnyClassifier, *, name: str, images: 
     return {f"{name}_accuracy": share(right), f"{name}_per_label": per_label}
 
 
+@in_output_folder(also_written=["README.md"])
 def main(config: TrainConfig) -> None:
     """Load -> build -> train -> test -> save."""
     trainer = open_seeded_run(config)
@@ -73,9 +73,9 @@ def main(config: TrainConfig) -> None:
             scores |= accuracies(config, model, name=name, images=images)
         facts = {"num_steps": trainer.max_steps, "seconds_training": seconds}
         loss_curves(trainer.history.values, output / "loss_curves.png")
-        write_json(output / METRICS_NAME, {**scores, **facts})
         hashes = {**digests, "model": module_hash(model)}
         write_json(output / MANIFEST_NAME, manifest(config, hashes, **facts, history=trainer.history.values))
+        write_json(output / METRICS_NAME, {**scores, **facts})
         said = ", ".join(f"{name} {scores[f'{name}_accuracy']['value']:.2f} %" for name in ("train", "test"))
         print(f"accuracy: {said}; {seconds:.0f} s on {torch.get_num_threads()} threads\nclassifier: {output}")
     trainer.finish()

@@ -29,7 +29,8 @@ from barrier_diffusers.training.saliency import SaliencyMask, summed_gradients
 from barrier_diffusers.training.steps import freeze_normalisation
 from barrier_diffusers.training.trainer import Trainer
 from barrier_diffusers.utils.command_line import run_script
-from barrier_diffusers.utils.files import remove, write_json
+from barrier_diffusers.utils.files import save_whole, write_json
+from barrier_diffusers.utils.output_folder import in_output_folder
 from barrier_diffusers.utils.run_records import MANIFEST_NAME, METRICS_NAME, fingerprint, manifest, module_hash
 from classification_ext.data import Batch, Splits, in_order, load_split, make_splits, pixels_of, shuffled
 from classification_ext.methods import METHODS, Edit, Method, Step
@@ -233,9 +234,7 @@ def save_weights(run: Run, results: dict[str, Any]) -> dict[str, Any]:
         barrier.save_pretrained(config.output_dir)
     if barrier is not None:
         barrier.remove()
-    for name in (MANIFEST_NAME, METRICS_NAME, REPORT_NAME):  # of weights that are about to go
-        remove(Path(config.output_dir) / name)
-    model.save_pretrained(config.output_dir)
+    save_whole(model.save_pretrained, Path(config.output_dir), last="config.json")
     return facts
 
 
@@ -248,16 +247,17 @@ def save_records(run: Run, before: dict[str, Any] | None, facts: dict[str, Any],
     """Judge the classifier; write metrics, loss curves and manifest, and print what came of it."""
     config, output = run.config, Path(run.config.output_dir)
     after = judge(run)
-    write_json(output / METRICS_NAME, {**after, **facts, "before": before})
     if results["history"]:
         loss_curves(results["history"], output / "loss_curves.png")
     hashes = {"base": run.base_hash, "model": module_hash(run.model), **run.splits.digests()}
     write_json(output / MANIFEST_NAME, manifest(config, hashes, **results))
+    write_json(output / METRICS_NAME, {**after, **facts, "before": before})
     what = ", ".join(config.classes) or f"{len(run.splits.forget)} random images"
     print_table(before, after, f"{run.method.name}: forgotten {what}")
     print(f"trained {facts['trained_percent']:.2f} % of the weights in {facts['seconds_training']:.1f} s")
 
 
+@in_output_folder(also_written=["README.md"])
 def main(config: UnlearnConfig) -> None:
     """Load -> encode -> protect -> train -> save -> judge."""
     run = load_run(config)

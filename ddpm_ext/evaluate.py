@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import barrier_diffusers.utils.signals  # noqa: F401  # isort: skip  # first: from here on a signal ends in one line
 
+from pathlib import Path
+
 import torch
 
 from barrier_diffusers.evaluation.erasure import generate_cached
@@ -19,7 +21,8 @@ from barrier_diffusers.models.generation import generate
 from barrier_diffusers.models.loading import module_hashes
 from barrier_diffusers.utils.command_line import run_script
 from barrier_diffusers.utils.files import write_json
-from barrier_diffusers.utils.run_records import claim_output_dir, fingerprint
+from barrier_diffusers.utils.output_folder import in_output_folder
+from barrier_diffusers.utils.run_records import fingerprint
 from ddpm_ext.attacks import attack_images, run_attacks
 from ddpm_ext.loading import load_pipeline
 from ddpm_ext.metrics import evaluate, make_evaluation_labels, make_judge, real_images
@@ -28,9 +31,10 @@ from ddpm_ext.settings import EvaluateConfig
 RESULT_NAME = "evaluation.json"
 
 
+@in_output_folder()
 def main(config: EvaluateConfig) -> None:
     """Generate -> judge -> write evaluation.json and the picture."""
-    output = claim_output_dir(config.output_dir, config.overwrite_output_dir, resume=False)
+    output = Path(config.output_dir)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = load_pipeline(config.pretrained_model_name_or_path).to(device)
     judge = make_judge(config.evaluation, pipeline.labels)
@@ -49,7 +53,6 @@ def main(config: EvaluateConfig) -> None:
         config.evaluation, judge, asked=asked, before=before, after=images, real=real, cache=output / "cache"
     )
     scores |= {"model": module_hashes(pipeline), "scheduler": type(pipeline.scheduler).__name__}
-    write_json(output / RESULT_NAME, scores)
     image_rows(as_rgb(images), asked.labels, path=output / "images.png")
     if asked.forgotten:
         print_metrics(scores, config.evaluation.attribute, forgotten=asked.forgotten)
@@ -66,7 +69,7 @@ def main(config: EvaluateConfig) -> None:
             plain=images,
             output=output,
         )
-        write_json(output / RESULT_NAME, scores)
+    write_json(output / RESULT_NAME, scores)
     print(f"result: {output / RESULT_NAME}")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import barrier_diffusers.utils.signals  # noqa: F401  # isort: skip  # first: from here on a signal ends in one line
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from diffusers import DDIMScheduler, DDPMScheduler
@@ -18,7 +19,7 @@ from barrier_diffusers.models.generation import generate
 from barrier_diffusers.utils.checks import FOLDER, OUTPUT, Checked, at_least, rules
 from barrier_diffusers.utils.command_line import run_script
 from barrier_diffusers.utils.files import file_names, written_whole
-from barrier_diffusers.utils.run_records import claim_output_dir
+from barrier_diffusers.utils.output_folder import in_output_folder
 from ddpm_ext.loading import load_pipeline
 from ddpm_ext.settings import LabelSamplingConfig
 
@@ -40,6 +41,7 @@ class SampleConfig(Checked):
     RULES = rules(pretrained_model_name_or_path=FOLDER, output_dir=OUTPUT, images_per_label=at_least(1))
 
 
+@in_output_folder(also_written=["*_[0-9]*.png"])
 def main(config: SampleConfig) -> None:
     """Load -> sample -> write."""
     pipeline = load_pipeline(config.pretrained_model_name_or_path)
@@ -47,7 +49,7 @@ def main(config: SampleConfig) -> None:
     pipeline.label_ids(labels)  # a wrong one ends here
     if config.scheduler != "own":
         pipeline.scheduler = SCHEDULERS[config.scheduler].from_config(pipeline.scheduler.config)
-    output = claim_output_dir(config.output_dir, config.overwrite_output_dir, resume=False)
+    output = Path(config.output_dir)
     images = generate(pipeline, labels, config.sampling)
     names = file_names(labels)  # labels are text of the pipeline's maker
     for index, (label, image) in enumerate(zip(labels, images, strict=True)):

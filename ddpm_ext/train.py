@@ -26,7 +26,8 @@ from barrier_diffusers.evaluation.pictures import loss_curves
 from barrier_diffusers.models.loading import module_hashes
 from barrier_diffusers.training.trainer import Averages, Trainer, open_run
 from barrier_diffusers.utils.command_line import run_script
-from barrier_diffusers.utils.files import write_json
+from barrier_diffusers.utils.files import save_whole, write_json
+from barrier_diffusers.utils.output_folder import in_output_folder
 from barrier_diffusers.utils.run_records import MANIFEST_NAME, manifest
 from ddpm_ext.pipeline import ClassConditionalDDPMPipeline
 from ddpm_ext.settings import TrainConfig
@@ -85,6 +86,7 @@ def shuffled(rows: LabelledImages, config: TrainConfig) -> DataLoader:
     return DataLoader(pairs, config.train_batch_size, shuffle=True, drop_last=True, generator=generator)
 
 
+@in_output_folder()
 def main(config: TrainConfig) -> None:
     """Load -> train -> save the averaged weights as a pipeline."""
     trainer = Trainer(open_run(config), config)
@@ -137,7 +139,8 @@ def main(config: TrainConfig) -> None:
             "num_parameters": sum(parameter.numel() for parameter in parameters),
             "loss_of_the_last_100_steps": round(sum(last) / len(last), 5),
         }
-        pipeline.to(getattr(torch, config.save_dtype)).save_pretrained(output)
+        pipeline.to(getattr(torch, config.save_dtype))
+        save_whole(pipeline.save_pretrained, output, last="model_index.json")
         loss_curves(trainer.history.values, output / "loss_curves.png")
         hashes = {"data": rows.digest(), **module_hashes(pipeline)}
         write_json(output / MANIFEST_NAME, manifest(config, hashes, **facts))

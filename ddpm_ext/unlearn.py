@@ -34,7 +34,8 @@ from barrier_diffusers.protection.targets import Snapshots, snapshot_of
 from barrier_diffusers.training.trainer import Trainer, open_run
 from barrier_diffusers.training.unlearn import Unlearner, rates_of_maps
 from barrier_diffusers.utils.command_line import run_script
-from barrier_diffusers.utils.files import remove, write_json
+from barrier_diffusers.utils.files import save_whole, write_json
+from barrier_diffusers.utils.output_folder import in_output_folder
 from barrier_diffusers.utils.run_records import MANIFEST_NAME, METRICS_NAME, fingerprint, manifest
 from ddpm_ext.attacks import Images, attack_images, run_attacks
 from ddpm_ext.diffusion import LabelDenoiser, LabelRows, UnlearningRows, draw
@@ -195,9 +196,7 @@ def save_weights(config: UnlearnConfig, model: LoadedModel, results: dict[str, A
     facts |= {"percent_trainable": round(100 * trained / everything, 4)}
     facts["drift"] = relative_drifts(barrier, model.snapshots)
     barrier.remove()
-    for name in (MANIFEST_NAME, METRICS_NAME, REPORT_NAME):  # of weights that are about to go
-        remove(output / name)
-    model.pipeline.save_pretrained(output)
+    save_whole(model.pipeline.save_pretrained, output, last="model_index.json")
     return facts
 
 
@@ -223,7 +222,6 @@ def judge_after(
         )
         metrics = {**scores, **facts}
         print_metrics(metrics, config.evaluation.attribute, asked.forgotten)
-    write_json(output / METRICS_NAME, metrics)
     hashes = {"base_denoiser": model.hashes["unet"], **module_hashes(pipeline)}
     write_json(output / MANIFEST_NAME, manifest(config, hashes, history=history, **facts))
     if before.attack_images and before.judge is not None:
@@ -236,9 +234,10 @@ def judge_after(
             plain=after,
             output=output,
         )
-        write_json(output / METRICS_NAME, metrics)
+    write_json(output / METRICS_NAME, metrics)  # last: without it nothing reports on the run
 
 
+@in_output_folder()
 def main(config: UnlearnConfig) -> None:
     """Load -> encode -> protect -> train -> save -> judge."""
     objective = chosen_objective(config)

@@ -92,7 +92,7 @@ def test_killed_in_the_middle_and_restarted_is_the_same_file(tmp_path):
         assert parts[0].read_bytes() == parts[1].read_bytes()
     for name, moment in times.items():
         assert (killed / "images/concepts/after" / name).stat().st_mtime_ns == moment
-    with pytest.raises(ValueError, match="holds other files; name another folder or set --overwrite_output_dir"):
+    with pytest.raises(ValueError, match="holds another run; name another folder or set --overwrite_output_dir"):
         evaluate(killed, **changes)  # finished
 
 

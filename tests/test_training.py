@@ -17,7 +17,7 @@ from barrier_diffusers.training.steps import freeze_normalisation
 from barrier_diffusers.training.trainer import endless
 from barrier_diffusers.utils.command_line import parse_config, run_script
 from barrier_diffusers.utils.files import move_into, write_json
-from barrier_diffusers.utils.run_records import claim_output_dir, manifest, module_hash
+from barrier_diffusers.utils.run_records import manifest, module_hash
 
 
 @dataclass
@@ -90,37 +90,6 @@ def test_programming_errors_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["script", "--output_dir", "a"])
     with pytest.raises(KeyError):
         run_script(lambda config: {}["missing"], Settings)
-
-
-def test_output_dir_is_claimed_once(tmp_path):
-    folder = tmp_path / "run"
-    assert claim_output_dir(str(folder), False, False) == folder
-    (folder / "cache").mkdir()
-    claim_output_dir(str(folder), False, False)  # what a run that stopped early leaves is no other run
-    (folder / "manifest.json").write_text("{}")
-    (folder / "unet").mkdir()
-    with pytest.raises(ValueError, match="holds another run; name another folder or set --overwrite_output_dir"):
-        claim_output_dir(str(folder), False, False)
-    claim_output_dir(str(folder), False, True)
-    assert (folder / "unet").is_dir()
-    claim_output_dir(str(folder), True, False)
-    assert [path.name for path in folder.iterdir()] == ["cache"]
-
-
-def test_foreign_files_are_never_deleted(tmp_path):
-    (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(ValueError, match="holds other files"):
-        claim_output_dir(str(tmp_path), False, False)
-    claim_output_dir(str(tmp_path), True, False)
-    assert (tmp_path / "thesis.tex").read_text() == "x"
-    with pytest.raises(ValueError, match="is a file"):
-        claim_output_dir(str(tmp_path / "thesis.tex"), True, False)
-
-
-def test_unwritable_output_dir(tmp_path):
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(ValueError, match="is not writable"):
-        claim_output_dir(str(tmp_path / "file" / "below"), False, False)
 
 
 def test_json_and_moves_are_whole(tmp_path):

@@ -17,8 +17,9 @@ from short_runs import ROOT
 from barrier_diffusers.evaluation.attacks import ATTACKS
 from barrier_diffusers.evaluation.settings import EvaluateConfig
 from barrier_diffusers.utils.command_line import config_from, run_script
+from barrier_diffusers.utils.locks import FolderLock
 from barrier_diffusers.workflow.definitions import WORKFLOWS
-from barrier_diffusers.workflow.processes import FolderLock, Stopped
+from barrier_diffusers.workflow.processes import Stopped
 from barrier_diffusers.workflow.settings import chosen_objective
 from barrier_diffusers.workflow.stages import stage_inputs
 from barrier_diffusers.workflow.workflow import command_of, parse_workflow, run_workflow, stop_message

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import barrier_diffusers.utils.signals  # noqa: F401  # isort: skip  # first: from here on a signal ends in one line
 
+from pathlib import Path
 from typing import Any
 
 from barrier_diffusers.evaluation.attacks.running import run_attacks
 from barrier_diffusers.evaluation.certification import certify_saved, has_barrier, held_out_images
 from barrier_diffusers.evaluation.evaluation_split import images_hash
-from barrier_diffusers.evaluation.judged_model import PICTURE_NAME, SECONDS_NAME, JudgedModel, claim_evaluation_dir
+from barrier_diffusers.evaluation.judged_model import IMAGES_NAME, PICTURE_NAME, SECONDS_NAME, JudgedModel
 from barrier_diffusers.evaluation.pictures import attacks_picture
 from barrier_diffusers.evaluation.protocols import make_protocols
 from barrier_diffusers.evaluation.protocols.concepts import ConceptProtocol
@@ -26,14 +27,16 @@ from barrier_diffusers.evaluation.settings import EvaluateConfig
 from barrier_diffusers.evaluation.tables import print_attacks
 from barrier_diffusers.utils.command_line import run_script
 from barrier_diffusers.utils.files import write_json
+from barrier_diffusers.utils.output_folder import in_output_folder
 from barrier_diffusers.utils.run_records import METRICS_NAME, manifest, module_hash
 
 WITHOUT_EFFECT = ("output_dir", "overwrite_output_dir")  # settings that change no number
 
 
+@in_output_folder(kept=[IMAGES_NAME])
 def main(config: EvaluateConfig) -> None:
     """Load -> check -> protocols on plain prompts -> attacks -> JSON, picture, page."""
-    output = claim_evaluation_dir(config)
+    output = Path(config.output_dir)
     judged_model = JudgedModel(config, output)
     protocols = make_protocols(config, judged_model)
     concepts = next((protocol for protocol in protocols if isinstance(protocol, ConceptProtocol)), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import barrier_diffusers.utils.signals  # noqa: F401  # isort: skip  # first: from here on a signal ends in one line
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,10 +21,11 @@ from barrier_diffusers.data.encoding import read_pixels
 from barrier_diffusers.data.readers import read_rows, rows_hash
 from barrier_diffusers.evaluation.classifier import AttributeClassifier
 from barrier_diffusers.training.run_config import RunConfig, StageConfig
-from barrier_diffusers.training.trainer import ONE_CYCLE, Trainer, make_accelerator, require_usable
+from barrier_diffusers.training.trainer import ONE_CYCLE, Trainer, make_accelerator
 from barrier_diffusers.utils.checks import DATA, Range, at_least, rules
 from barrier_diffusers.utils.command_line import run_script
-from barrier_diffusers.utils.files import write_json
+from barrier_diffusers.utils.files import save_whole, write_json
+from barrier_diffusers.utils.output_folder import in_output_folder
 from barrier_diffusers.utils.run_records import METRICS_NAME
 
 
@@ -33,7 +35,7 @@ class ClassifierConfig(RunConfig, StageConfig):
 
     train_data_dir: str = "runs/fashion_mnist"  # folder or hub name with an image column and one column per attribute
     output_dir: str = "assets/fashion_classifier"  # gets the classifier and metrics.json
-    overwrite_output_dir: bool = True  # False: output_dir must be new or empty. Nothing in it is deleted either way
+    overwrite_output_dir: bool = True  # an earlier result in output_dir goes when the new one is there
     train_split: str = "train"  # of the data set
     test_split: str = "test"  # of the data set, never trained on
     image_column: str = "image"  # of the data set
@@ -142,9 +144,10 @@ def score(model: Any, config: ClassifierConfig, test: Dataset) -> dict[str, Any]
     }
 
 
+@in_output_folder(also_written=["README.md"])
 def main(config: ClassifierConfig) -> None:
     """Load -> train -> save -> test."""
-    output = require_usable(config)
+    output = Path(config.output_dir)
     accelerator = make_accelerator(config, logs_in=config.output_dir, data_seed=config.seed)
     trainer = Trainer(accelerator, config)
     set_seed(config.seed)
@@ -152,7 +155,7 @@ def main(config: ClassifierConfig) -> None:
     labels = {name: sorted(set(train[name])) for name in config.attributes}
     model = train_classifier(trainer, config, labels, train)
     if accelerator.is_main_process:
-        model.save_pretrained(output)
+        save_whole(model.save_pretrained, output, last="config.json")
         scores = score(model, config, test)
         write_json(output / METRICS_NAME, {"config": asdict(config), **scores})
         said = "; ".join(f"{name} {value:.2f} %" for name, value in scores["test_accuracy"].items())

@@ -29,10 +29,11 @@ from barrier_diffusers.models.noising import sample_latents
 from barrier_diffusers.models.publishing import load_in_float32
 from barrier_diffusers.models.vocabulary import cut_clip_vocabulary, find_clip_vocabulary
 from barrier_diffusers.training.run_config import RunConfig, StageConfig
-from barrier_diffusers.training.trainer import ONE_CYCLE, Averages, Trainer, make_accelerator, require_usable
+from barrier_diffusers.training.trainer import ONE_CYCLE, Averages, Trainer, make_accelerator
 from barrier_diffusers.utils.checks import DATA, OUTPUT, Checked, Range, at_least, check_settings, rules
 from barrier_diffusers.utils.command_line import run_script
-from barrier_diffusers.utils.files import require_writable, write_json, written_whole
+from barrier_diffusers.utils.files import save_whole, write_json, written_whole
+from barrier_diffusers.utils.output_folder import in_output_folder
 from barrier_diffusers.utils.run_records import fingerprint
 
 
@@ -124,7 +125,7 @@ class TrainConfig(RunConfig):
 
     train_data_dir: str = "runs/fashion_mnist"  # folder or hub name with an image and a caption column
     output_dir: str = "assets/fashion_sd"  # becomes the pipeline folder
-    overwrite_output_dir: bool = True  # False: output_dir must be new or empty. Nothing in it is deleted either way
+    overwrite_output_dir: bool = True  # an earlier result in output_dir goes when the new one is there
     work_dir: str = "runs/fashion_sd_work"  # trained VAE, cached latents, logs
     split: str = "train"  # of the data set
     image_column: str = "image"  # of the data set
@@ -283,12 +284,11 @@ def train_text_to_image(
     return text_encoder.eval(), unet.eval(), trainer
 
 
+@in_output_folder()
 def main(config: TrainConfig) -> None:
     """VAE -> latents -> text encoder and UNet -> pipeline folder."""
     dataset = load_image_text(config.train_data_dir, config.split, config.image_column, config.caption_column)
     vocabulary = find_clip_vocabulary(config.text.vocabulary_package)
-    require_usable(config)
-    require_writable(config.work_dir)
     accelerator = make_accelerator(config, logs_in=config.work_dir, data_seed=None)
     if accelerator.num_processes > 1:
         raise ValueError("this recipe trains in one process: launch it with --num_processes 1")
@@ -336,8 +336,13 @@ def main(config: TrainConfig) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.to(getattr(torch, config.save_dtype)).save_pretrained(output)
-    load_in_float32(output)
+    pipeline.to(getattr(torch, config.save_dtype))
+
+    def save(folder: Path) -> None:
+        pipeline.save_pretrained(folder)
+        load_in_float32(folder)
+
+    save_whole(save, output, last="model_index.json")
     write_json(output / "training_config.json", asdict(config))
     trainer.finish()
     print(f"pipeline saved in {output}")

@@ -14,6 +14,7 @@ from barrier_diffusers.data.erased_concepts import read_erased
 from barrier_diffusers.evaluation.report import REPORT_NAME, write_report
 from barrier_diffusers.models.publishing import push_folder
 from barrier_diffusers.utils.command_line import run_script
+from barrier_diffusers.utils.output_folder import in_output_folder
 from barrier_diffusers.workflow.settings import UnlearnConfig
 from barrier_diffusers.workflow.unlearning import (
     edit,
@@ -30,6 +31,7 @@ from barrier_diffusers.workflow.unlearning import (
 )
 
 
+@in_output_folder(also_written=["README.md"])
 def main(config: UnlearnConfig) -> None:
     """Load -> encode -> protect -> train -> save -> judge."""
     run = open_unlearning(config)

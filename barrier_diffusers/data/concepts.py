@@ -24,7 +24,15 @@ from barrier_diffusers.models.generation import SamplingConfig, filters_off, gen
 from barrier_diffusers.models.loading import module_hashes
 from barrier_diffusers.utils.checks import FILE_OR_FOLDER, as_list, at_least, check_settings, rules
 from barrier_diffusers.utils.files import write_json, written_whole
-from barrier_diffusers.utils.run_records import fingerprint, module_hash
+from barrier_diffusers.utils.run_records import (
+    FILES,
+    MANIFEST_NAME,
+    check_hashes,
+    fingerprint,
+    hashes_of,
+    module_hash,
+    read_hashes,
+)
 from barrier_diffusers.utils.words import mentions, same_name
 
 
@@ -297,17 +305,22 @@ def illustrate(
 ) -> Dataset:
     """(image, caption) rows that the model makes of the prompts, once per model, prompts and sampler settings.
 
-    They stay in the cache as a folder of PNG files with metadata.jsonl, beside a manifest of how they were made. No
-    two `part`s of a run (0 forget, 1 retain, 2 erased before) start from the same seeds.
+    They stay in the cache as a folder of PNG files with metadata.jsonl, beside a manifest of how they were made and of
+    the files' hashes, which are checked before they are read. No two `part`s of a run (0 forget, 1 retain, 2 erased
+    before) start from the same seeds.
+
+    Raises:
+        ValueError: an image is missing, has changed, or has come from elsewhere.
     """
     sampling = replace(config.generation, seed=config.generation.seed + part * 1_000_000)
     made_from = {"denoiser": base_hash, "prompts": prompts, "sampling": asdict(sampling), **filters_off(pipeline)}
     folder, caption = cache / f"generated-{fingerprint(made_from)}", config.caption_column
-    if not (folder / "images").is_dir():
+    if not read_hashes(folder):  # new, half made, or of an earlier version
         images = generate(pipeline, prompts, sampling, desc="illustrating the prompts")
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "manifest.json", made_from)
         write_image_folder(folder / "images", images, {caption: prompts})
+        write_json(folder / MANIFEST_NAME, {**made_from, FILES: hashes_of(folder, "images")})
+    check_hashes(folder, hashes_of(folder, "images"))
     return read_image_folder(
         folder / "images", split="train", image_column=config.image_column, caption_column=caption, quiet=True
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ from barrier_diffusers.models.denoiser import Denoiser
 from barrier_diffusers.objectives.base import Condition
 from barrier_diffusers.utils.files import written_whole
 
+HASH = "sha256"  # of the tensors of a cache file, in its header
+
 
 def to_pixels(images: Sequence[Any], resolution: int) -> Tensor:
     """PIL images -> (N, 3, resolution, resolution) in [-1, 1]; other sizes are scaled and centre-cropped."""
@@ -48,22 +51,46 @@ def image_batches(dataset: Dataset, image_column: str, resolution: int) -> Datas
     return dataset.select_columns([image_column]).with_transform(transform)
 
 
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def cached_tensors(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Read tensors from `path`, or compute them once and write them there, whole or not at all.
+    """Read tensors from `path`, or compute them once and write them there with their hash, whole or not at all.
+
+    A file of an earlier version, which has no hash, is computed anew.
 
     Raises:
-        ValueError: the file is damaged.
+        ValueError: the file is not as it was written.
     """
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {key: value.contiguous() for key, value in compute().items()}
-        with written_whole(path) as temporary:
-            save_file(tensors, temporary)
     try:
-        with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        found = _read_cached(path) if path.is_file() else None
     except SafetensorError as error:
         raise ValueError(f"cache file {str(path)!r} is damaged ({error}): delete it") from error
+    if found is not None:
+        return found
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {key: value.contiguous() for key, value in compute().items()}
+    with written_whole(path) as temporary:
+        save_file(tensors, temporary, metadata={HASH: tensors_hash(tensors)})
+    return tensors
+
+
+def _read_cached(path: Path) -> dict[str, Tensor] | None:
+    with safe_open(path, "pt") as file:
+        digest = (file.metadata() or {}).get(HASH)
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    if digest is None:
+        print(f"cache file {str(path)!r} has no hash, as an earlier version left it: computed anew")
+        return None
+    if tensors_hash(tensors) != digest:
+        raise ValueError(f"cache file {str(path)!r} is damaged, it is not as it was written: delete it")
+    return tensors
 
 
 def read_pixels(dataset: Dataset, image_column: str, resolution: int, rows: range) -> Tensor:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -22,10 +25,12 @@ from barrier_diffusers.data.folders import is_image_file
 from barrier_diffusers.data.images import ImageFiles
 from barrier_diffusers.data.prompt_files import PromptRow, read_prompts, write_prompts
 from barrier_diffusers.models.generation import SamplingConfig, filters_off, sample
-from barrier_diffusers.utils.files import remove, write_json, written_whole
-from barrier_diffusers.utils.run_records import MANIFEST_NAME
+from barrier_diffusers.utils.files import clear_leftovers, file_hash, write_json, written_whole
+from barrier_diffusers.utils.output_folder import set_aside
+from barrier_diffusers.utils.run_records import FILES, MANIFEST_NAME, read_hashes
 
 PROMPTS_NAME = "prompts.csv"
+IMAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*_\d+\.png")
 PACKAGES = ("torch", "diffusers", "transformers")  # whose versions pixels depend on
 
 
@@ -104,32 +109,75 @@ def generate_folder(
     facts = made_from(pipeline, rows, images_per_prompt=images_per_prompt, sampling=sampling, hashes=hashes)
     refuse_or_empty(folder, facts, overwrite=overwrite)
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob(".*.*.*"):  # half a file, of a killed run
-        remove(path)
-    write_json(folder / MANIFEST_NAME, facts)
+    clear_leftovers(folder, lambda path: path.suffix in (".png", ".csv", ".json"), alone=True)
+    made = whole_images(folder)
+    write_json(folder / MANIFEST_NAME, {**facts, FILES: made})
     write_prompts(folder / PROMPTS_NAME, rows)
     for batch in tqdm(
         batches_of(rows, images_per_prompt, sampling=sampling), desc=f"images {folder.name}", leave=False
     ):
-        missing = [index for index, request in enumerate(batch) if not (folder / request.name).is_file()]
+        missing = [index for index, request in enumerate(batch) if request.name not in made]
         if not missing:
             continue
         prompts, seeds = [request.prompt for request in batch], [request.seed for request in batch]
         images = sample(pipeline, prompts, seeds=seeds, sampling=sampling, guidance_scale=batch[0].guidance)
-        for index in missing:
-            with written_whole(folder / batch[index].name) as temporary:
-                Image.fromarray(images[index]).save(temporary, format="PNG")
+        files = {batch[index].name: png_bytes(images[index]) for index in missing}
+        made |= {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        write_json(folder / MANIFEST_NAME, {**facts, FILES: made})  # first, so that every image has its hash
+        for name, content in files.items():
+            with written_whole(folder / name) as temporary:
+                temporary.write_bytes(content)
     return ImageFiles(folder, [name for row in rows for name in row.image_names(images_per_prompt)])
+
+
+def png_bytes(image_HWC: np.ndarray) -> bytes:
+    """A byte image as a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(image_HWC).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def whole_images(folder: Path) -> dict[str, str]:
+    """Name -> SHA-256 of the images that are there as they were made; one without a hash, as earlier versions left
+    them, does not count.
+
+    Raises:
+        ValueError: one has changed.
+    """
+    known = refuse_changed(folder)
+    without = sum(path.suffix == ".png" and path.name not in known for path in folder.iterdir())
+    if without:
+        print(f"{str(folder)!r}: {without} images without a hash are made again")
+    return known
+
+
+def refuse_changed(folder: Path) -> dict[str, str]:
+    """Name -> SHA-256 of the images of the folder's manifest that are there.
+
+    Raises:
+        ValueError: one is not as it was made.
+    """
+    known = {name: digest for name, digest in read_hashes(folder).items() if (folder / name).is_file()}
+    for name, digest in known.items():
+        if file_hash(folder / name) != digest:
+            raise ValueError(
+                f"{str(folder / name)!r} is not as it was made: delete the folder {str(folder)!r} to make it again"
+            )
+    return known
 
 
 def refuse_or_empty(folder: Path, facts: Mapping[str, Any], overwrite: bool) -> None:
     """Leave a folder that is new, or was made from the same, as it is."""
     if not folder.is_dir() or all(path.name.startswith(".") for path in folder.iterdir()):
         return
-    manifest = folder / MANIFEST_NAME
-    if not manifest.is_file():
+    try:
+        before = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = None
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    foreign = [name for name in names if name not in (MANIFEST_NAME, PROMPTS_NAME) and not IMAGE_NAME.fullmatch(name)]
+    if not isinstance(before, dict) or not {"sampling", "prompts", "versions"} <= before.keys() or foreign:
         raise ValueError(f"image folder {str(folder)!r} holds other files: name another output_dir")
-    before = json.loads(manifest.read_text(encoding="utf-8"))
     changed = [name for name in facts if before.get(name) != facts[name]]
     if not changed:
         return
@@ -138,7 +186,7 @@ def refuse_or_empty(folder: Path, facts: Mapping[str, Any], overwrite: bool) -> 
             f"image folder {str(folder)!r} was made from other {', '.join(changed)}: name another output_dir or set "
             "--overwrite_output_dir"
         )
-    remove(folder)
+    set_aside(folder)
 
 
 def read_folder(
@@ -147,8 +195,8 @@ def read_folder(
     """Prompts and images that were made earlier; the prompts are of the file, or of the folder's prompts.csv.
 
     Raises:
-        ValueError: no prompt file, an image of the prompts that is not there, images that no prompt names, or that
-            are black.
+        ValueError: no prompt file, an image of the prompts that is not there or has changed, images that no prompt
+            names, or that are black.
     """
     path = Path(folder).expanduser()
     if not path.is_dir():
@@ -158,6 +206,7 @@ def read_folder(
         raise ValueError(f"images_dir {folder!r} has no {PROMPTS_NAME}: name the CSV file of its prompts")
     rows = read_prompts(prompts, label_column=label_column)
     files = ImageFiles(path, [name for row in rows for name in row.image_names(images_per_prompt)])
+    refuse_changed(path)
     found = {file.name for file in path.iterdir() if file.name[0] != "." and is_image_file(file)}
     unknown = sorted(found - set(files.names))
     if unknown:

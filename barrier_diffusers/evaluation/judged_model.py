@@ -12,13 +12,11 @@ import torch
 
 from barrier_diffusers.data.images import ImageFiles
 from barrier_diffusers.data.prompt_files import PromptRow, PromptsConfig, read_prompts
-from barrier_diffusers.evaluation.certification import CERTIFICATE_NAME
 from barrier_diffusers.evaluation.image_folder import generate_folder, read_folder, scheduler_facts
-from barrier_diffusers.evaluation.report import REPORT_NAME
 from barrier_diffusers.models.denoiser import PipelineDenoiser
 from barrier_diffusers.models.loading import ADAPTER_NAME, load_merged, load_pipeline, module_hashes
 from barrier_diffusers.utils.files import file_hash
-from barrier_diffusers.utils.run_records import MANIFEST_NAME, METRICS_NAME, claim_output_dir
+from barrier_diffusers.utils.run_records import FILES, MANIFEST_NAME
 
 if TYPE_CHECKING:
     from barrier_diffusers.evaluation.settings import EvaluateConfig
@@ -36,22 +34,6 @@ class ImagePair:
     def items(self) -> list[tuple[str, ImageFiles]]:
         """("before", images) where there are such, and ("after", images)."""
         return ([("before", self.before)] if self.before is not None else []) + [("after", self.after)]
-
-
-def claim_evaluation_dir(config: EvaluateConfig) -> Path:
-    """The output folder, without the results of an earlier evaluation that may be overwritten.
-
-    One that was stopped before it wrote metrics.json goes on with the images that it has.
-
-    Raises:
-        ValueError: see `claim_output_dir`.
-    """
-    folder = Path(config.output_dir)
-    stopped = (folder / IMAGES_NAME).is_dir() and not (folder / METRICS_NAME).is_file()
-    output = claim_output_dir(config.output_dir, config.overwrite_output_dir, resume=stopped)
-    for name in (METRICS_NAME, SECONDS_NAME, PICTURE_NAME, CERTIFICATE_NAME, REPORT_NAME):
-        (output / name).unlink(missing_ok=True)
-    return output
 
 
 def load_judged(config: EvaluateConfig) -> Any:
@@ -89,7 +71,8 @@ class JudgedModel:
             self.hashes["adapter"] = file_hash(Path(config.lora_weights) / ADAPTER_NAME)
         if config.images_dir and (Path(config.images_dir) / MANIFEST_NAME).is_file():
             made_from = (Path(config.images_dir) / MANIFEST_NAME).read_text(encoding="utf-8")
-            self.facts["images_made_from"] = json.loads(made_from)
+            facts = json.loads(made_from)
+            self.facts["images_made_from"] = {name: value for name, value in facts.items() if name != FILES}
         own: dict[str, str] = {}
         if self.pipeline is not None:
             self.facts["scheduler"] = scheduler_facts(self.pipeline)

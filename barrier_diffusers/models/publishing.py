@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData, create_repo, upload_folder
 
 from barrier_diffusers.models.architectures import components, get_architecture
-from barrier_diffusers.utils.files import move_into, remove, removed_on_failure, written_whole
+from barrier_diffusers.utils.files import save_whole, written_whole
 from barrier_diffusers.utils.run_records import METRICS_NAME
 from barrier_diffusers.utils.shown_text import for_markdown, markdown_link, python_string
 
@@ -89,23 +89,24 @@ def load_in_float32(folder: Path) -> None:
 
 def save_pipeline(pipeline: Any, output: Path) -> None:
     """Write the pipeline into `output`, in one precision; a killed write leaves no half-written model_index.json."""
-    temporary = output / ".pipeline"
-    with removed_on_failure(temporary, output), widened(pipeline):
-        remove(temporary)
-        pipeline.save_pretrained(temporary, safe_serialization=True)
-        load_in_float32(temporary)
-        move_into(temporary, output, last="model_index.json")
+
+    def save(folder: Path) -> None:
+        pipeline.save_pretrained(folder, safe_serialization=True)
+        load_in_float32(folder)
+
+    with widened(pipeline):
+        save_whole(save, output, last="model_index.json")
 
 
 def save_adapter(pipeline: Any, output: Path) -> None:
     """Write the denoiser's LoRA as pytorch_lora_weights.safetensors, the file `load_lora_weights` looks for."""
     row = get_architecture(type(pipeline).__name__)
     layers = {f"{row.denoiser}_lora_layers": row.adapter_layers(getattr(pipeline, row.denoiser))}
-    temporary = output / ".adapter"
-    with removed_on_failure(temporary, output):
-        remove(temporary)
-        pipeline.save_lora_weights(temporary, safe_serialization=True, **layers)
-        move_into(temporary, output, last="pytorch_lora_weights.safetensors")
+    save_whole(
+        lambda folder: pipeline.save_lora_weights(folder, safe_serialization=True, **layers),
+        output,
+        last="pytorch_lora_weights.safetensors",
+    )
 
 
 def claim_repo(repo_id: str, private: bool) -> str:

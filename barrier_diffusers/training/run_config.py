@@ -32,7 +32,7 @@ class RunConfig:
     """A training run: where its files go, its random numbers, its precision and its checkpoints."""
 
     output_dir: str  # gets the result
-    overwrite_output_dir: bool = False  # an earlier run in output_dir is deleted first
+    overwrite_output_dir: bool = False  # an earlier run in output_dir goes when this one has ended well
     seed: int = 0  # of all random numbers
     gradient_accumulation_steps: int = 1  # batches of a step
     max_grad_norm: float | None = 1.0  # longer gradients are cut to this length; None: no clipping

@@ -26,8 +26,6 @@ from tqdm.auto import tqdm
 from barrier_diffusers.protection.barrier import Barrier
 from barrier_diffusers.training.checkpoints import Checkpoints, Interruption
 from barrier_diffusers.training.run_config import RunConfig, StageConfig
-from barrier_diffusers.utils.files import require_writable
-from barrier_diffusers.utils.run_records import claim_output_dir
 
 # what `accelerate launch` sets for each way to share out weights
 SHARDING = {
@@ -108,27 +106,8 @@ def make_accelerator(config: RunConfig, *, logs_in: str, data_seed: int | None) 
 
 
 def open_run(config: RunConfig) -> Accelerator:
-    """The accelerator of a run, its output folder claimed.
-
-    Raises:
-        ValueError: the folder may not be used, fp16 on a CPU, or the weights are to be shared out between processes.
-    """
-    accelerator = make_accelerator(config, logs_in=config.output_dir, data_seed=config.seed)
-    if accelerator.is_main_process:
-        claim_output_dir(config.output_dir, config.overwrite_output_dir, config.resume_from_checkpoint is not None)
-    accelerator.wait_for_everyone()
-    return accelerator
-
-
-def require_usable(config: RunConfig) -> Path:
-    """Create the output folder of a recipe that writes over what is there and deletes nothing else.
-
-    Raises:
-        ValueError: it cannot be written in, or holds files that the settings do not allow to write over.
-    """
-    if config.overwrite_output_dir or config.resume_from_checkpoint is not None:
-        return require_writable(config.output_dir)
-    return claim_output_dir(config.output_dir, overwrite=False, resume=False)
+    """The accelerator of a run with its logs in the output folder; see `make_accelerator`."""
+    return make_accelerator(config, logs_in=config.output_dir, data_seed=config.seed)
 
 
 def schedule_of(stage: StageConfig, optimizer: Any, num_steps: int, num_processes: int) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import os
 import sys
@@ -42,7 +43,9 @@ def run_script(main: Callable[[Any], None], config_class: type | Callable[[list[
         with heeding_signals():
             try:
                 read = partial(parse_config, config_class) if isinstance(config_class, type) else config_class
-                config = read(resolve_named_files(sys.argv[1:], Path(main.__code__.co_filename).parent))
+                config = read(
+                    resolve_named_files(sys.argv[1:], Path(inspect.unwrap(main).__code__.co_filename).parent)
+                )
             except (ArgumentError, ValueError, TypeError, OSError) as error:
                 files = [value for word, value in zip(sys.argv, sys.argv[1:], strict=False) if word == "--config"]
                 says_no_file = "parsing config" in _message(error)

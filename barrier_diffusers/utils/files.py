@@ -7,12 +7,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+
+from barrier_diffusers.utils.locks import is_alive
 
 
 def file_names(texts: Iterable[str]) -> dict[str, str]:
@@ -42,11 +44,17 @@ class WriteError(OSError):
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
+    """Delete a file, a link or a folder with all that is in it, if it is there; what links lead to stays.
+
+    Folders that may not be written in are made writable first.
+    """
+    if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
+        return
+    for folder, _, _ in os.walk(path):
+        with suppress(OSError):  # the deletion says so
+            os.chmod(folder, 0o700)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def put_in_place(temporary: Path, target: Path) -> None:
@@ -59,6 +67,46 @@ def put_in_place(temporary: Path, target: Path) -> None:
         remove(old)
     else:
         os.replace(temporary, target)
+
+
+LEFTOVERS = (  # hidden names that a killed process leaves, with the name of what it was writing or replacing
+    re.compile(r"\.old-(?P<name>.+)"),
+    re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)"),
+    re.compile(r"\.(?P<name>step-\d+|pipeline|adapter)"),
+    re.compile(r"\.(?P<name>write-test)-(?P<pid>\d+)"),
+)
+
+
+def leftover(path: Path) -> re.Match[str] | None:
+    """What a killed process left, by the parts of its name; None for any other file."""
+    return next((found for pattern in LEFTOVERS if (found := pattern.fullmatch(path.name))), None)
+
+
+def clear_leftovers(folder: Path, is_own: Callable[[Path], bool], alone: bool) -> None:
+    """Delete what killed processes left half written in a folder; a whole one that was to be replaced comes back.
+
+    Args:
+        is_own: whether something at the top of the folder, by the name it would have had, is ours; nothing else is
+            looked at.
+        alone: no other process works in the folder; else what a running one of this machine is writing stays.
+    """
+    for path in list(folder.iterdir()):
+        found = leftover(path)
+        wanted = path.with_name(found["name"]) if found else path
+        temporary = wanted.name in ("pipeline", "adapter", "write-test")
+        if not temporary and not is_own(wanted):
+            continue
+        if found is None:
+            if path.is_dir() and not path.is_symlink():
+                clear_leftovers(path, lambda _: True, alone)
+            continue
+        pid = found.groupdict().get("pid")
+        if not alone and (pid is None or is_alive(int(pid))):
+            continue
+        if path.name.startswith(".old-") and not os.path.lexists(wanted):
+            os.replace(path, wanted)
+        else:
+            remove(path)
 
 
 @contextmanager
@@ -159,3 +207,18 @@ def move_into(source: Path, target: Path, last: str) -> None:
     for entry in sorted(source.iterdir(), key=lambda entry: entry.name == last):
         put_in_place(entry, target / entry.name)
     source.rmdir()
+
+
+def save_whole(save: Callable[[Path], Any], output: Path, last: str) -> None:
+    """Write the files of a model with `save(folder)` and move them into `output`, the file without which nothing loads
+    at the end.
+
+    Raises:
+        WriteError: see `written_whole`; nothing is moved then.
+    """
+    temporary = output / ".pipeline"
+    with removed_on_failure(temporary, output):
+        remove(temporary)
+        temporary.mkdir(parents=True)
+        save(temporary)
+        move_into(temporary, output, last)

@@ -1,4 +1,4 @@
-"""What a run leaves beside its weights: the names of its files, its manifest, and the folder it claims."""
+"""What a run leaves beside its weights: the names of its files, and its manifest."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import math
 import platform
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from barrier_diffusers.utils.files import require_writable
+from barrier_diffusers.utils.files import file_hash
 
 
 def fingerprint(*parts: Any) -> str:
@@ -33,27 +32,43 @@ METRICS_NAME = "metrics.json"
 PACKAGES = ("barrier-diffusers", "torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "numpy")
 
 
-def claim_output_dir(output_dir: str, overwrite: bool, resume: bool) -> Path:
-    """Create the output folder, or make sure that an existing one may be used.
+FILES = "files"  # name -> SHA-256, in the manifest of a folder in a cache
+
+
+def hashes_of(folder: Path, below: str = ".") -> dict[str, str]:
+    """Path in a folder -> SHA-256 of every file below one of its folders, hidden ones left out."""
+    files = sorted(path for path in (folder / below).rglob("*") if path.is_file() and path.name[0] != ".")
+    return {path.relative_to(folder).as_posix(): file_hash(path) for path in files}
+
+
+def read_hashes(folder: Path) -> dict[str, str]:
+    """The hashes in a folder's manifest; empty if there are none, as in those of earlier versions."""
+    try:
+        content = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return dict(content.get(FILES, {})) if isinstance(content, dict) else {}
+
+
+def check_hashes(folder: Path, there: Mapping[str, str]) -> None:
+    """Refuse files that are not those of the folder's manifest.
+
+    Args:
+        there: path in the folder -> SHA-256 of what there is now.
 
     Raises:
-        ValueError: it is a file, not writable, or holds another run or other files and `overwrite` is off.
+        ValueError: names a file that is missing, has changed, or is none of them.
     """
-    folder = require_writable(output_dir)
-    entries = {entry.name for entry in folder.iterdir()} - {"cache", "logs"}  # left by a run that stopped early
-    if entries and not resume:
-        if not overwrite:
-            what = "another run" if MANIFEST_NAME in entries else "other files"
+    wanted = read_hashes(folder)
+    for what, names in {
+        "is missing": wanted.keys() - there.keys(),
+        "was not made with the others": there.keys() - wanted.keys(),
+        "is not as it was made": {name for name in wanted.keys() & there.keys() if wanted[name] != there[name]},
+    }.items():
+        if names:
             raise ValueError(
-                f"output_dir {output_dir!r} holds {what}; name another folder or set --overwrite_output_dir"
+                f"{str(folder / min(names))!r} {what}: delete the folder {str(folder)!r} to make it again"
             )
-        if (
-            MANIFEST_NAME in entries or "barrier_config.json" in entries
-        ):  # an earlier run of ours: nothing of it may be left over
-            for name in entries:
-                path = folder / name
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return folder
 
 
 def module_hash(module: nn.Module) -> str:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -31,42 +29,6 @@ class Stopped(Exception):
     def __init__(self, number: int):
         super().__init__(f"stopped by {signal.Signals(number).name}")
         self.number = number
-
-
-class FolderLock:
-    """Within its block no other process that asks for it works in the folder.
-
-    A child that inherits `handle` holds it on, so that a killed parent's child keeps its folder to itself.
-
-    Args:
-        folder: gets a hidden file.
-        wait_seconds: how long to wait for whoever has it.
-    """
-
-    def __init__(self, folder: Path, wait_seconds: float = 0):
-        self.folder, self.wait_seconds = folder, wait_seconds
-        self.handle = -1
-
-    def __enter__(self) -> FolderLock:
-        """Raises:
-        ValueError: another process still has the folder when the time is over.
-        """
-        self.handle = os.open(self.folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
-        deadline = time.monotonic() + self.wait_seconds
-        while True:
-            try:
-                fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return self
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    os.close(self.handle)
-                    raise ValueError(
-                        f"another process works in {str(self.folder)!r}: wait for it, or name another output_dir"
-                    ) from None
-                time.sleep(1)
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self.handle)  # and with the last copy of the handle the lock goes
 
 
 def _die_with_parent() -> None:

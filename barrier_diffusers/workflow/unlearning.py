@@ -23,7 +23,7 @@ from barrier_diffusers.data.concepts import (
 )
 from barrier_diffusers.data.erased_concepts import ERASED_NAME, ErasedConcepts, as_json
 from barrier_diffusers.data.readers import rows_hash
-from barrier_diffusers.evaluation.certification import CERTIFICATE_NAME, HeldOut, held_out_images, write_certificate
+from barrier_diffusers.evaluation.certification import HeldOut, held_out_images, write_certificate
 from barrier_diffusers.evaluation.erasure import (
     EvaluationPrompts,
     check_evaluation_prompts,
@@ -32,7 +32,6 @@ from barrier_diffusers.evaluation.erasure import (
     make_evaluation_prompts,
 )
 from barrier_diffusers.evaluation.pictures import before_after_grid, loss_curves, strip
-from barrier_diffusers.evaluation.report import REPORT_NAME
 from barrier_diffusers.evaluation.tables import print_metrics
 from barrier_diffusers.models.architectures import components, get_architecture
 from barrier_diffusers.models.denoiser import PipelineDenoiser
@@ -55,7 +54,7 @@ from barrier_diffusers.objectives import Objective
 from barrier_diffusers.protection.barrier import Barrier
 from barrier_diffusers.training.trainer import Trainer, open_run
 from barrier_diffusers.training.unlearn import Unlearner, apply_edit, maps_of_prompts, prompt_inputs, rates_of_maps
-from barrier_diffusers.utils.files import remove, write_json
+from barrier_diffusers.utils.files import write_json
 from barrier_diffusers.utils.run_records import MANIFEST_NAME, METRICS_NAME, fingerprint, manifest
 from barrier_diffusers.workflow.settings import UnlearnConfig, chosen_objective, data_needs
 
@@ -310,14 +309,9 @@ def edit(run: Run, model: LoadedModel, data: RunData) -> dict[str, Any]:
 
 
 def save_weights(run: Run, model: LoadedModel, data: RunData) -> None:
-    """Write what is erased by now, the barrier, and last the pipeline or its adapter: what loads is whole.
-
-    Pictures and numbers of other weights, which an earlier run left, are deleted first.
-    """
+    """Write what is erased by now, the barrier, and last the pipeline or its adapter: what loads is whole."""
     config, output = run.config, run.output
     model.denoiser.network.eval()
-    for name in (MANIFEST_NAME, METRICS_NAME, CERTIFICATE_NAME, REPORT_NAME):  # of weights that are about to go
-        remove(output / name)
     write_json(output / ERASED_NAME, as_json([*model.erased, data.forgotten]))
     (model.barrier if config.protected else config.barrier).save_pretrained(output)
     if config.rank:
@@ -359,14 +353,13 @@ def judge(run: Run, model: LoadedModel, data: RunData, before: Before, results: 
         attribute, scores = evaluate_erasure(config.evaluation, prompts, before.images, after)
         metrics = {**scores, **facts}
         print_metrics(metrics, attribute, prompts.forgotten)
-    write_json(output / METRICS_NAME, metrics)
     return metrics
 
 
 def save_records(
     run: Run, model: LoadedModel, data: RunData, metrics: dict[str, Any], results: dict[str, Any]
 ) -> None:
-    """Write the model card and the manifest, which ends a run."""
+    """Write the model card, the manifest and last the metrics, without which nothing reports on the run."""
     config, pipeline = run.config, model.pipeline
     row = get_architecture(type(pipeline).__name__)
     card = ModelCardFacts(
@@ -382,3 +375,4 @@ def save_records(
     save_model_card(run.output, card)
     hashes = {"base_denoiser": model.hashes[row.denoiser], **module_hashes(pipeline)}
     write_json(run.output / MANIFEST_NAME, manifest(config, hashes, **results))
+    write_json(run.output / METRICS_NAME, metrics)

@@ -36,8 +36,9 @@ from barrier_diffusers.utils.checks import (
 from barrier_diffusers.utils.command_line import config_from, join_lists, list_fields
 from barrier_diffusers.utils.files import remove, require_writable, write_json
 from barrier_diffusers.utils.installation import resolve_named_files, shipped
+from barrier_diffusers.utils.locks import FolderLock
 from barrier_diffusers.workflow.definitions import WORKFLOWS
-from barrier_diffusers.workflow.processes import FolderLock, Stopped, last_error, run_logged
+from barrier_diffusers.workflow.processes import Stopped, last_error, run_logged
 from barrier_diffusers.workflow.stages import WITHOUT_EFFECT, Record, Stage, stage_inputs
 from barrier_diffusers.workflow.tracking import RESULTS_NAME, TrackConfig, collect, publish
 
