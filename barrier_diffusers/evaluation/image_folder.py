@@ -111,7 +111,7 @@ def generate_folder(
     folder.mkdir(parents=True, exist_ok=True)
     clear_leftovers(folder, lambda path: path.suffix in (".png", ".csv", ".json"), alone=True)
     made = whole_images(folder)
-    write_json(folder / MANIFEST_NAME, {**facts, FILES: made})
+    write_json(folder / MANIFEST_NAME, {**facts, FILES: dict(sorted(made.items()))})
     write_prompts(folder / PROMPTS_NAME, rows)
     for batch in tqdm(
         batches_of(rows, images_per_prompt, sampling=sampling), desc=f"images {folder.name}", leave=False
@@ -123,7 +123,7 @@ def generate_folder(
         images = sample(pipeline, prompts, seeds=seeds, sampling=sampling, guidance_scale=batch[0].guidance)
         files = {batch[index].name: png_bytes(images[index]) for index in missing}
         made |= {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-        write_json(folder / MANIFEST_NAME, {**facts, FILES: made})  # first, so that every image has its hash
+        write_json(folder / MANIFEST_NAME, {**facts, FILES: dict(sorted(made.items()))})  # first, so that every image has its hash
         for name, content in files.items():
             with written_whole(folder / name) as temporary:
                 temporary.write_bytes(content)
