@@ -123,7 +123,8 @@ def generate_folder(
         images = sample(pipeline, prompts, seeds=seeds, sampling=sampling, guidance_scale=batch[0].guidance)
         files = {batch[index].name: png_bytes(images[index]) for index in missing}
         made |= {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-        write_json(folder / MANIFEST_NAME, {**facts, FILES: dict(sorted(made.items()))})  # first, so that every image has its hash
+        # first, so that every image has its hash
+        write_json(folder / MANIFEST_NAME, {**facts, FILES: dict(sorted(made.items()))})
         for name, content in files.items():
             with written_whole(folder / name) as temporary:
                 temporary.write_bytes(content)
