@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from registries import registries_kept
 from scripts import the_script
 from short_runs import ROOT
@@ -178,3 +179,53 @@ def test_functions_that_the_method_names_exist():
     sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "barrier_diffusers").rglob("*.py"))
     assert len(named) > 8
     assert not [name for name in named if f"def {name}(" not in sources]
+
+
+def made_by(config):
+    """The output folder that a configuration file names."""
+    return yaml.safe_load((ROOT / config).read_text(encoding="utf-8")).get("output_dir")
+
+
+def recipes():
+    """Target of the Makefile -> the folders that its commands write."""
+    found, target = {}, None
+    for line in (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ").splitlines():
+        if match := re.match(r"([a-z-]+):", line):
+            target = match.group(1)
+        elif line.startswith("\t"):
+            folders = [made_by(config) for config in re.findall(r"--config (\S+\.yaml)", line)]
+            found.setdefault(target, set()).update(filter(None, folders))
+    return found
+
+
+def folders_made(text):
+    """The folders that commands in this text leave."""
+    for config in re.findall(r"--config (\S+\.yaml)", text):
+        if (ROOT / config).is_file():
+            yield made_by(config)
+    yield from re.findall(r"--output_dir (\S+)", text)
+    for target in re.findall(r"make ([a-z-]+)", text):
+        yield from recipes().get(target, ())
+
+
+def folders_loaded(text):
+    """(position, folder in runs/) of what code and commands in this text read."""
+    for match in re.finditer(r"(?:pretrained|classifier|weights)\(\"(runs/[^\"]+)\"", text):
+        if "save_pretrained" not in text[match.start() - 9 : match.end()]:
+            yield match.start(), match.group(1)
+    for match in re.finditer(r"(--\S+)((?: runs/[\w/]+)+)", text):
+        if not match.group(1).startswith("--output"):
+            yield from ((match.start(), folder) for folder in match.group(2).split())
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "api" not in page.parts], ids=lambda page: page.name)
+def test_every_folder_that_is_loaded_is_made_above(page):
+    text = page.read_text(encoding="utf-8")
+    text = re.sub(
+        rf"```bash\n{NEEDS_WEIGHTS}\n(.*?)```",
+        lambda m: " ".join(re.findall(r"--output_dir \S+", m[0])),
+        text,
+        flags=re.S,
+    )
+    for position, folder in folders_loaded(text):
+        assert folder in set(folders_made(text[:position])), f"{page.name} loads {folder}, which nothing above makes"
