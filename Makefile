@@ -43,7 +43,7 @@ evaluate: $(READY) ## judge what `make unlearn` left, on plain prompts and under
 	$(BIN)/python train_scripts/evaluate_sd.py --config train_scripts/configs/evaluate_fashion.yaml \
 		--overwrite_output_dir true
 
-table: $(READY) ## all rows of the README's tables; finished rows are not run again
+table: $(READY) ## all rows of the tables in docs/results.md; finished rows are not run again
 	$(BIN)/python -m benchmarks.tables --tables classes objectives projection concepts
 
 attack-table: $(READY) ## what attacks bring back after five ways to erase; finished rows are not run again
