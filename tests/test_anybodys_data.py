@@ -22,11 +22,11 @@ from barrier_diffusers.data.columns import texts_of
 from barrier_diffusers.data.concepts import (
     ConceptConfig,
     DataNeeds,
-    encode_concepts,
     load_concept_rows,
     load_concepts,
     rows_of_folder,
 )
+from barrier_diffusers.data.encoded_concepts import encode_concepts
 from barrier_diffusers.data.encoding import encode_images, encode_prompts, read_pixels, to_pixels
 from barrier_diffusers.data.erased_concepts import ErasedConcepts, rows_about_others
 from barrier_diffusers.data.images import ImageColumn, ImageFiles

@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from short_runs import ROOT, flags
 from small_training import Small
 
-from barrier_diffusers.data.concepts import write_image_folder
 from barrier_diffusers.data.encoding import cached_tensors
+from barrier_diffusers.data.generated_images import write_image_folder
 from barrier_diffusers.models.publishing import save_pipeline
 from barrier_diffusers.training.checkpoints import Checkpoints, Interruption
 from barrier_diffusers.utils.command_line import parse_config

@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from pipelines import FASHION
 
-from barrier_diffusers.data.concepts import ConceptConfig, DataNeeds, concepts_of, load_concepts, write_image_folder
+from barrier_diffusers.data.concepts import ConceptConfig, DataNeeds, concepts_of, load_concepts
 from barrier_diffusers.data.erased_concepts import (
     ERASED_NAME,
     ErasedConcepts,
@@ -17,6 +17,7 @@ from barrier_diffusers.data.erased_concepts import (
     read_erased,
     rows_about_others,
 )
+from barrier_diffusers.data.generated_images import write_image_folder
 from barrier_diffusers.evaluation.accuracy import erasure_metrics
 from barrier_diffusers.evaluation.erasure import (
     ImageEvaluationConfig,

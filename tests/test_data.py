@@ -8,9 +8,10 @@ import torch
 from datasets import Dataset, load_dataset
 from PIL import Image
 
-from barrier_diffusers.data.captions import anchor_captions, swap_concept
-from barrier_diffusers.data.concepts import ConceptConfig, cycle, write_image_folder
+from barrier_diffusers.data.captions import anchor_captions, cycle, swap_concept
+from barrier_diffusers.data.concepts import ConceptConfig
 from barrier_diffusers.data.encoding import EncodedImages, NoisedBatches, cached_tensors, to_pixels
+from barrier_diffusers.data.generated_images import write_image_folder
 from barrier_diffusers.data.readers import load_image_text, split_concepts, take_evenly
 from barrier_diffusers.models.denoiser import PipelineDenoiser
 from barrier_diffusers.models.loading import load_pipeline

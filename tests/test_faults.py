@@ -22,8 +22,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from short_runs import ROOT, flags, main, run
 
-from barrier_diffusers.data.concepts import write_image_folder
 from barrier_diffusers.data.encoding import encode_moments
+from barrier_diffusers.data.generated_images import write_image_folder
 from barrier_diffusers.data.readers import rows_hash
 from barrier_diffusers.models.denoiser import PipelineDenoiser
 from barrier_diffusers.training.checkpoints import Checkpoints, read_checkpoint

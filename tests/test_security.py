@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from short_runs import ROOT, run
 from small_training import Small
 
-from barrier_diffusers.data.concepts import write_image_folder
+from barrier_diffusers.data.generated_images import write_image_folder
 from barrier_diffusers.evaluation.classifier import AttributeClassifier
 from barrier_diffusers.models.loading import load_pipeline
 from barrier_diffusers.training.checkpoints import CHECKPOINT_NAME

@@ -13,7 +13,7 @@ from kills import killed_and_resumed
 from safetensors.torch import load_file
 from train_text_to_image import TrainConfig, main
 
-from barrier_diffusers.data.concepts import write_image_folder
+from barrier_diffusers.data.generated_images import write_image_folder
 from barrier_diffusers.utils.command_line import parse_config, run_script
 
 if importlib.util.find_spec("open_clip") is None:  # not imported: it needs torchvision

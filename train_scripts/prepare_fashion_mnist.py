@@ -22,7 +22,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from scipy import ndimage
 
-from barrier_diffusers.data.concepts import write_image_folder
+from barrier_diffusers.data.generated_images import write_image_folder
 from barrier_diffusers.utils.checks import FOLDER, OUTPUT, SEED, Checked, at_least, rules
 from barrier_diffusers.utils.command_line import run_script
 

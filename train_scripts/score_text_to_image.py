@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 
-from barrier_diffusers.data.captions import labels_in_texts
-from barrier_diffusers.data.concepts import cycle
+from barrier_diffusers.data.captions import cycle, labels_in_texts
 from barrier_diffusers.data.readers import load_image_text
 from barrier_diffusers.evaluation.accuracy import recognise, share
 from barrier_diffusers.evaluation.classifier import AttributeClassifier

@@ -51,3 +51,8 @@ def anchor_captions(
         draw = torch.randint(len(labels), (len(captions),), generator=torch.Generator().manual_seed(seed))
         replacements = [labels[index] for index in draw.tolist()]
     return [swap_concept(*row) for row in zip(captions, concepts_of_rows, replacements, strict=True)]
+
+
+def cycle(prompts: Sequence[str], count: int) -> list[str]:
+    """`count` prompts, the list repeated in order."""
+    return [prompts[index % len(prompts)] for index in range(count)] if prompts else []

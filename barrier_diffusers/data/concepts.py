@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from datasets import Dataset, Features, Value, concatenate_datasets
-from PIL import Image
 
-from barrier_diffusers.data.captions import anchor_captions, labels_in_texts, swap_concept
+from barrier_diffusers.data.captions import anchor_captions, cycle, labels_in_texts, swap_concept
 from barrier_diffusers.data.columns import with_texts
-from barrier_diffusers.data.encoding import EncodedImages, cached_tensors, encode_moments, encode_prompts
 from barrier_diffusers.data.erased_concepts import ErasedConcepts, captions_of, rows_about_others
-from barrier_diffusers.data.folders import announce, read_image_folder
-from barrier_diffusers.data.prompt_checks import require_different_anchors, require_names_within_limit
+from barrier_diffusers.data.folders import announce
+from barrier_diffusers.data.generated_images import Illustrator
+from barrier_diffusers.data.prompt_checks import require_names_within_limit
 from barrier_diffusers.data.readers import read_rows, split_concepts, take_evenly
-from barrier_diffusers.models.generation import SamplingConfig, filters_off, generate
-from barrier_diffusers.models.loading import module_hashes
+from barrier_diffusers.models.generation import SamplingConfig
 from barrier_diffusers.utils.checks import FILE_OR_FOLDER, as_list, at_least, check_settings, rules
-from barrier_diffusers.utils.files import write_json, written_whole
-from barrier_diffusers.utils.run_records import (
-    FILES,
-    MANIFEST_NAME,
-    check_hashes,
-    fingerprint,
-    hashes_of,
-    module_hash,
-    read_hashes,
-)
 from barrier_diffusers.utils.words import mentions, same_name
 
 
@@ -62,7 +47,7 @@ class ConceptConfig:
     max_forget_images: int | None = None  # None: all
     max_retain_images: int | None = None  # None: all
     retain_concepts: list[str] | None = None  # values of concept_column whose rows are retained; None: all others
-    protect_erased: bool = True  # keep what earlier runs erased from this pipeline erased (see erased.py)
+    protect_erased: bool = True  # keep what earlier runs erased from this pipeline erased (see erased_concepts.py)
 
     RULES = rules(
         train_data_dir=FILE_OR_FOLDER,
@@ -191,13 +176,21 @@ def load_concepts(
             tokens that the pipeline reads.
     """
     image, caption = config.image_column, config.caption_column
+    illustrator = Illustrator(
+        pipeline=pipeline,
+        cache=cache,
+        base_hash=base_hash,
+        sampling=config.generation,
+        image_column=image,
+        caption_column=caption,
+    )
     labels: list[str] = []
     if config.source is None:
         if config.forget_data_dir is None:  # before any image is made
             require_names_within_limit(
                 pipeline, config.forget_prompts, concepts_of(config.forget_prompts, config.concepts)
             )
-        forget, retain = rows_of_prompts(config, pipeline, cache, base_hash, needs.images)
+        forget, retain = rows_of_prompts(config, illustrator, needs.images)
         concepts = concepts_of(list(forget[caption]), config.concepts)
     else:
         dataset = load_concept_rows(config, config.train_split)
@@ -219,7 +212,7 @@ def load_concepts(
         columns = [image, caption] if needs.retain_images else [caption]
         now = captions_only(caption, prompts)
         if needs.retain_images:
-            now = illustrate(config, pipeline, cache, base_hash, prompts, 2)
+            now = illustrator(prompts, 2)
         retain = retain.select_columns(columns)
         retain = concatenate_datasets([retain, now.select_columns(columns).cast(retain.features)])
     return ConceptData(forget, retain, concepts, labels, retain_captions, config)
@@ -243,19 +236,12 @@ def load_concept_rows(config: ConceptConfig, split: str) -> Dataset:
     return rows.add_column(caption, captions)
 
 
-def cycle(prompts: Sequence[str], count: int) -> list[str]:
-    """`count` prompts, the list repeated in order."""
-    return [prompts[index % len(prompts)] for index in range(count)] if prompts else []
-
-
 def captions_only(column: str, captions: list[str]) -> Dataset:
     """Rows without images."""
     return Dataset.from_dict({column: captions}, Features({column: Value("string")}))
 
 
-def rows_of_prompts(
-    config: ConceptConfig, pipeline: Any, cache: Path, base_hash: str, with_images: Sequence[str]
-) -> list[Dataset]:
+def rows_of_prompts(config: ConceptConfig, illustrator: Illustrator, with_images: Sequence[str]) -> list[Dataset]:
     """[forget rows, retain rows]: the images of a folder, or pictures that the model makes of the prompts (for the
     roles in `with_images`), or captions alone."""
     folders = {"forget": config.forget_data_dir, "retain": config.retain_data_dir}
@@ -267,7 +253,7 @@ def rows_of_prompts(
             continue
         prompts = cycle(lists[role], max(config.num_generated_images, len(lists[role])))
         if role in with_images and prompts:
-            rows.append(illustrate(config, pipeline, cache, base_hash, prompts, len(rows)))
+            rows.append(illustrator(prompts, len(rows)))
         else:
             rows.append(captions_only(config.caption_column, prompts))
     return rows
@@ -298,88 +284,3 @@ def rows_of_folder(config: ConceptConfig, folder: str, prompts: Sequence[str], r
             announce(f"{folder}: {len(found) - len(others)} of {len(found)} captions name the concept; left out")
             found = found.select(others)
     return found
-
-
-def illustrate(
-    config: ConceptConfig, pipeline: Any, cache: Path, base_hash: str, prompts: list[str], part: int
-) -> Dataset:
-    """(image, caption) rows that the model makes of the prompts, once per model, prompts and sampler settings.
-
-    They stay in the cache as a folder of PNG files with metadata.jsonl, beside a manifest of how they were made and of
-    the files' hashes, which are checked before they are read. No two `part`s of a run (0 forget, 1 retain, 2 erased
-    before) start from the same seeds.
-
-    Raises:
-        ValueError: an image is missing, has changed, or has come from elsewhere.
-    """
-    sampling = replace(config.generation, seed=config.generation.seed + part * 1_000_000)
-    made_from = {"denoiser": base_hash, "prompts": prompts, "sampling": asdict(sampling), **filters_off(pipeline)}
-    folder, caption = cache / f"generated-{fingerprint(made_from)}", config.caption_column
-    if not read_hashes(folder):  # new, half made, or of an earlier version
-        images = generate(pipeline, prompts, sampling, desc="illustrating the prompts")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_image_folder(folder / "images", images, {caption: prompts})
-        write_json(folder / MANIFEST_NAME, {**made_from, FILES: hashes_of(folder, "images")})
-    check_hashes(folder, hashes_of(folder, "images"))
-    return read_image_folder(
-        folder / "images", split="train", image_column=config.image_column, caption_column=caption, quiet=True
-    )
-
-
-def write_image_folder(folder: Path, images_NHWC: np.ndarray, columns: dict[str, list[str]]) -> None:
-    """PNG files and a metadata.jsonl, the layout `datasets` calls imagefolder; whole or not at all."""
-    names = [f"{index:05d}.png" for index in range(len(images_NHWC))]
-    with written_whole(folder) as temporary:
-        temporary.mkdir(parents=True)
-        for name, image in zip(names, images_NHWC, strict=True):
-            Image.fromarray(image).save(temporary / name, optimize=True)
-        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        rows = rows or [{} for _ in names]
-        lines = [json.dumps({"file_name": name, **row}) for name, row in zip(names, rows, strict=True)]
-        (temporary / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-@dataclass
-class EncodedConcepts:
-    """Forget and retain images with their latents and text embeddings; retain is None where nothing needs it."""
-
-    forget: EncodedImages
-    retain: EncodedImages | None
-
-
-def encode_concepts(
-    concepts: ConceptData, anchors: list[str] | None, pipeline: Any, cache: Path, resolution: int, needs: DataNeeds
-) -> EncodedConcepts:
-    """VAE posteriors of every image and one text embedding per distinct prompt, computed once and cached on disk.
-
-    Rows of a role that needs no images have no posteriors, and their images are not read.
-    """
-    config = concepts.config
-    if needs.retain and len(concepts.retain) == 0:
-        raise ValueError("zero retain rows: alpha > 0, use_actual_bounds, residual_source and a projection need some")
-    rows = {"forget": concepts.forget, **({"retain": concepts.retain} if needs.retain else {})}
-    captions = {role: list(dataset[config.caption_column]) for role, dataset in rows.items()}
-    empty = [""] if needs.unconditional else []
-    prompts = sorted({text for texts in captions.values() for text in texts} | {*(anchors or []), *empty})
-    position = {text: index for index, text in enumerate(prompts)}
-    text_key = fingerprint(prompts, module_hashes(pipeline, "text_encoder"))
-    embeddings = cached_tensors(cache / f"text-{text_key}.safetensors", lambda: encode_prompts(pipeline, prompts))
-    vae_hash = module_hash(pipeline.vae)
-    if anchors:
-        own, other = ([position[text] for text in texts] for texts in (captions["forget"], anchors))
-        conditions = ({name: value[rows_of] for name, value in embeddings.items()} for rows_of in (own, other))
-        require_different_anchors(captions["forget"], anchors, *conditions)
-
-    def encode(role: str, targets: list[str] | None) -> EncodedImages:
-        dataset, moments = rows[role], None
-        if role in needs.images:
-            key = fingerprint(dataset._fingerprint, vae_hash, resolution, config.image_column)
-            moments = cached_tensors(
-                cache / f"latents-{key}.safetensors",
-                lambda: {"moments": encode_moments(pipeline.vae, dataset, config.image_column, resolution)},
-            )["moments"]
-        ids = [torch.tensor([position[text] for text in texts]) for texts in (captions[role], targets or [])]
-        anchor_ids = ids[1] if targets else None
-        return EncodedImages(moments, ids[0], anchor_ids, embeddings, position[""] if empty else None)
-
-    return EncodedConcepts(encode("forget", anchors), encode("retain", None) if needs.retain else None)

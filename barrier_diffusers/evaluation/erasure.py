@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from barrier_diffusers.data.captions import labels_in_texts
-from barrier_diffusers.data.concepts import ConceptConfig, concepts_of, cycle
+from barrier_diffusers.data.captions import cycle, labels_in_texts
+from barrier_diffusers.data.concepts import ConceptConfig, concepts_of
 from barrier_diffusers.data.encoding import cached_tensors
 from barrier_diffusers.data.erased_concepts import ErasedConcepts, rows_about_others
 from barrier_diffusers.data.images import Images

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from barrier_diffusers.data.concepts import write_image_folder
 from barrier_diffusers.data.encoding import to_pixels
 from barrier_diffusers.data.erased_concepts import read_erased
+from barrier_diffusers.data.generated_images import write_image_folder
 from barrier_diffusers.models.architectures import components, get_architecture
 from barrier_diffusers.models.denoiser import PipelineDenoiser
 from barrier_diffusers.protection.barrier import Barrier

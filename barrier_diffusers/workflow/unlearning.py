@@ -15,12 +15,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from barrier_diffusers.data.concepts import (
-    ConceptData,
-    EncodedConcepts,
-    encode_concepts,
-    load_concepts,
-)
+from barrier_diffusers.data.concepts import ConceptData, load_concepts
+from barrier_diffusers.data.encoded_concepts import EncodedConcepts, encode_concepts
 from barrier_diffusers.data.erased_concepts import ERASED_NAME, ErasedConcepts, as_json
 from barrier_diffusers.data.readers import rows_hash
 from barrier_diffusers.evaluation.certification import HeldOut, held_out_images, write_certificate

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from barrier_diffusers.data.concepts import cycle
+from barrier_diffusers.data.captions import cycle
 from barrier_diffusers.evaluation.attacks.base import Attempt, Budget, Forgotten, register_attack, rename_concept
 from barrier_diffusers.models.generation import generate
 from barrier_diffusers.utils.words import folded

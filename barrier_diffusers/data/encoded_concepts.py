@@ -1,0 +1,61 @@
+"""Forget and retain rows with everything frozen computed once: latents and text embeddings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from barrier_diffusers.data.concepts import ConceptData, DataNeeds
+from barrier_diffusers.data.encoding import EncodedImages, cached_tensors, encode_moments, encode_prompts
+from barrier_diffusers.data.prompt_checks import require_different_anchors
+from barrier_diffusers.models.loading import module_hashes
+from barrier_diffusers.utils.run_records import fingerprint, module_hash
+
+
+@dataclass
+class EncodedConcepts:
+    """Forget and retain images with their latents and text embeddings; retain is None where nothing needs it."""
+
+    forget: EncodedImages
+    retain: EncodedImages | None
+
+
+def encode_concepts(
+    concepts: ConceptData, anchors: list[str] | None, pipeline: Any, cache: Path, resolution: int, needs: DataNeeds
+) -> EncodedConcepts:
+    """VAE posteriors of every image and one text embedding per distinct prompt, computed once and cached on disk.
+
+    Rows of a role that needs no images have no posteriors, and their images are not read.
+    """
+    config = concepts.config
+    if needs.retain and len(concepts.retain) == 0:
+        raise ValueError("zero retain rows: alpha > 0, use_actual_bounds, residual_source and a projection need some")
+    rows = {"forget": concepts.forget, **({"retain": concepts.retain} if needs.retain else {})}
+    captions = {role: list(dataset[config.caption_column]) for role, dataset in rows.items()}
+    empty = [""] if needs.unconditional else []
+    prompts = sorted({text for texts in captions.values() for text in texts} | {*(anchors or []), *empty})
+    position = {text: index for index, text in enumerate(prompts)}
+    text_key = fingerprint(prompts, module_hashes(pipeline, "text_encoder"))
+    embeddings = cached_tensors(cache / f"text-{text_key}.safetensors", lambda: encode_prompts(pipeline, prompts))
+    vae_hash = module_hash(pipeline.vae)
+    if anchors:
+        own, other = ([position[text] for text in texts] for texts in (captions["forget"], anchors))
+        conditions = ({name: value[rows_of] for name, value in embeddings.items()} for rows_of in (own, other))
+        require_different_anchors(captions["forget"], anchors, *conditions)
+
+    def encode(role: str, targets: list[str] | None) -> EncodedImages:
+        dataset, moments = rows[role], None
+        if role in needs.images:
+            key = fingerprint(dataset._fingerprint, vae_hash, resolution, config.image_column)
+            moments = cached_tensors(
+                cache / f"latents-{key}.safetensors",
+                lambda: {"moments": encode_moments(pipeline.vae, dataset, config.image_column, resolution)},
+            )["moments"]
+        ids = [torch.tensor([position[text] for text in texts]) for texts in (captions[role], targets or [])]
+        anchor_ids = ids[1] if targets else None
+        return EncodedImages(moments, ids[0], anchor_ids, embeddings, position[""] if empty else None)
+
+    return EncodedConcepts(encode("forget", anchors), encode("retain", None) if needs.retain else None)
