@@ -104,10 +104,33 @@ def test_the_scores_of_known_answers(place, monkeypatch):
     assert same["details"]["num_images"] == 4 and scores["seeds"] == {"first": 1000, "last": 1005}
 
 
+def twin_of(base, folder):
+    """A copy with other bytes that gives the same images: a bias of zeros is minus zero."""
+    pipeline = load_pipeline(str(base))
+    bias = pipeline.unet.conv_norm_out.bias
+    assert not bias.any()
+    with torch.no_grad():
+        bias.neg_()
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def test_a_pipeline_that_is_its_own_base(place, tmp_path):
+    words = place.words(tmp_path / "judged", {"pretrained_model_name_or_path": place.base, "concept": "boot"})
+    words = [word for word in words if word not in ("--report_to", "none")]
+    words += ["--base_model", str(place.base), "--evaluation.judge", str(place.judge)]
+    with pytest.raises(ValueError, match="has the weights of what is judged, so before and after are the same"):
+        evaluate_script.main(parse_config(EvaluateConfig, words))
+
+
 def test_evaluate_and_sample_scripts(place, tmp_path, capsys):
     words = place.words(tmp_path / "judged", {"pretrained_model_name_or_path": place.base, "concept": "boot"})
     words = [word for word in words if word not in ("--report_to", "none")]
-    short = {"base_model": place.base, "evaluation.judge": place.judge, "evaluation.images_per_label": 5}
+    short = {
+        "base_model": twin_of(place.base, tmp_path / "twin"),
+        "evaluation.judge": place.judge,
+        "evaluation.images_per_label": 5,
+    }
     short["evaluation.sampling.num_inference_steps"] = 2
     words += [word for name, value in short.items() for word in (f"--{name}", str(value))]
     evaluate_script.main(parse_config(EvaluateConfig, words))

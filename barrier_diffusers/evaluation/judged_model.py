@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,22 @@ def load_judged(config: EvaluateConfig) -> Any:
     if config.pretrained_model_name_or_path is None:
         return None
     return load_merged(config.pretrained_model_name_or_path, config.lora_weights)
+
+
+def require_another_base(base_model: str | None, judged: Mapping[str, str], base: Mapping[str, str]) -> None:
+    """Refuse a base that is what is judged.
+
+    Args:
+        judged, base: hashes of the weights, by network.
+
+    Raises:
+        ValueError: the weights are the same.
+    """
+    if judged == base:
+        raise ValueError(
+            f"base_model {base_model!r} has the weights of what is judged, so before and after are the same: name the "
+            "pipeline before it was unlearned, or set base_model to null"
+        )
 
 
 class JudgedModel:
@@ -82,11 +98,7 @@ class JudgedModel:
         self.base = load_pipeline(config.base_model) if config.base_model else None
         if self.base is not None:
             base = module_hashes(self.base)
-            if own == base:
-                raise ValueError(
-                    f"base_model {config.base_model!r} has the weights of what is judged, before and after are the "
-                    "same: name the pipeline before it was unlearned, or set base_model to null"
-                )
+            require_another_base(config.base_model, own, base=base)
             self.hashes |= {f"base_{name}": digest for name, digest in base.items()}
 
     def rows(self, prompts: PromptsConfig, label_column: str = "label") -> list[PromptRow]:

@@ -135,15 +135,6 @@ class EvaluateConfig:
                 raise ValueError("images_dir holds finished images: leave out lora_weights and base_model")
             if len(self.protocols) > 1:
                 raise ValueError("images_dir holds the images of one protocol: name one")
-        if (
-            self.base_model is not None
-            and not self.lora_weights
-            and self.base_model == self.pretrained_model_name_or_path
-        ):
-            raise ValueError(
-                f"base_model {self.base_model!r} is what is judged: before and after are the same; name the pipeline "
-                "before it was unlearned, or set base_model to null"
-            )
         if self.base_images_dir is not None and self.images_dir is None:
             raise ValueError("base_images_dir goes with images_dir; for a pipeline, set base_model")
         for name in ("images_dir", "base_images_dir"):
