@@ -14,6 +14,7 @@ from barrier_diffusers.objectives import Objective, load_objective
 from barrier_diffusers.protection.config import BarrierConfig
 from barrier_diffusers.training.run_config import DiffusionUnlearningConfig, RunConfig, StageConfig
 from barrier_diffusers.utils.checks import (
+    DATA,
     FILE_OR_FOLDER,
     FOLDER,
     OUTPUT,
@@ -38,7 +39,7 @@ class LabelledDataConfig:
     image_column: str = "image"  # of the data set
     label_column: str = "label"  # of the data set
 
-    RULES = rules(train_data_dir=FILE_OR_FOLDER)
+    RULES = rules(train_data_dir=FILE_OR_FOLDER, dataset_name=DATA)
 
     def __post_init__(self) -> None:
         if (self.train_data_dir is None) == (self.dataset_name is None):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from barrier_diffusers.evaluation.report import REPORT_NAME, write_report
-from barrier_diffusers.utils.checks import FOLDER, rules
+from barrier_diffusers.utils.checks import FOLDER, WRITTEN, rules
 from barrier_diffusers.utils.command_line import run_script
 
 
@@ -23,7 +23,7 @@ class ReportConfig:
     compare: list[str]  # folders that an unlearning or evaluation script wrote
     output: str | None = None  # HTML file; None: report.html in the first folder
 
-    RULES = rules(compare=FOLDER)
+    RULES = rules(compare=FOLDER, output=WRITTEN)
 
     def __post_init__(self) -> None:
         if not self.compare:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import barrier_diffusers.utils.signals  # noqa: F401  # isort: skip  # first: from here on a signal ends in one line
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -17,8 +16,9 @@ from barrier_diffusers.evaluation.accuracy import recognise, share
 from barrier_diffusers.evaluation.classifier import AttributeClassifier
 from barrier_diffusers.evaluation.pictures import image_rows
 from barrier_diffusers.models.generation import SamplingConfig, generate
-from barrier_diffusers.utils.checks import FILE_OR_FOLDER, FOLDER, MODEL, Checked, at_least, rules
+from barrier_diffusers.utils.checks import FILE_OR_FOLDER, FOLDER, MODEL, WRITTEN, Checked, at_least, rules
 from barrier_diffusers.utils.command_line import run_script
+from barrier_diffusers.utils.files import write_json
 
 
 @dataclass
@@ -35,7 +35,14 @@ class ScoreConfig(Checked):
     picture: str = "assets/fashion_sd.png"  # some of the images
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
-    RULES = rules(pipeline=MODEL, classifier=FOLDER, data_dir=FILE_OR_FOLDER, images_per_label=at_least(1))
+    RULES = rules(
+        pipeline=MODEL,
+        classifier=FOLDER,
+        data_dir=FILE_OR_FOLDER,
+        output=WRITTEN,
+        picture=WRITTEN,
+        images_per_label=at_least(1),
+    )
 
 
 def main(config: ScoreConfig) -> None:
@@ -59,7 +66,7 @@ def main(config: ScoreConfig) -> None:
     pairs = list(zip(predicted[name], wanted[name], strict=True))
     per_label = {label: share([p == w for p, w in pairs if w == label]) for label in sorted(captions)}
     report = {"scores": scores, f"per_{name}": per_label, "settings": asdict(config)}
-    Path(config.output).write_text(json.dumps(report, indent=2) + "\n")
+    write_json(Path(config.output), report)
     labels = [label for label in sorted(captions) for _ in range(config.images_per_label)]
     image_rows(images, labels, path=Path(config.picture), columns=12)
     print("; ".join(f"{key} {entry['value']:.1f} %" for key, entry in scores.items()), f"of {len(images)} images")

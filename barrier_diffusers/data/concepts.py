@@ -17,7 +17,7 @@ from barrier_diffusers.data.generated_images import Illustrator
 from barrier_diffusers.data.prompt_checks import require_names_within_limit
 from barrier_diffusers.data.readers import read_rows, split_concepts, take_evenly
 from barrier_diffusers.models.generation import SamplingConfig
-from barrier_diffusers.utils.checks import FILE_OR_FOLDER, as_list, at_least, check_settings, rules
+from barrier_diffusers.utils.checks import DATA, FILE_OR_FOLDER, as_list, at_least, check_settings, rules
 from barrier_diffusers.utils.words import mentions, same_name
 
 
@@ -50,6 +50,7 @@ class ConceptConfig:
     protect_erased: bool = True  # keep what earlier runs erased from this pipeline erased (see erased_concepts.py)
 
     RULES = rules(
+        dataset_name=DATA,
         train_data_dir=FILE_OR_FOLDER,
         forget_data_dir=FILE_OR_FOLDER,
         retain_data_dir=FILE_OR_FOLDER,

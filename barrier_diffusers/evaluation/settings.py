@@ -19,6 +19,7 @@ from barrier_diffusers.evaluation.membership import MembershipConfig
 from barrier_diffusers.evaluation.protocols import PROTOCOLS
 from barrier_diffusers.models.loading import ADAPTER_NAME
 from barrier_diffusers.utils.checks import (
+    DATA,
     FILE_OR_FOLDER,
     FOLDER,
     MODEL,
@@ -88,6 +89,7 @@ class EvaluateConfig:
     # beside these: one section for each attack and protocol that has settings of its own, called as it is
 
     RULES = rules(
+        dataset_name=DATA,
         output_dir=OUTPUT,
         pretrained_model_name_or_path=MODEL,
         images_dir=FOLDER,

@@ -115,7 +115,7 @@ class PathRule(Rule):
 
     Args:
         kind: file or folder, what is read; either; model, data or module, which may also be the name of something
-            that is no file here; output, a folder that is made.
+            that is no file here; output, a folder that is made; written, a file that is made.
         after: the path is what stands behind this letter in the value, if it is there at all.
     """
 
@@ -140,6 +140,9 @@ class PathRule(Rule):
         if self.kind == "output":
             reason = can_write_in(path)
             return f"it cannot be made or written to ({reason}): name another folder" if reason else None
+        if self.kind == "written":
+            reason = "it is a folder" if path.is_dir() else can_write_in(path.parent)
+            return f"it cannot be written ({reason}): name another file" if reason else None
         wanted = {"file": path.is_file, "folder": path.is_dir}.get(self.kind, path.exists)
         if wanted():
             return None
@@ -155,6 +158,7 @@ class PathRule(Rule):
 
 FILE, FOLDER, FILE_OR_FOLDER = PathRule("file"), PathRule("folder"), PathRule("either")
 MODEL, DATA, MODULE, OUTPUT = PathRule("model"), PathRule("data"), PathRule("module"), PathRule("output")
+WRITTEN = PathRule("written")
 EXTRACTOR = PathRule("either", after="=")
 
 

@@ -25,6 +25,7 @@ from barrier_diffusers.utils.failures import explanation, is_bug
 from barrier_diffusers.utils.help_page import groups_of, help_page
 from barrier_diffusers.utils.installation import require_assets, resolve_named_files, where_assets_are
 from barrier_diffusers.utils.open_settings import class_with_open_sections
+from barrier_diffusers.utils.overlaps import check_overlaps, expand_outputs
 from barrier_diffusers.utils.signals import heeding_signals
 
 
@@ -202,7 +203,14 @@ def parse_config(config_class: type, arguments: list[str]) -> Any:
     check_settings(found.as_dict(), config_class)
     values = vars(parser.instantiate_classes(found))
     values.pop("config")
-    return config_class(**values)
+    return complete(config_class(**values))
+
+
+def complete(config: Any) -> Any:
+    """The settings with `~` resolved in what is written; a ValueError if that overlaps with what is read."""
+    expand_outputs(config)
+    check_overlaps(config)
+    return config
 
 
 @functools.cache  # building one takes longer than using it, and a sweep checks every trial
@@ -224,7 +232,7 @@ def config_from(config_class: type, values: dict[str, Any]) -> Any:
         with deferred_checks():
             found = parser.parse_object(values)
         check_settings(found.as_dict(), config_class)
-        return config_class(**vars(parser.instantiate_classes(found)))
+        return complete(config_class(**vars(parser.instantiate_classes(found))))
     except (ArgumentError, TypeError) as error:
         raise ValueError(_message(error)) from error
 

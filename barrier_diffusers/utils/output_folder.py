@@ -23,6 +23,7 @@ from urllib.parse import quote, unquote
 
 from barrier_diffusers.utils.files import clear_leftovers, leftover, remove, require_writable, write_json
 from barrier_diffusers.utils.locks import EXCLUSIVE_NAME, LOCK_NAME, FolderLock
+from barrier_diffusers.utils.overlaps import check_overlaps
 
 RECORD_NAME = ".barrier_run.json"
 SIGNATURE = "output folder of barrier_diffusers"  # a record's first value
@@ -84,8 +85,9 @@ def output_folder(config: Any, kept: Sequence[str] = (), also_written: Sequence[
             such; a work_dir is locked as well.
 
     Raises:
-        ValueError: the folder may not be used; the message says why.
+        ValueError: the folder may not be used, or lies where something is read; the message says why.
     """
+    check_overlaps(config)
     path = require_writable(config.output_dir)
     with ExitStack() as locks:
         locks.enter_context(FolderLock(path))

@@ -37,6 +37,7 @@ from barrier_diffusers.utils.command_line import config_from, join_lists, list_f
 from barrier_diffusers.utils.files import remove, require_writable, write_json
 from barrier_diffusers.utils.installation import resolve_named_files, shipped
 from barrier_diffusers.utils.locks import FolderLock
+from barrier_diffusers.utils.overlaps import check_overlaps, expand_outputs, refuse_inside
 from barrier_diffusers.workflow.definitions import WORKFLOWS
 from barrier_diffusers.workflow.processes import Stopped, last_error, run_logged
 from barrier_diffusers.workflow.stages import WITHOUT_EFFECT, Record, Stage, stage_inputs
@@ -119,6 +120,11 @@ class Workflow:
         """Name of a stage that leaves numbers -> the JSON file with them."""
         stages = [stage for stage in self.stages if stage.result]
         return {stage.name: self.output / stage.subfolder / str(stage.result) for stage in stages}
+
+    @property
+    def folders(self) -> list[Path]:
+        """Those that the stages make."""
+        return [self.output / stage.subfolder for stage in self.stages]
 
     def filled(self, stage: Stage) -> dict[str, Any]:
         """All settings of a stage, those that the workflow decides included."""
@@ -211,7 +217,9 @@ def parse_workflow(arguments: list[str], root: Path) -> Workflow:
     config = WorkflowConfig(**values)
     digest = hashlib.sha256(json.dumps(_deciding(settings), sort_keys=True, default=str).encode()).hexdigest()
     config.output_dir = config.output_dir.replace(HASH, digest[:12])
+    expand_outputs(config)
     workflow = Workflow(config, stages, settings, root)
+    check_overlaps(config, made=workflow.folders)
     for stage in stages:
         _check(workflow, stage)
     for metric in config.score:
@@ -239,7 +247,8 @@ def _check(workflow: Workflow, stage: Stage) -> None:
     """Build the stage's settings, without what earlier stages have yet to make."""
     values = {name: value for name, value in workflow.filled(stage).items() if name not in stage.late}
     try:
-        config_from(stage.config_class, values)
+        checked = config_from(stage.config_class, values)
+        refuse_inside(checked, workflow.output, made=workflow.folders)
     except ValueError as error:
         raise ValueError(f"{stage.name}: {error}") from error
 
