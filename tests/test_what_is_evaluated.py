@@ -424,7 +424,7 @@ def test_a_paraphrase_that_is_the_concept(name):
 
 def test_the_page_says_what_unlearning_accuracy_is(tmp_path):
     page = " ".join(render([read_run(write_run(tmp_path / "run", concept="sneaker"))]).split())
-    assert "that the judge does <em>not</em> recognise as that" in page
+    assert "that are <em>not</em> recognised as that" in page
     assert "9 of 10 images of sneaker are not recognised as such: unlearning accuracy 90.0 % (59.6 to 98.2)" in page
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,8 +119,8 @@ class RunRecord:
         if attacks:
             worst = max(attacks, key=lambda attack: attack["post_attack"]["value"])
             said.append(
-                f"Of {len(attacks)} attacks {worst['attack']} brings back most: "
-                f"{worst['post_attack']['value']:.1f} % of its images show {worst['concept']}."
+                f"Attacked in {len({attack['attack'] for attack in attacks})} ways, it shows {worst['concept']} in "
+                f"at most {worst['post_attack']['value']:.1f} % of the images ({worst['attack']})."
             )
         return " ".join(said) + " All intervals are at 95 %." if said else "Nobody judged the images of this run."
 
@@ -143,6 +143,10 @@ class RunRecord:
             if name.startswith("per_") and name.endswith(f"_{when}") and set(self.forgotten) <= set(shares):
                 return shares
         return {}
+
+    def forgotten_first(self, labels: Iterable[str]) -> list[str]:
+        """The labels, those of the concepts in front."""
+        return sorted(labels, key=lambda label: label not in self.forgotten)
 
     def numbers(self) -> list[tuple[str, str]]:
         """Every other number of the run, by dotted name."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 
@@ -82,15 +82,17 @@ def print_values(title: str, values: Mapping[str, Mapping[str, Any]]) -> None:
 def print_membership(found: Mapping[str, Any]) -> None:
     """How well the denoising loss tells trained images from held-out ones; an area of 0.5 is a guess."""
     table = Table(title="membership inference: trained or held out, by the denoising loss")
-    for heading in ("images", "pipeline", "area under ROC", "95 % interval", "found, %", "loss trained / held out"):
-        table.add_column(heading, justify="left" if heading in ("images", "pipeline") else "right")
+    for heading in ("images", "when", "area under ROC", "95 % interval", "found, %", "loss trained", "loss held out"):
+        justify: Literal["left", "right"] = "left" if heading in ("images", "when") else "right"
+        table.add_column(heading, justify=justify, no_wrap=heading.startswith("95 %"))
     for when in (name for name in ("before", "after") if name in found):
         for role, results in found[when].items():
             low, high = results["auc"]["interval_95"]
-            area = (f"{results['auc']['value']:.3f}", f"{low:.3f} - {high:.3f}")
-            losses = f"{results['loss_members']:.4f} / {results['loss_held_out']:.4f}"
-            table.add_row(role, when, *area, f"{results['true_positive_rate']['value']:.1f}", losses)
+            numbers = [f"{results['auc']['value']:.3f}", f"{low:.3f} - {high:.3f}"]
+            numbers += [f"{results['true_positive_rate']['value']:.1f}"]
+            numbers += [f"{results[side]:.4f}" for side in ("loss_members", "loss_held_out")]
+            table.add_row(role, when, *numbers)
     for role, results in found.get("change", {}).items():
         low, high = results["auc"]["interval_95"]
-        table.add_row(role, "change", f"{results['auc']['value']:+.3f}", f"{low:+.3f} - {high:+.3f}", "", "")
+        table.add_row(role, "change", f"{results['auc']['value']:+.3f}", f"{low:+.3f} - {high:+.3f}")
     plain_console().print(table)
