@@ -98,7 +98,7 @@ def test_a_name_is_found_however_it_is_typed(name):
     for swapped in (swap_concept(text, concept, "<x>"), rename_concept([text], concept, "<x>")[0]):
         assert "<x>" in swapped and not mentions(swapped, concept)
     if text.isascii():
-        with pytest.raises(ValueError, match="names .* which is to be forgotten itself"):
+        with pytest.raises(ValueError, match="is to be forgotten itself, as it names"):
             ObjectiveConfig(name="rl", anchor_prompt=text).anchors_of([concept])
 
 
@@ -144,8 +144,19 @@ REFUSED_ANCHORS = {  # settings of the objective, concepts
 @pytest.mark.parametrize("name", REFUSED_ANCHORS)
 def test_an_anchor_that_names_the_concept_is_refused(name):
     settings, concepts = REFUSED_ANCHORS[name]
-    with pytest.raises(ValueError, match=r"objective.anchor(_prompt)? .* names .* to be forgotten itself"):
+    with pytest.raises(ValueError, match=r"objective.anchor(_prompt)? .* is to be forgotten itself, as it names '"):
         ObjectiveConfig(**settings).anchors_of(concepts)
+
+
+def test_a_blank_anchor_is_refused():
+    for settings in ({"anchor": " "}, {"anchor": ""}, {"anchor": ["boot", ""]}, {"anchor_prompt": ""}):
+        with pytest.raises(ValueError, match=r"objective.anchor(_prompt)? ' ?' is empty"):
+            ObjectiveConfig(**settings).anchors_of(["sneaker", "bag"])
+
+
+def test_captions_that_were_erased_are_known_however_they_are_typed():
+    erased = ErasedConcepts(["x"], ["A red  thing", f"a {DECOMPOSED}"])
+    assert rows_about_others(["a RED thing", "a café", "a blue thing"], [erased]) == [2]
 
 
 def test_anchors_that_are_retained_are_accepted():
@@ -157,6 +168,12 @@ def test_anchors_that_are_retained_are_accepted():
 REFUSED_CONCEPTS = {
     "blank": ({"concept": " "}, "concept is empty"),
     "twice": ({"concept": ["sneaker", "Sneakers"]}, "names 'Sneakers' twice, also as 'sneaker'"),
+    "empty prompt": ({"concept": "sneaker", "forget_prompts": ["a sneaker", " "]}, "forget_prompts holds an empty"),
+    "empty retain prompt": ({"concept": "sneaker", "retain_prompts": [""]}, "retain_prompts holds an empty prompt"),
+    "prompt of both": (
+        {"concept": "sneaker", "forget_prompts": ["a Shoe"], "retain_prompts": ["A  shoe"]},
+        "'a shoe' stands in forget_prompts and in retain_prompts",
+    ),
     "retain prompt": (
         {"concept": "sneaker", "retain_prompts": ["a boot", "two Sneakers"]},
         "retain prompt 'two Sneakers' names 'sneaker'",

@@ -18,7 +18,7 @@ from barrier_diffusers.data.prompt_checks import require_names_within_limit
 from barrier_diffusers.data.readers import read_rows, split_concepts, take_evenly
 from barrier_diffusers.models.generation import SamplingConfig
 from barrier_diffusers.utils.checks import DATA, FILE_OR_FOLDER, as_list, at_least, check_settings, rules
-from barrier_diffusers.utils.words import mentions, same_name
+from barrier_diffusers.utils.words import as_compared, mentions, same_name
 
 
 @dataclass(kw_only=True)
@@ -98,6 +98,12 @@ class ConceptConfig:
             self.forget_prompts = self.forget_prompts or list(self.concepts)
             concepts_of(self.forget_prompts, self.concepts)
         check_settings(self)
+        for role in ("forget", "retain"):
+            if not all(prompt.strip() for prompt in getattr(self, f"{role}_prompts")):
+                raise ValueError(f"{role}_prompts holds an empty prompt: leave it out")
+        both = set(map(as_compared, self.forget_prompts)) & set(map(as_compared, self.retain_prompts))
+        if both:
+            raise ValueError(f"{both.pop()!r} stands in forget_prompts and in retain_prompts: leave one out")
         for prompt in self.retain_prompts:
             named = next((concept for concept in self.concepts if mentions(prompt, concept)), None)
             if named is not None:

@@ -11,6 +11,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from barrier_diffusers.data.captions import labels_in_texts
+from barrier_diffusers.utils.words import as_compared
 
 ERASED_NAME = "erased_concepts.json"
 
@@ -24,8 +25,8 @@ class ErasedConcepts:
 
     def is_named_by(self, texts: Sequence[str]) -> list[bool]:
         """Whether each text is one of the captions or names one of the concepts."""
-        known, named = set(self.captions), labels_in_texts(texts, self.concepts)
-        return [text in known or concept is not None for text, concept in zip(texts, named, strict=True)]
+        known, named = set(map(as_compared, self.captions)), labels_in_texts(texts, self.concepts)
+        return [as_compared(text) in known or concept is not None for text, concept in zip(texts, named, strict=True)]
 
 
 def read_erased(pipeline: str, revision: str | None = None) -> list[ErasedConcepts]:

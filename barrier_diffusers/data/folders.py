@@ -22,6 +22,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
 from barrier_diffusers.data.csv_files import CsvFile, read_text
+from barrier_diffusers.utils.output_folder import RECORD_NAME, is_first_process
 from barrier_diffusers.utils.run_records import MANIFEST_NAME
 
 CAPTION_SUFFIXES = (".txt", ".caption")  # beside an image, as trainers of adapters have them
@@ -33,7 +34,7 @@ SPLITS = {  # name of a top folder -> the split that it holds
 }
 NOT_PICTURES = {"BUFR", "EPS", "FITS", "FLI", "GRIB", "HDF5", "MPEG", "WMF"}  # films, data, and what runs a program
 OTHER_PICTURES = {".arw", ".cr2", ".dng", ".eps", ".heic", ".heif", ".jxl", ".nef", ".raw", ".svg"}
-OUTPUTS = ("barrier_config.json", "erased_concepts.json", "model_index.json")  # what an unlearning run leaves
+OUTPUTS = ("barrier_config.json", "erased_concepts.json", "model_index.json")  # what earlier versions left
 NO_CAPTION = "without a caption"
 
 
@@ -94,7 +95,7 @@ _printed: set[str] = set()
 
 def announce(line: str) -> None:
     """Print a line once a process, and in the first process of a run alone."""
-    if os.environ.get("RANK", "0") == "0" and line not in _printed:
+    if is_first_process() and line not in _printed:
         _printed.add(line)
         print(line)
 
@@ -147,7 +148,7 @@ def _count(path: Path) -> int:
 
 def is_output(folder: Path) -> bool:
     """Whether a folder was written by a run of this program: unlearned, evaluated, or images made from prompts."""
-    if any((folder / name).is_file() for name in OUTPUTS):
+    if any((folder / name).is_file() for name in (RECORD_NAME, *OUTPUTS)):
         return True
     try:
         manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))

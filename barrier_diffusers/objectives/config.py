@@ -70,11 +70,13 @@ class ObjectiveConfig(UceSettings, EsdSettings, KlSettings, SharedSettings):
         if len(words) != len(concepts):
             raise ValueError(f"objective.anchor lists {len(words)} words for {len(concepts)} concepts")
         for setting, texts in {"anchor": words, "anchor_prompt": [self.anchor_prompt]}.items():
-            for text in filter(None, texts):
+            for text in texts:
+                if text is None:
+                    continue
                 named = next((word for word in concepts if text == word or not labels and mentions(text, word)), None)
                 if named is not None:
                     raise ValueError(
-                        f"objective.{setting} {text!r} names {named!r}, which is to be forgotten itself: choose "
+                        f"objective.{setting} {text!r} is to be forgotten itself, as it names {named!r}: choose "
                         "something that is retained"
                     )
                 if not text.strip():

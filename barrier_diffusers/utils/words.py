@@ -102,6 +102,15 @@ def folded(text: str) -> tuple[str, tuple[int, ...]]:
     return "".join(characters), (*starts, len(text))
 
 
+def as_compared(text: str) -> str:
+    """The text in the form in which two texts that say the same are equal.
+
+    >>> as_compared("A  red T-shirt ")
+    'a red t-shirt'
+    """
+    return folded(text)[0].strip(" -")
+
+
 def _normalised(cluster: str) -> str:
     if cluster.isascii():
         return cluster.lower()
@@ -120,7 +129,7 @@ def _pattern(names: tuple[str, ...]) -> re.Pattern[str] | None:
     """What finds any of the names in a folded text, the longer one first; group "nI" is name number I."""
     choices = []
     for index in sorted(range(len(names)), key=lambda index: len(names[index]), reverse=True):
-        words = re.split("[ -]", folded(names[index])[0].strip(" -"))
+        words = re.split("[ -]", as_compared(names[index]))
         if not words[-1]:
             continue
         last = "|".join(map(re.escape, forms(words[-1])))
@@ -178,10 +187,10 @@ def replace_name(text: str, name: str, replacement: str) -> str | None:
     spans = find_names(text, [name])
     if not spans:
         return None
-    last_word = re.split("[ -]", folded(name)[0].strip(" -"))[-1]
+    last_word = re.split("[ -]", as_compared(name))[-1]
     parts, position = [], 0
     for _, start, end in spans:
-        shown = re.split("[ -]", folded(text[start:end])[0].strip(" -"))[-1]
+        shown = re.split("[ -]", as_compared(text[start:end]))[-1]
         many = shown.endswith(plural(last_word)) and not shown.endswith(last_word)
         parts += [text[position:start], _in_plural(replacement) if many else replacement]
         position = end
