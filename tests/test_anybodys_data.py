@@ -169,7 +169,6 @@ REFUSED_CONCEPTS = {
     "blank": ({"concept": " "}, "concept is empty"),
     "twice": ({"concept": ["sneaker", "Sneakers"]}, "names 'Sneakers' twice, also as 'sneaker'"),
     "empty prompt": ({"concept": "sneaker", "forget_prompts": ["a sneaker", " "]}, "forget_prompts holds an empty"),
-    "empty retain prompt": ({"concept": "sneaker", "retain_prompts": [""]}, "retain_prompts holds an empty prompt"),
     "prompt of both": (
         {"concept": "sneaker", "forget_prompts": ["a Shoe"], "retain_prompts": ["A  shoe"]},
         "'a shoe' stands in forget_prompts and in retain_prompts",

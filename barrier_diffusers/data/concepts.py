@@ -98,9 +98,8 @@ class ConceptConfig:
             self.forget_prompts = self.forget_prompts or list(self.concepts)
             concepts_of(self.forget_prompts, self.concepts)
         check_settings(self)
-        for role in ("forget", "retain"):
-            if not all(prompt.strip() for prompt in getattr(self, f"{role}_prompts")):
-                raise ValueError(f"{role}_prompts holds an empty prompt: leave it out")
+        if not all(prompt.strip() for prompt in self.forget_prompts):  # the empty prompt may be retained
+            raise ValueError("forget_prompts holds an empty prompt: leave it out")
         both = set(map(as_compared, self.forget_prompts)) & set(map(as_compared, self.retain_prompts))
         if both:
             raise ValueError(f"{both.pop()!r} stands in forget_prompts and in retain_prompts: leave one out")
