@@ -12,7 +12,7 @@ export TRANSFORMERS_VERBOSITY = error
 export DIFFUSERS_VERBOSITY = error
 
 .DEFAULT_GOAL := help
-.PHONY: help install unlearn evaluate test test-slow table attack-table bench reference embedded-model unlearn-classifier classifier-table \
+.PHONY: help install unlearn evaluate test test-slow table attack-table bench bench-gpu reference embedded-model unlearn-classifier classifier-table \
 	embedded-resnet unlearn-ddpm ddpm-table embedded-ddpm retrained-ddpm quality style clean
 
 help: ## show this list
@@ -57,6 +57,13 @@ bench: $(READY) ## what the protection costs, measured here; the tables of docs/
 	$(call BENCH,step,step_full,--repeats 3)
 	$(call BENCH,setup,setup,--baseline false --batch_size 1 --repeats 1 --sizes 1 16)
 	$(call BENCH,scaling,scaling,--repeats 3)
+
+bench-gpu: $(READY) ## the same on a CUDA GPU, in bf16 and batches of 8 (a quarter of an hour)
+	$(call BENCH,loss,gpu_loss,--device cuda --targets all)
+	$(call BENCH,loss,gpu_loss_attn2,--device cuda --targets attn2 --ranks [16])
+	$(call BENCH,step,gpu_step_lora,--device cuda --rank 16)
+	$(call BENCH,step,gpu_step_full,--device cuda)
+	$(call BENCH,setup,gpu_setup,--device cuda --targets all --baseline false --repeats 3 --sizes 1 16)
 
 embedded-model: $(READY) ## train everything in assets/ again (Debian package dataset-fashion-mnist needed)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps open-clip-torch

@@ -10,24 +10,28 @@ from torch import nn
 
 from barrier_diffusers import Barrier, BarrierConfig
 
+ForwardFn = Callable[[nn.Module, Batch], torch.Tensor]
 
-def bare_passes(unet: nn.Module, batches: list[Batch]) -> Callable[[], None]:
+
+def bare_passes(unet: nn.Module, batches: list[Batch], forward_fn: ForwardFn = forward) -> Callable[[], None]:
     """Two forward passes over the batches, as often as setting up reads them."""
 
     @torch.no_grad()
     def run() -> None:
         for batch in [*batches, *batches]:
-            forward(unet, batch)
+            forward_fn(unet, batch)
 
     return run
 
 
-def set_up(unet: nn.Module, batches: list[Batch], options: BarrierConfig) -> Callable[[], None]:
+def set_up(
+    unet: nn.Module, batches: list[Batch], options: BarrierConfig, forward_fn: ForwardFn = forward
+) -> Callable[[], None]:
     """Setting up the protection, which is removed again."""
 
     def run() -> None:
         barrier = Barrier(unet, options)
-        barrier.setup_protection(batches, forward)
+        barrier.setup_protection(batches, forward_fn)
         barrier.remove()
 
     return run

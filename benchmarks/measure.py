@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pages import into_page
@@ -31,15 +31,40 @@ class BenchmarkConfig:
 
     model: str = "sd14"  # sd14, sdxl, small or tiny (models.py), with random weights
     device: str = "cpu"  # or cuda
-    num_threads: int = 1  # on a CPU
+    mixed_precision: Literal["no", "bf16"] | None = None  # of the UNet's passes; None: no on a CPU, bf16 on a GPU
+    num_threads: int = 1  # on a CPU; with a GPU torch chooses
     repeats: int = 5  # of every case, in turns; medians are printed
     json: str | None = None  # file that gets the figures
     page: str | None = None  # with `json`: Markdown page that gets the tables between marks of the file's name
 
     def start(self) -> torch.device:
-        """Set the number of threads; the device everything runs on."""
-        torch.set_num_threads(self.num_threads)
+        """Set the number of threads on a CPU; the device everything runs on."""
+        if not self.on_gpu:
+            torch.set_num_threads(self.num_threads)
         return torch.device(self.device)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the benchmark runs on a GPU, where people train in larger batches and in bf16."""
+        return torch.device(self.device).type == "cuda"
+
+    @property
+    def precision(self) -> str:
+        """Of the UNet's passes."""
+        return self.mixed_precision or ("bf16" if self.on_gpu else "no")
+
+    def autocast(self) -> torch.autocast:
+        """What the UNet's passes run in; the weights are float32."""
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def in_autocast(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """The function with `autocast` around it."""
+
+        def inside(*args: Any) -> Any:
+            with self.autocast():
+                return run(*args)
+
+        return inside
 
 
 def synchronise(device: torch.device) -> None:

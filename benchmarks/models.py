@@ -106,10 +106,10 @@ def make_batches(
 
 
 def predict(unet: nn.Module, noisy: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
-    """The UNet's prediction."""
+    """The UNet's prediction, in float32 as accelerate gives it."""
     prompt = condition["encoder_hidden_states"]
     added = {key: value for key, value in condition.items() if key != "encoder_hidden_states"} or None
-    return unet(noisy, timesteps, prompt, added_cond_kwargs=added).sample
+    return unet(noisy, timesteps, prompt, added_cond_kwargs=added).sample.float()
 
 
 def forward(unet: nn.Module, batch: Batch) -> Tensor:

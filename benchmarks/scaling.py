@@ -58,11 +58,11 @@ def targets_of(unet: nn.Module, config: ScalingConfig, num_maps: int | None = No
 
 def measure(unet: nn.Module, batches: list[Batch], options: BarrierConfig, config: ScalingConfig) -> dict[str, Any]:
     """Seconds to set up and of two bare passes, milliseconds of the loss with its gradients, bytes of the regions."""
-    device = torch.device(config.device)
-    cases = {"bare": bare_passes(unet, batches), "setup": set_up(unet, batches, options)}
+    device, run = torch.device(config.device), config.in_autocast(forward)
+    cases = {"bare": bare_passes(unet, batches, run), "setup": set_up(unet, batches, options, run)}
     seconds = interleaved(cases, config.repeats, device, warmup=0)
     barrier = Barrier(unet, options)
-    barrier.setup_protection(batches, forward)
+    barrier.setup_protection(batches, run)
     parameters = barrier.trainable_parameters()
     start = [parameter.detach().clone() for parameter in parameters]
     with torch.no_grad():
@@ -91,7 +91,8 @@ def in_process(rank: int, processes: int, port: int, config: ScalingConfig, resu
         unet = build_unet(config.model, device)
         batches = make_batches(config.model, middle, config.batch_size, config.side, device)[rank::processes]
         options = BarrierConfig(targets=TARGETS[config.targets], reduced_dim=reduced_dim_of(config.model))
-        cases = {"bare": bare_passes(unet, batches), "setup": set_up(unet, batches, options)}
+        run = config.in_autocast(forward)
+        cases = {"bare": bare_passes(unet, batches, run), "setup": set_up(unet, batches, options, run)}
         results.put(interleaved(cases, config.repeats, device, warmup=0))
     finally:
         dist.destroy_process_group()

@@ -30,25 +30,32 @@ class SetupConfig(BenchmarkConfig):
     """Settings of the benchmark."""
 
     targets: Literal["all", "attn2"] = "attn2"
-    batch_size: int = 2
-    side: int = 32  # of the latents
+    batch_size: int | None = None  # None: 2 on a CPU, 8 on a GPU
+    side: int | None = None  # of the latents; None: 32 on a CPU, 64 on a GPU
     sizes: list[int] | None = None  # numbers of batches; None: 1, 4 and 16
     baseline: bool = True  # measure the baseline too
     num_batches: int | None = None  # for the benchmark itself: measure this size
     peak_of: str | None = None  # for the benchmark itself: only the peak memory of this case
 
+    def __post_init__(self) -> None:
+        self.batch_size = self.batch_size or (8 if self.on_gpu else 2)
+        self.side = self.side or (64 if self.on_gpu else 32)
+
 
 def make_cases(config: SetupConfig, unet: nn.Module, num_batches: int) -> dict[str, Any]:
     """Bare passes, the setup, the baseline's setup."""
+    assert config.batch_size is not None and config.side is not None
     batches = make_batches(config.model, num_batches, config.batch_size, config.side, config.device)
+    forward_fn = config.in_autocast(forward)
     targets = TARGETS[config.targets]
     options = BarrierConfig(targets=targets, reduced_dim=reduced_dim_of(config.model))
 
     def baseline() -> None:
         names = [linear_map.name for linear_map in resolve_targets(unet, targets)]
-        NaiveBarrier(unet, names, reduced_dim=options.reduced_dim).setup(batches, forward)
+        NaiveBarrier(unet, names, reduced_dim=options.reduced_dim).setup(batches, forward_fn)
 
-    return dict(zip(CASES, (bare_passes(unet, batches), set_up(unet, batches, options), baseline), strict=True))
+    barrier = set_up(unet, batches, options, forward_fn)
+    return dict(zip(CASES, (bare_passes(unet, batches, forward_fn), barrier, baseline), strict=True))
 
 
 def measure_size(config: SetupConfig) -> dict[str, Any]:
@@ -84,8 +91,33 @@ def main(config: SetupConfig) -> None:
     for row in rows:
         for name in cases:
             row[f"{name} peak / {rows[0]['images']} images"] = row[f"{name} peak (GB)"] / rows[0][f"{name} peak (GB)"]
-    title = f"{config.model}, targets {config.targets}, batches of {config.batch_size}, latents {config.side}"
-    report(config, {title: rows})
+    size = f"batches of {config.batch_size}, latents {config.side}, precision {config.precision}"
+    tables = {f"{config.model}, targets {config.targets}, {size}": rows}
+    if len(rows) > 1:
+        tables["fixed and per batch"] = [apart(name, rows, config) for name in cases[1:]]
+    report(config, tables)
+
+
+def apart(name: str, rows: list[dict[str, Any]], config: SetupConfig) -> dict[str, Any]:
+    """What setting up takes beside two bare passes: whatever the data, and for each batch, from the two end rows."""
+    assert config.batch_size is not None
+    first, last = (
+        (
+            row["images"] / config.batch_size,
+            row[f"{name} (s)"] - row["two bare passes (s)"],
+            row["two bare passes (s)"],
+        )
+        for row in (rows[0], rows[-1])
+    )
+    batches = last[0] - first[0]
+    per_batch, bare = (last[1] - first[1]) / batches, (last[2] - first[2]) / batches
+    fixed = first[1] - first[0] * per_batch
+    return {
+        "set-up": name,
+        "fixed (s)": fixed,
+        "per batch (s)": per_batch,
+        "per batch / two bare passes": per_batch / bare,
+    }
 
 
 if __name__ == "__main__":

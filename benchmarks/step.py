@@ -32,17 +32,22 @@ class StepConfig(BenchmarkConfig):
 
     targets: Literal["all", "attn2"] = "attn2"
     rank: int = 0  # of the LoRA adapter; 0: full weights
-    batch_size: int = 1
-    side: int = 32  # of the latents
+    batch_size: int | None = None  # None: 1 on a CPU, 8 on a GPU
+    side: int | None = None  # of the latents; None: 32 on a CPU, 64 on a GPU
     num_prompts: int = 1  # of the forget images
     gradient_checkpointing: bool = False
     memory: bool = True  # also measure the peak memory of every case, each in a fresh process
     cases: list[str] | None = None  # of the four; None: all
     peak_of: str | None = None  # for the benchmark itself: run this one case and print its peak memory
 
+    def __post_init__(self) -> None:
+        self.batch_size = self.batch_size or (8 if self.on_gpu else 1)
+        self.side = self.side or (64 if self.on_gpu else 32)
+
 
 def make_case(name: str, unet: nn.Module, config: StepConfig) -> Callable[[], Any]:
     """One training step, its data, protection and optimizer prepared."""
+    assert config.batch_size is not None and config.side is not None
     batch, retain, fitted = make_batches(
         config.model, 3, config.batch_size, config.side, config.device, config.num_prompts
     )
@@ -53,16 +58,17 @@ def make_case(name: str, unet: nn.Module, config: StepConfig) -> Callable[[], An
     if name.startswith("baseline"):
         names = [entry.name for entry in barrier.maps]
         naive = NaiveBarrier(unet, names, reduced_dim=options.reduced_dim)
-        naive.setup([fitted], forward)
+        naive.setup([fitted], config.in_autocast(forward))
         unet.requires_grad_(True)
+        run = config.in_autocast(predict)
         side = retain if name.endswith("retain side") else None
-        return lambda: random_label_step(unet, naive, optimizer, batch, predict, alpha=0.0, retain=side)
+        return lambda: random_label_step(unet, naive, optimizer, batch, run, alpha=0.0, retain=side)
     if name == "on":
-        barrier.setup_protection([fitted], forward)
+        barrier.setup_protection([fitted], config.in_autocast(forward))
     objective = get_objective("rl")
 
     def run_unet(*inputs: Any) -> torch.Tensor:
-        return predict(unet, *inputs)
+        return config.in_autocast(predict)(unet, *inputs)
 
     def step() -> None:
         parts = (batch["noisy"], batch["timesteps"], batch["target"], batch["condition"], batch["anchor"])
@@ -129,7 +135,7 @@ def main(config: StepConfig) -> None:
         rows.append(row)
     trained = f"LoRA rank {config.rank}" if config.rank else "full weights"
     checkpointing = ", gradient checkpointing" if config.gradient_checkpointing else ""
-    size = f"batch {config.batch_size}, latents {config.side} x {config.side}"
+    size = f"batch {config.batch_size}, latents {config.side} x {config.side}, precision {config.precision}"
     report(config, {f"{config.model}, {trained}, targets {config.targets}, {size}{checkpointing}": rows})
 
 
