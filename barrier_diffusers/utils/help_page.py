@@ -187,7 +187,8 @@ def lines_of(group: Group, num_lines: int | None) -> Iterator[str]:
         text = textwrap.shorten(f"{group.title}: {names}", columns * num_lines - 8, placeholder=" ...")
         yield from beside(f"  --{group.prefix}*", textwrap.wrap(text, columns, break_on_hyphens=False))
         return
-    yield f"{group.prefix}*: {group.title}" if group.prefix else group.title
+    title = f"{group.prefix}*: {group.title}" if group.prefix else group.title
+    yield textwrap.shorten(title, WIDTH, placeholder=" ...")
     for flag in group.flags:
         text = words_of(flag)
         if num_lines is not None:

@@ -29,12 +29,22 @@ from barrier_diffusers.utils.checks import (
     OUTPUT,
     Checked,
     at_least,
+    check_paths,
     check_settings,
+    deferred_checks,
     flat,
     rules,
 )
-from barrier_diffusers.utils.command_line import config_from, join_lists, list_fields
+from barrier_diffusers.utils.command_line import (
+    config_from,
+    join_lists,
+    list_fields,
+    require_sections,
+    sections_of,
+    wants_help,
+)
 from barrier_diffusers.utils.files import remove, require_writable, write_json
+from barrier_diffusers.utils.help_page import Flag, Group, groups_of, help_page
 from barrier_diffusers.utils.installation import resolve_named_files, shipped
 from barrier_diffusers.utils.locks import FolderLock
 from barrier_diffusers.utils.overlaps import check_overlaps, expand_outputs, refuse_inside
@@ -63,7 +73,7 @@ class LaunchConfig(Checked):
 class WorkflowConfig:
     """What holds for the whole workflow; each stage's settings are a section of its name beside it."""
 
-    kind: Literal["sd", "ddpm", "classifier"]  # which scripts (kinds.py)
+    kind: Literal["sd", "ddpm", "classifier"]  # which scripts run one after another
     output_dir: str  # {hash} in it stands for a hash of all settings, so that no two runs of a sweep share a folder
     stages: list[str] | None = None  # of the kind; None: all
     eval_only: bool = False  # judge the unlearned result that is there, whatever the settings of the stages before
@@ -175,14 +185,20 @@ def parse_workflow(arguments: list[str], root: Path) -> Workflow:
         ArgumentError, ValueError: a setting that is unknown, missing, or not as its dataclass wants it.
     """
     arguments = resolve_named_files(arguments, shipped("train_scripts", root))
+    if wants_help(arguments):
+        print(workflow_help(arguments), end="")
+        raise SystemExit(0)
     kind = _peek(arguments, "kind")
     if kind not in WORKFLOWS:
         given = "no kind is given" if kind is None else f"unknown kind {kind!r}"
         raise ValueError(f"{given}: set kind to one of {', '.join(WORKFLOWS)}")
-    lists = list_fields(WorkflowConfig)
+    lists, parts = list_fields(WorkflowConfig), sections_of(WorkflowConfig)
     for stage in WORKFLOWS[kind]:
-        lists |= list_fields(stage.config_class, f"{stage.section or stage.name}.")
+        name = stage.section or stage.name
+        lists |= list_fields(stage.config_class, f"{name}.")
+        parts |= {name: stage.config_class, **sections_of(stage.config_class, f"{name}.")}
     arguments = join_lists(lists, arguments)
+    require_sections(parts, arguments)
     chosen = _peek(arguments, "stages")
     check_stages(kind, chosen if isinstance(chosen, list) else None)
     stages = [stage for stage in WORKFLOWS[kind] if not isinstance(chosen, list) or stage.name in chosen]
@@ -202,7 +218,10 @@ def parse_workflow(arguments: list[str], root: Path) -> Workflow:
     }
     for section in unread:  # of stages that are not chosen
         parser.add_argument(f"--{section}", type=dict)
-    values = vars(parser.instantiate_classes(parser.parse_args(arguments)))
+    with deferred_checks():
+        found = parser.parse_args(arguments)
+    check_settings(found.as_dict(), WorkflowConfig)
+    values = vars(parser.instantiate_classes(found))
     for name in ("config", *unread):
         del values[name]
     settings = {
@@ -317,6 +336,53 @@ def run_stage(workflow: Workflow, stage: Stage, lock: FolderLock) -> None:
     print(f"{stage.name}: done in {seconds:.0f} seconds", flush=True)
 
 
+def workflow_help(arguments: Sequence[str]) -> str:
+    """The help page: the workflow's own settings and, if a kind is given, those of its stages."""
+    try:
+        kind = _peek(arguments, "kind")
+    except (OSError, ValueError):
+        kind = None
+    groups = groups_of(WorkflowConfig)
+    for stage in WORKFLOWS.get(str(kind), ()):
+        name = stage.section or stage.name
+        if name == stage.name:
+            groups.append(Group(f"Settings of {stage.script}", groups_flags(stage), f"{name}."))
+    kinds = [f"{name}: {', '.join(stage.name for stage in stages)}" for name, stages in WORKFLOWS.items()]
+    about = (
+        "Run a whole workflow; only what changed runs again. Each stage's settings are a section of its name, as "
+        f"--unlearn.learning_rate 1e-5; with --kind or --config this page lists them. Kinds: {'; '.join(kinds)}."
+    )
+    return help_page("run_pipeline.py", about, groups, "--help-all" in arguments)
+
+
+def groups_flags(stage: Stage) -> list[Flag]:
+    """The flags of a stage's section: without what the workflow fills in."""
+    prefix = f"{stage.section or stage.name}."
+    groups = groups_of(stage.config_class, prefix, skip=tuple(stage.filled))
+    return [flag for group in groups for flag in group.flags]
+
+
+def check_inputs(workflow: Workflow) -> None:
+    """Look at what the stages' settings name, before the first of them runs.
+
+    Raises:
+        ValueError: a path that is not there, a folder that cannot be made, or what a stage's settings refuse.
+    """
+    made = [workflow.output, *([Path(workflow.config.unlearned_dir)] if workflow.config.unlearned_dir else [])]
+    check_paths(workflow.config)
+    for stage in stages_to_run(workflow):
+        if not stage.needed(workflow):
+            continue
+        values = {name: value for name, value in workflow.filled(stage).items() if name not in stage.late}
+        try:
+            check_paths(values, stage.config_class, made)
+            config = config_from(stage.config_class, values)
+            if hasattr(config, "check_inputs"):
+                config.check_inputs()
+        except ValueError as error:
+            raise ValueError(f"{stage.name}: {error}") from error
+
+
 def check_metric(workflow: Workflow, name: str, setting: str) -> None:
     """Refuse a metric that no run of the workflow gives.
 
@@ -372,6 +438,7 @@ def run_workflow(workflow: Workflow, wait_seconds: float = 0) -> dict[str, Any]:
             settings = workflow.output / "stages" / f"{stage.name}-settings.json"
             print(f"{stage.name}: {why}\n  {' '.join(command_of(workflow, stage, settings))}")
         return {}
+    check_inputs(workflow)
     claim_workflow_dir(workflow)
     (workflow.output / "stages").mkdir(exist_ok=True)
     with FolderLock(workflow.output, wait_seconds) as lock:

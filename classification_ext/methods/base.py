@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from barrier_diffusers.data.labelled_images import LabelledImages
 from barrier_diffusers.utils.registry import Registry
-from classification_ext.settings import MethodConfig, UnlearnConfig
+from classification_ext.settings import MethodConfig, Recipe, UnlearnConfig
 
 Logits = Callable[[Tensor], Tensor]  # images (B, C, H, W) in [-1, 1] -> logits (B, J)
 
@@ -79,6 +79,8 @@ class Method:
                 raise ValueError(
                     f"method {self.name!r} does not read method.{setting.name}: leave it at {setting.default}"
                 )
+        if (self.loss or self.edit) and config.recipe != Recipe():
+            raise ValueError(f"method {self.name!r} does not read recipe, which is of retrain: leave it out")
         if self.loss is None:
             if config.protected:
                 raise ValueError(
