@@ -177,7 +177,7 @@ def test_code_cites_no_page_that_is_not_there():
 def test_functions_that_the_method_names_exist():
     named = set(re.findall(r"\b([a-z_]+)\(\)", (ROOT / "docs/method.md").read_text(encoding="utf-8")))
     sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "barrier_diffusers").rglob("*.py"))
-    assert len(named) > 8
+    assert len(named) > 6
     assert not [name for name in named if f"def {name}(" not in sources]
 
 
