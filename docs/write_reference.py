@@ -9,14 +9,15 @@ this writes.
 from __future__ import annotations
 
 import ast
-import dataclasses
 import functools
 import importlib
 import inspect
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import get_type_hints
+
+from barrier_diffusers.utils.help_page import groups_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {  # page of docs/settings -> its scripts; a script that no page names is on the last one of its folder
@@ -36,7 +37,8 @@ NOTE = "*Written by `python docs/write_reference.py` from the source; change it 
 USE = """Each is a key of `--config FILE.yaml` and a flag (`--barrier.lambda_interval 1`). A flag wins over the file, a
 later file over an earlier one. `null` stands for None, and numbers may be written 1e-5. A list is `'[A, B]'`, or as a
 flag also its words one after another (`--attacks inversion benign`); numbers by name are
-`'{A: 1, B: 2}'`. `--help` lists the same, and `--print_config` prints what would be used. Contradictions are refused
+`'{A: 1, B: 2}'`. `--help` lists them, `--help-all` with every
+section in full, and `--print_config` prints what would be used. Numbers out of range and contradictions are refused
 in one line before any work.
 """
 
@@ -83,54 +85,6 @@ def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def comment_of(field: ast.AnnAssign, lines: list[str]) -> str:
-    """What stands above a field and behind it."""
-    above = []
-    for line in reversed(lines[: field.lineno - 1]):
-        if not line.strip().startswith("#"):
-            break
-        above.insert(0, line.strip().lstrip("# "))
-    end = lines[(field.end_lineno or field.lineno) - 1][field.end_col_offset or 0 :]
-    behind = end.split("#", 1)[1].strip() if "#" in end else ""
-    return "; ".join(part for part in (" ".join(above), behind) if part)
-
-
-def type_and_comment(config_class: type, name: str) -> tuple[str, str]:
-    """The annotation and the comment of a field, where the class or a base of it declares the field."""
-    for part in config_class.__mro__:
-        path = Path(inspect.getsourcefile(part) or "") if part is not object else None
-        if path is None or ROOT not in path.parents:
-            continue
-        for node in parsed(path).body:
-            if isinstance(node, ast.ClassDef) and node.name == part.__name__:
-                for line in node.body:
-                    if isinstance(line, ast.AnnAssign) and ast.unparse(line.target) == name:
-                        lines = path.read_text(encoding="utf-8").splitlines()
-                        return ast.unparse(line.annotation), comment_of(line, lines)
-    raise ValueError(f"{config_class.__name__} declares no field {name}")
-
-
-def default_of(field: dataclasses.Field, owner: Any) -> Any:
-    """The default of a field: what the default object of the class around it has, if there is one."""
-    if owner is not None:
-        return getattr(owner, field.name)
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-
-
-def rows(config_class: type, prefix: str = "", owner: Any = None) -> Iterator[tuple[str, str, str, str]]:
-    """(dotted name, type, default, comment) of every field, those of nested dataclasses under dotted names."""
-    hints = get_type_hints(config_class)
-    for field in dataclasses.fields(config_class):
-        dotted, kind, default = f"{prefix}{field.name}", hints[field.name], default_of(field, owner)
-        required = default is dataclasses.MISSING
-        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-            yield from rows(kind, f"{dotted}.", None if required else default)
-        else:
-            shown = "*required*" if required else f"`{cell(repr(default))}`"
-            annotation, comment = type_and_comment(config_class, field.name)
-            yield dotted, annotation, shown, comment
-
-
 def cell(text: str) -> str:
     """Text in a cell of a table."""
     return text.replace("|", "\\|")
@@ -147,10 +101,12 @@ def settings_page(page: str) -> str:
             continue
         shown[config_class] = script
         parts.append(f"`{config_class.__name__}` in [{module}](../../{module}).\n")
-        parts.append("| setting | type | default | |\n|---|---|---|---|")
-        for dotted, kind, default, comment in rows(config_class):
-            parts.append(f"| `{dotted}` | `{cell(kind)}` | {default} | {cell(comment)} |")
-        parts.append("")
+        for group in groups_of(config_class):
+            parts.append(f"**{group.title}**\n\n| setting | type | default | |\n|---|---|---|---|")
+            for flag in group.flags:
+                default = "*needed*" if flag.default is None else f"`{cell(flag.default)}`" if flag.default else ""
+                parts.append(f"| `{flag.name}` | {cell(flag.kind)} | {default} | {cell(flag.comment)} |")
+            parts.append("")
     return "\n".join(parts)
 
 
