@@ -12,6 +12,8 @@ from short_runs import ROOT, flags, run
 
 COMMON = {"evaluation.classifier": "null", "evaluation.images_per_label": 1, "barrier.lambda_interval": 1.0}
 COMMON |= {"evaluation.sampling.num_inference_steps": 1, "learning_rate": 1e-3}
+BARE = {"objective.anchor": "null", "objective.alpha": 0}
+ESD = {**BARE, "objective.name": "esd", "objective.num_inference_steps": 3, "max_forget_images": 30}
 VARIANTS = {
     "full weights, retain loss": {},
     "LoRA, alpha 0": {"rank": 2, "objective.alpha": 0},
@@ -26,8 +28,14 @@ VARIANTS = {
         "objective.alpha": 0,
     },
     "full weights, bf16": {"mixed_precision": "bf16"},
+    "esd, mask of an adapter": {**ESD, "rank": 2, "saliency_mask": 0.3},
+    "esd": ESD,
+    "mask": {"saliency_mask": 0.3},
+    "ga, mask of an adapter": {**BARE, "objective.name": "ga", "rank": 2, "saliency_mask": 0.3},
+    "kl, mask": {**BARE, "objective.name": "kl", "saliency_mask": 0.3},
+    "concept": {"objective.name": "concept", "objective.anchor": "null", "objective.anchor_prompt": "a boot"},
 }
-FAST = "full weights, retain loss"
+FAST = ("full weights, retain loss", "esd, mask of an adapter")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +44,7 @@ def cache(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == FAST else [pytest.mark.slow]) for name in VARIANTS]
+    "name", [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in VARIANTS]
 )
 def test_two_processes_equal_one(name, tmp_path, cache, monkeypatch):
     monkeypatch.chdir(ROOT)

@@ -6,7 +6,8 @@ from pipelines import build
 
 from barrier_diffusers.data.encoding import encode_prompts
 from barrier_diffusers.models.denoiser import PipelineDenoiser
-from barrier_diffusers.models.partial_sampler import PartialSampler, SampledBatches
+from barrier_diffusers.models.partial_sampler import PartialSampler, SampledBatches, Share
+from barrier_diffusers.training.steps import StepMaker
 
 PROMPTS = ["a photo of a red boot", "a photo of a blue bag"]
 
@@ -79,8 +80,49 @@ def test_first_stage_is_noise(monkeypatch):
 
 def test_batches_for_recording():
     _, denoiser, sampler, (condition, empty) = prepared("sd3")
-    batches = [{"condition": condition, "unconditional": empty, "index": torch.arange(2)}]
+    batch = {"condition": condition, "unconditional": empty, "index": torch.arange(2)}
+    batches = [(batch, Share.of(2, 0, 1))]
     stored = SampledBatches(batches, sampler, torch.device("cpu"))
     (recorded,), (again,) = stored, stored
     assert len(stored) == 1 and torch.equal(recorded["noisy"], again["noisy"])
     assert denoiser.predict_batch(denoiser.network, recorded).shape == recorded["noisy"].shape
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_with_one_random_state_record_together_what_one_does(processes):
+    _, _, sampler, (condition, empty) = prepared("sd")
+    batch = {"condition": condition, "unconditional": empty, "index": torch.arange(2)}
+
+    def recorded(index, count):
+        torch.manual_seed(0)
+        batches = [(batch, Share.of(2, index, count)) for _ in range(3)]
+        return list(SampledBatches(batches, sampler, torch.device("cpu")))
+
+    (whole, parts) = recorded(0, 1), [recorded(index, processes) for index in range(processes)]
+    assert sum(len(part) for part in parts) == 3 * 2 and len(whole) == 3  # two rows: a third process has none
+    together = [torch.cat([part[number]["noisy"] for part in parts if part]) for number in range(3)]
+    for one, several in zip(whole, together, strict=True):
+        torch.testing.assert_close(several, one["noisy"], rtol=1e-4, atol=1e-5)
+
+
+def test_shares_are_all_rows_in_order():
+    for total in range(7):
+        shares = [Share.of(total, index, 3) for index in range(3)]
+        assert [row for share in shares for row in range(total)[share.own]] == list(range(total))
+        assert [share.is_empty for share in shares] == [len(range(total)[share.own]) == 0 for share in shares]
+
+
+def test_steps_of_shares_are_together_the_step_of_one_process():
+    pipeline, denoiser, _, (condition, _) = prepared("sd")
+    moments = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(1))
+    batch = {"condition": condition, "moments": moments, "index": torch.arange(2)}
+
+    def step(index, count):
+        torch.manual_seed(0)
+        return StepMaker(pipeline.unet, denoiser).of_share(batch, Share.of(2, index, count))
+
+    whole, parts = step(0, 1), [step(index, 2) for index in range(2)]
+    for name in ("noisy", "timesteps", "target"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+    torch.manual_seed(0)
+    assert torch.equal(StepMaker(pipeline.unet, denoiser)(batch).noisy, whole.noisy)

@@ -121,7 +121,8 @@ def posteriors(vae: Any, batches: Iterable[Tensor]) -> Tensor:
         vae.to(torch.float32)
     chunks = []
     for pixels in batches:
-        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        # in one order of memory, whatever the reader's: another one is computed with other roundings
+        posterior = vae.encode(pixels.to(vae.device, vae.dtype).contiguous()).latent_dist
         chunks.append(posterior.parameters.float().cpu())
     if upcast:
         vae.to(torch.float16)

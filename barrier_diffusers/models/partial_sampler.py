@@ -6,14 +6,34 @@ Shapes: B batch, c latent channels, h and w latent side. Conditions are passed o
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import recursively_apply, send_to_device
 from torch import Tensor
 
 from barrier_diffusers.models.denoiser import Denoiser
 from barrier_diffusers.objectives.base import Condition
+
+
+@dataclass(frozen=True)
+class Share:
+    """The rows of a batch that one of several processes works on. If all have the same random state and draw for the
+    whole batch, they do together what one would."""
+
+    total: int  # rows of all processes
+    own: slice
+
+    @classmethod
+    def of(cls, total: int, process_index: int, num_processes: int) -> Share:
+        """As equal parts as there can be, in order."""
+        return cls(total, slice(total * process_index // num_processes, total * (process_index + 1) // num_processes))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is left for this process."""
+        return self.own.start == self.own.stop
 
 
 class PartialSampler:
@@ -42,20 +62,21 @@ class PartialSampler:
 
     @torch.no_grad()
     def __call__(
-        self, condition: Condition, unconditional: Condition, index_B: Tensor, share: tuple[int, int] = (0, 1)
+        self, condition: Condition, unconditional: Condition, index_B: Tensor, share: Share | None = None
     ) -> tuple[Tensor, Tensor]:
         """(x_t (B, c, h, w) float32, timesteps (B,)) for the prompts' and the empty prompt's conditions.
 
-        `index_B`, the rows' numbers, tells how many samples there are and on which device; `share` is as in
-        `training.StepMaker`.
+        `index_B`, the rows' numbers, tells how many samples there are and on which device. With `share` they are part
+        of a larger batch, for all of which noise is drawn.
         """
         device, size = index_B.device, len(index_B)
         scheduler = self.denoiser.noising.sampler(self.num_inference_steps, self.latent_shape)
         timesteps = scheduler.timesteps.to(device)
         stage = int(torch.randint(len(timesteps), ()))
-        process_index, num_processes = share
-        noise = torch.randn(num_processes * size, *self.latent_shape)
-        x = noise[process_index * size : (process_index + 1) * size].to(device)
+        share = share or Share(size, slice(size))
+        x = torch.randn(share.total, *self.latent_shape)[share.own].to(device)
+        if share.is_empty:
+            return x, timesteps[stage].expand(size)
         for timestep in timesteps[:stage]:
             t_B = timestep.expand(size)
             guided = self._predict(x, t_B, condition)
@@ -66,23 +87,31 @@ class PartialSampler:
         return x, timesteps[stage].expand(size)
 
 
+def own_rows(batch: dict[str, Any], share: Share) -> dict[str, Any]:
+    """The share of every tensor in a batch."""
+    return recursively_apply(lambda values: values[share.own], batch)
+
+
 class SampledBatches:
     """The sampler's x_t for batches of prompts, in the form the protection records: noisy, timesteps, condition.
 
     Sampled once, so that every pass sees the same; kept on the CPU.
 
     Args:
-        batches: conditions, unconditional ones and row numbers, as `EncodedImages` gives them.
+        batches: conditions, unconditional ones and row numbers, as `EncodedImages` gives them, each with the share of
+            it that is kept.
         sampler: draws x_t.
         device: where a batch is needed.
     """
 
-    def __init__(self, batches: Iterable[dict[str, Any]], sampler: PartialSampler, device: torch.device):
+    def __init__(self, batches: Iterable[tuple[dict[str, Any], Share]], sampler: PartialSampler, device: torch.device):
         self.device, self.batches = device, []
-        for batch in batches:
-            noisy, timesteps = sampler(batch["condition"], batch["unconditional"], batch["index"])
-            kept = {"noisy": noisy, "timesteps": timesteps, "condition": batch["condition"]}
-            self.batches.append(send_to_device(kept, "cpu"))
+        for batch, share in batches:
+            own = own_rows(batch, share)
+            noisy, timesteps = sampler(own["condition"], own["unconditional"], own["index"], share)
+            kept = {"noisy": noisy, "timesteps": timesteps, "condition": own["condition"]}
+            if not share.is_empty:
+                self.batches.append(send_to_device(kept, "cpu"))
 
     def __len__(self) -> int:
         return len(self.batches)

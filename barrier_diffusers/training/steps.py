@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from barrier_diffusers.models.denoiser import Denoiser
-from barrier_diffusers.models.partial_sampler import PartialSampler
+from barrier_diffusers.models.partial_sampler import PartialSampler, Share, own_rows
 from barrier_diffusers.objectives import DiffusionStep, ObjectiveConfig
 from barrier_diffusers.objectives.base import Condition
 
@@ -91,14 +91,21 @@ class StepMaker:
 
     def __call__(self, batch: dict[str, Any]) -> DiffusionStep:
         if self.sampler is not None:
-            noisy, timesteps = self.sampler(batch["condition"], batch["unconditional"], batch["index"], self.share)
-            target = None
-        else:
-            moments, (index, processes) = batch["moments"], self.share
-            everybodys = moments.repeat(processes, *[1] * (moments.dim() - 1)) if processes > 1 else moments
-            drawn = self.denoiser.noised(everybodys)
-            own = slice(index * len(moments), (index + 1) * len(moments))
-            noisy, timesteps, target = drawn.noisy[own], drawn.timesteps[own], drawn.target[own]
+            index, (process_index, processes) = batch["index"], self.share
+            share = Share.of(processes * len(index), process_index, processes)
+            noisy, timesteps = self.sampler(batch["condition"], batch["unconditional"], index, share)
+            return self._step(batch, noisy, timesteps, None)
+        moments, (process_index, processes) = batch["moments"], self.share
+        everybodys = moments.repeat(processes, *[1] * (moments.dim() - 1)) if processes > 1 else moments
+        drawn, own = self.denoiser.noised(everybodys), Share.of(len(everybodys), process_index, processes).own
+        return self._step(batch, drawn.noisy[own], drawn.timesteps[own], drawn.target[own])
+
+    def of_share(self, batch: dict[str, Any], share: Share) -> DiffusionStep:
+        """The step of one's own rows of a batch of all processes, with noise and timesteps drawn for all rows."""
+        drawn, own = self.denoiser.noised(batch["moments"]), share.own
+        return self._step(own_rows(batch, share), drawn.noisy[own], drawn.timesteps[own], drawn.target[own])
+
+    def _step(self, batch: dict[str, Any], noisy: Tensor, timesteps: Tensor, target: Tensor | None) -> DiffusionStep:
         return DiffusionStep(
             self.run,
             noisy,

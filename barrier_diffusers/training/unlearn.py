@@ -11,12 +11,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from barrier_diffusers.data.concepts import ConceptData
 from barrier_diffusers.data.encoding import NoisedBatches, encode_prompts
 from barrier_diffusers.models.denoiser import Denoiser, PipelineDenoiser
-from barrier_diffusers.models.partial_sampler import PartialSampler, SampledBatches
+from barrier_diffusers.models.partial_sampler import PartialSampler, SampledBatches, Share
 from barrier_diffusers.objectives import DiffusionStep, Objective, ObjectiveConfig, PromptEdit
 from barrier_diffusers.protection.barrier import Barrier
 from barrier_diffusers.protection.targets import ProtectedMap, matches
@@ -38,11 +38,15 @@ class ForgetAndRetain(Protocol):
     def retain(self) -> Any: ...
 
 
-def every_row(images: Any, batch_size: int, accelerator: Accelerator) -> Iterator[dict[str, Any]]:
-    """One pass over this process's share of the rows, in order, on the device."""
-    rows = range(accelerator.process_index, len(images), accelerator.num_processes)
-    for batch in DataLoader(Subset(images, rows), batch_size=batch_size):
-        yield send_to_device(batch, accelerator.device)
+def every_row(images: Any, batch_size: int, accelerator: Accelerator) -> Iterator[tuple[dict[str, Any], Share]]:
+    """One pass over all rows, in order, on the device, each batch with this process's share of it.
+
+    Args:
+        batch_size: rows of all processes together.
+    """
+    for batch in DataLoader(images, batch_size=batch_size):
+        share = Share.of(len(batch["index"]), accelerator.process_index, accelerator.num_processes)
+        yield send_to_device(batch, accelerator.device), share
 
 
 def shuffled_batches(images: Any, batch_size: int, seed: int, num_processes: int) -> DataLoader:
@@ -228,7 +232,8 @@ class Unlearner:
         """Re-iterable batches of x_t of this process's share of the rows."""
         accelerator, batch_size = self.accelerator, self.config.train_batch_size
         if self.sampler is not None:  # small batches, as each has one timestep
-            rows = every_row(images, min(batch_size, 8), accelerator)
+            rows = every_row(images, min(batch_size * accelerator.num_processes, 8), accelerator)
+            share_random_state(accelerator)
             return SampledBatches(rows, self.sampler, accelerator.device)
         return NoisedBatches(
             images,
@@ -305,12 +310,16 @@ class Unlearner:
         accelerator, barrier, fraction = self.accelerator, self.barrier, self.config.saliency_mask
         assert fraction is not None
         mask = SaliencyMask(barrier.trainable_parameters())
-        make_step = StepMaker(barrier.model, self.denoiser)
+        make_step, num_processes = StepMaker(barrier.model, self.denoiser), accelerator.num_processes
 
         def steps() -> Iterator[DiffusionStep]:
-            return (make_step(batch) for batch in every_row(forget, self.config.train_batch_size, accelerator))
+            for batch, share in every_row(forget, self.config.train_batch_size * num_processes, accelerator):
+                step = make_step.of_share(batch, share)
+                if not share.is_empty:
+                    yield step
 
         if self.trainer.checkpoint is None:
+            share_random_state(accelerator)
             with accelerator.autocast():
                 mask.choose(saliency_scores(barrier.maps, steps, accelerator.reduce), fraction)
         mask.attach(optimizer)
