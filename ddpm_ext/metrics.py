@@ -152,7 +152,7 @@ def evaluate(
                 real_ND=real_ND,
                 neighbours=config.neighbours,
             )
-    sampling = config.sampling
+    sampling = config.sampling.sized(after.shape[1])
     seeds = {"first": sampling.seed, "last": sampling.seed + len(asked.labels) - 1}
     facts = {
         "num_images": len(asked.labels),

@@ -24,7 +24,13 @@ class EncodedConcepts:
 
 
 def encode_concepts(
-    concepts: ConceptData, anchors: list[str] | None, pipeline: Any, cache: Path, resolution: int, needs: DataNeeds
+    concepts: ConceptData,
+    anchors: list[str] | None,
+    pipeline: Any,
+    cache: Path,
+    resolution: int,
+    needs: DataNeeds,
+    vae_batch_size: int | None = None,
 ) -> EncodedConcepts:
     """VAE posteriors of every image and one text embedding per distinct prompt, computed once and cached on disk.
 
@@ -52,7 +58,11 @@ def encode_concepts(
             key = fingerprint(dataset._fingerprint, vae_hash, resolution, config.image_column)
             moments = cached_tensors(
                 cache / f"latents-{key}.safetensors",
-                lambda: {"moments": encode_moments(pipeline.vae, dataset, config.image_column, resolution)},
+                lambda: {
+                    "moments": encode_moments(
+                        pipeline.vae, dataset, config.image_column, resolution=resolution, batch_size=vae_batch_size
+                    )
+                },
             )["moments"]
         ids = [torch.tensor([position[text] for text in texts]) for texts in (captions[role], targets or [])]
         anchor_ids = ids[1] if targets else None

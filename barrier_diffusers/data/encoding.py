@@ -27,6 +27,7 @@ from barrier_diffusers.data.pixels import as_rgb
 from barrier_diffusers.data.readers import unreadable_image
 from barrier_diffusers.models.architectures import count_cut, get_architecture
 from barrier_diffusers.models.denoiser import Denoiser
+from barrier_diffusers.models.generation import fitting_batch
 from barrier_diffusers.objectives.base import Condition
 from barrier_diffusers.utils.files import written_whole
 
@@ -106,8 +107,15 @@ def read_pixels(dataset: Dataset, image_column: str, resolution: int, rows: rang
 
 
 @torch.no_grad()
-def encode_moments(vae: Any, dataset: Dataset, image_column: str, resolution: int, batch_size: int = 64) -> Tensor:
-    """VAE posterior of every image: (N, 2 c, h, w), mean and log-variance, so that each epoch can draw anew."""
+def encode_moments(
+    vae: Any, dataset: Dataset, image_column: str, resolution: int, batch_size: int | None = None
+) -> Tensor:
+    """VAE posterior of every image: (N, 2 c, h, w), mean and log-variance, so that each epoch can draw anew.
+
+    Args:
+        batch_size: images at once; None: 64, fewer of large images.
+    """
+    batch_size = batch_size or fitting_batch(resolution, 64)
     starts = tqdm(range(0, len(dataset), batch_size), desc="VAE latents", leave=False)
     batches = (range(start, min(start + batch_size, len(dataset))) for start in starts)
     return posteriors(vae, (read_pixels(dataset, image_column, resolution, rows) for rows in batches))
@@ -219,8 +227,9 @@ def encode_images(
     if not len(images):
         raise ValueError("no image to encode")
     resolution = as_rgb(images[0]).width
-    starts = range(0, len(images), 64)
-    moments = posteriors(pipeline.vae, (to_pixels(images[start : start + 64], resolution) for start in starts))
+    size = fitting_batch(resolution, 64)
+    starts = range(0, len(images), size)
+    moments = posteriors(pipeline.vae, (to_pixels(images[start : start + size], resolution) for start in starts))
     prompts = sorted({*captions, *(anchors or [])})
     position = {text: index for index, text in enumerate(prompts)}
     ids = [torch.tensor([position[text] for text in texts]) for texts in (captions, anchors or [])]

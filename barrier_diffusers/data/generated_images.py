@@ -13,7 +13,7 @@ from datasets import Dataset
 from PIL import Image
 
 from barrier_diffusers.data.folders import read_image_folder
-from barrier_diffusers.models.generation import SamplingConfig, filters_off, generate
+from barrier_diffusers.models.generation import SamplingConfig, filters_off, generate, side_of
 from barrier_diffusers.utils.files import write_json, written_whole
 from barrier_diffusers.utils.run_records import (
     FILES,
@@ -46,7 +46,8 @@ class Illustrator:
         Raises:
             ValueError: an image is missing, has changed, or has come from elsewhere.
         """
-        sampling = replace(self.sampling, seed=self.sampling.seed + part * 1_000_000)
+        sampling = self.sampling.sized(side_of(self.pipeline, self.sampling))
+        sampling = replace(sampling, seed=sampling.seed + part * 1_000_000)
         made_from = {
             "denoiser": self.base_hash,
             "prompts": list(prompts),

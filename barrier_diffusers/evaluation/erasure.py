@@ -14,12 +14,12 @@ from barrier_diffusers.data.captions import cycle, labels_in_texts
 from barrier_diffusers.data.concepts import ConceptConfig, concepts_of
 from barrier_diffusers.data.encoding import cached_tensors
 from barrier_diffusers.data.erased_concepts import ErasedConcepts, rows_about_others
-from barrier_diffusers.data.images import Images
+from barrier_diffusers.data.images import Images, as_image_set
 from barrier_diffusers.evaluation.accuracy import erasure_metrics, recognise
 from barrier_diffusers.evaluation.classifier import AttributeClassifier, known_attributes
 from barrier_diffusers.evaluation.evaluation_split import load_rows
 from barrier_diffusers.evaluation.judge import attribute_of, check_judge
-from barrier_diffusers.models.generation import SamplingConfig, filters_off, generate
+from barrier_diffusers.models.generation import SamplingConfig, filters_off, generate, side_of
 from barrier_diffusers.utils.checks import FOLDER, at_least, check_settings, rules
 from barrier_diffusers.utils.run_records import fingerprint
 
@@ -123,6 +123,7 @@ def generate_cached(
     pipeline: Any, prompts: list[str], sampling: SamplingConfig, cache: Path, model_hash: str
 ) -> np.ndarray:
     """Images (N, H, W, 3) of the untouched pipeline, made once per model, prompts and sampler settings."""
+    sampling = sampling.sized(side_of(pipeline, sampling))
     off = [filters_off(pipeline)] if filters_off(pipeline) else []
     key = fingerprint(model_hash, prompts, asdict(sampling), pipeline.scheduler.config, *off)
     images = cached_tensors(
@@ -151,5 +152,6 @@ def evaluate_erasure(
         erased_before=asked.erased_before,
     )
     seeds = {"first": evaluation.sampling.seed, "last": evaluation.sampling.seed + len(asked.prompts) - 1}
-    facts = {"num_images": len(asked.prompts), "seeds": seeds, "sampling": asdict(evaluation.sampling)}
+    sampling = evaluation.sampling.sized(next(iter(as_image_set(after))).shape[-1])
+    facts = {"num_images": len(asked.prompts), "seeds": seeds, "sampling": asdict(sampling)}
     return attribute, {**metrics, **facts, "classifier": evaluation.classifier}

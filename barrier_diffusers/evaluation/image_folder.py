@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from barrier_diffusers.data.folders import is_image_file
 from barrier_diffusers.data.images import ImageFiles
 from barrier_diffusers.data.prompt_files import PromptRow, read_prompts, write_prompts
-from barrier_diffusers.models.generation import SamplingConfig, filters_off, sample
+from barrier_diffusers.models.generation import SamplingConfig, filters_off, sample, side_of
 from barrier_diffusers.utils.files import clear_leftovers, file_hash, write_json, written_whole
 from barrier_diffusers.utils.output_folder import set_aside
 from barrier_diffusers.utils.run_records import FILES, MANIFEST_NAME, read_hashes
@@ -53,7 +53,7 @@ def batches_of(
         guidance = sampling.guidance_scale if row.guidance is None else row.guidance
         for index, name in enumerate(row.image_names(images_per_prompt)):
             by_guidance.setdefault(guidance, []).append(ImageRequest(name, row.prompt, row.seed + index, guidance))
-    size = sampling.batch_size
+    size = sampling.batch_size or len(rows)
     return [
         requests[start : start + size] for requests in by_guidance.values() for start in range(0, len(requests), size)
     ]
@@ -106,6 +106,7 @@ def generate_folder(
         ValueError: the folder holds other files, or images made from something else; the message says what differs.
         FloatingPointError: non-finite pixels.
     """
+    sampling = sampling.sized(side_of(pipeline, sampling))
     facts = made_from(pipeline, rows, images_per_prompt=images_per_prompt, sampling=sampling, hashes=hashes)
     refuse_or_empty(folder, facts, overwrite=overwrite)
     folder.mkdir(parents=True, exist_ok=True)

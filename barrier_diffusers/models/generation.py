@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,38 @@ from tqdm.auto import tqdm
 from barrier_diffusers.models.architectures import get_architecture
 from barrier_diffusers.utils.checks import SEED, Checked, at_least, rules
 
+PIXELS_AT_ONCE = 2**21  # of a batch: with them Stable Diffusion and SDXL stay below 24 GB at 512 and 1024 pixels
+SLICED_FROM = 256  # side of images that the VAE encodes and decodes one by one
+
+
+def fitting_batch(side: int, most: int) -> int:
+    """How many images of this side are worked on at once, at least one and not more than `most`."""
+    return max(1, min(most, PIXELS_AT_ONCE // side**2))
+
+
+@contextmanager
+def sliced_vae(vae: Any, side: int) -> Iterator[None]:
+    """A VAE that takes large images one by one: each of 1024 pixels needs 4.4 GB while it is decoded."""
+    switch = vae is not None and side >= SLICED_FROM and hasattr(vae, "use_slicing") and not vae.use_slicing
+    if switch:
+        vae.use_slicing = True
+    try:
+        yield
+    finally:
+        if switch:
+            vae.use_slicing = False
+
+
+def side_of(pipeline: Any, sampling: SamplingConfig) -> int:
+    """Side in pixels of the images that a pipeline samples."""
+    if sampling.resolution is not None:
+        return sampling.resolution
+    if getattr(pipeline, "vae", None) is None:
+        return pipeline.resolution
+    network = getattr(pipeline, get_architecture(type(pipeline).__name__).denoiser)
+    side = getattr(pipeline, "default_sample_size", None) or network.config.get("sample_size")
+    return side * pipeline.vae_scale_factor if isinstance(side, int) else 1024
+
 
 @dataclass
 class SamplingConfig(Checked):
@@ -22,7 +54,7 @@ class SamplingConfig(Checked):
 
     num_inference_steps: int = 20  # of the pipeline's own scheduler
     guidance_scale: float = 3.0  # classifier-free guidance
-    batch_size: int = 100  # images sampled at once
+    batch_size: int | None = None  # images sampled at once; None: 100, fewer of large images (8 of 512, 2 of 1024)
     seed: int = 1000  # image i of a prompt list starts from seed + i
     resolution: int | None = None  # side in pixels; None: the pipeline's own
 
@@ -33,6 +65,10 @@ class SamplingConfig(Checked):
         seed=SEED,
         resolution=at_least(1),
     )
+
+    def sized(self, side: int) -> SamplingConfig:
+        """With a batch size for images of this side, where none is set."""
+        return replace(self, batch_size=self.batch_size or fitting_batch(side, 100))
 
 
 def postprocessors(pipeline: Any) -> list[str]:
@@ -102,7 +138,8 @@ def sample(
     """
     pipeline.set_progress_bar_config(disable=True)
     size = {} if sampling.resolution is None else {"height": sampling.resolution, "width": sampling.resolution}
-    with autocast_denoiser(pipeline), without_postprocessing(pipeline):
+    vae, side = getattr(pipeline, "vae", None), side_of(pipeline, sampling)
+    with autocast_denoiser(pipeline), without_postprocessing(pipeline), sliced_vae(vae, side):
         result = pipeline(
             list(prompts),
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
@@ -130,9 +167,10 @@ def generate(pipeline: Any, prompts: Sequence[str], sampling: SamplingConfig, de
     Raises:
         FloatingPointError: non-finite pixels, or a batch of nothing but black ones.
     """
-    images = []
-    for start in tqdm(range(0, len(prompts), sampling.batch_size), desc=desc, leave=False):
-        chunk = prompts[start : start + sampling.batch_size]
+    images, batch_size = [], sampling.sized(side_of(pipeline, sampling)).batch_size
+    assert batch_size is not None
+    for start in tqdm(range(0, len(prompts), batch_size), desc=desc, leave=False):
+        chunk = prompts[start : start + batch_size]
         seeds = [sampling.seed + start + index for index in range(len(chunk))]
         images.append(sample(pipeline, chunk, seeds, sampling, sampling.guidance_scale))
     return np.concatenate(images)

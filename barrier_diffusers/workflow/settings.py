@@ -27,6 +27,7 @@ class UnlearnConfig(ConceptConfig, DiffusionUnlearningConfig):  # jsonargparse r
     pipeline_config: str | None = None  # of a single file: diffusers' `config`, a pipeline folder or hub id
     original_config: str | None = None  # of a single file: the YAML file it was trained with
     resolution: int | None = None  # side of the images in pixels; None: the model's own
+    vae_batch_size: int | None = None  # images that the VAE encodes at once; None: 64, fewer of large images
     gradient_checkpointing: bool = False  # less memory, more time
     enable_xformers_memory_efficient_attention: bool = False  # needs the package xformers and a GPU
     attention_backend: str | None = None  # of diffusers, e.g. native or flash, on Flux; None: as the denoiser comes
@@ -46,6 +47,7 @@ class UnlearnConfig(ConceptConfig, DiffusionUnlearningConfig):  # jsonargparse r
         pipeline_config=MODEL,
         original_config=FILE,
         resolution=at_least(1),
+        vae_batch_size=at_least(1),
         guidance_scale=at_least(0),
         rank=Range(0, 4096),  # no map of a known model is wider than this
     )

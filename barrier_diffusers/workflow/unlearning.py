@@ -221,7 +221,13 @@ def encode_data(run: Run, model: LoadedModel) -> RunData:
         if objective.needs_anchor:
             anchors = concepts.anchors(options.anchor, options.anchor_prompt, config.seed)
         encoded = encode_concepts(
-            concepts, anchors, pipeline=model.pipeline, cache=run.cache, resolution=model.resolution, needs=needs
+            concepts,
+            anchors,
+            pipeline=model.pipeline,
+            cache=run.cache,
+            resolution=model.resolution,
+            needs=needs,
+            vae_batch_size=config.vae_batch_size,
         )
     return RunData(concepts, encoded, prompts, prompt_targets)
 
