@@ -67,10 +67,10 @@ CASES = {
         "nothing",
     ),
     "generate: unknown concept": ("generate_sd", [*JUDGE, "--concept=hat", "--attacks=[]"], "hat"),
-    "train: no data": ("train_text_to_image", ["--train_data_dir=/no/such", "--work_dir=OUT/work"], "/no/such"),
+    "train: no data": ("train_text_to_image", ["--train_data_dir=/no/such", "--work_dir=TMP/work"], "/no/such"),
     "train: no vocabulary": (
         "train_text_to_image",
-        [*GENERATOR, "--text.vocabulary_package=no_such_package", "--work_dir=OUT/work"],
+        [*GENERATOR, "--text.vocabulary_package=no_such_package", "--work_dir=TMP/work"],
         "CLIP's vocabulary is missing",
     ),
     "train: zero batch": ("train_text_to_image", ["--unet.train_batch_size=0"], "unet.train_batch_size is 0"),

@@ -167,7 +167,7 @@ class OutputFolder:
             raise ValueError(
                 f"output_dir {str(self.path)!r} holds other files, which no run wrote ({names}); name another folder"
             )
-        clear_leftovers(self.path, lambda path: self._is_own(path, record), alone=True)
+        clear_leftovers(self.path, lambda path: path.name == RECORD_NAME or self._is_own(path, record), alone=True)
         there = self._entries()
         own = [name for name in there if self._is_own(self.path / name, record)]
         if own and not (overwrite or resume):
