@@ -91,8 +91,7 @@ def test_without_a_clone(wheel, tmp_path):
     assert losses[0] == losses[1] and losses[0]
 
     for command in PROJECT["scripts"]:
-        words = ("--config", "pipeline_fashion_class") if command == "barrier-workflow" else ()
-        shown = installed.run(command, *words, "--help", cwd=here)
+        shown = installed.run(command, "--help", cwd=here)
         assert shown.returncode == 0 and "usage" in shown.stdout.casefold(), (command, shown.stderr)
     report = installed.run("barrier-report", "--compare", "out", "again", "--output", "both.html", cwd=here)
     assert report.returncode == 0 and (here / "both.html").is_file()
