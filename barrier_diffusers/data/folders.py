@@ -266,10 +266,12 @@ def _as_dataset(content: FolderContent, rows: list[dict[str, Any]], image_column
     for name in dict.fromkeys(name for row in rows for name in row):
         if name != image_column:
             columns[name] = _of_one_type([row.get(name) for row in rows])
-    dataset = Dataset.from_dict(columns).cast_column(image_column, Image())
+    features = Features({**Dataset.from_dict(columns).features, image_column: Image()})
     classes = sorted(set(content.classes))
     if "label" in columns and set(columns["label"]) <= set(classes):
-        dataset = dataset.cast(Features({**dataset.features, "label": ClassLabel(names=classes)}))
+        features["label"] = ClassLabel(names=classes)
+        columns["label"] = [classes.index(name) for name in columns["label"]]
+    dataset = Dataset.from_dict(columns, features=features)
     digest = hashlib.sha256(json.dumps([image_column, *rows], sort_keys=True, default=str).encode())
     for name, path in zip(content.names, paths, strict=True):
         digest.update(name.removeprefix(f"{content.top}/").encode())
