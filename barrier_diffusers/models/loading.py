@@ -9,9 +9,11 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.training_utils import cast_training_params
+from diffusers.utils.logging import disable_progress_bar as disable_diffusers_bars
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
+from transformers.utils.logging import disable_progress_bar as disable_transformers_bars
 
 from barrier_diffusers.models.architectures import components, get_architecture
 from barrier_diffusers.protection.config import BarrierConfig
@@ -20,6 +22,12 @@ from barrier_diffusers.utils.run_records import module_hash
 
 ADAPTER_NAME = "pytorch_lora_weights.safetensors"  # the file that `load_lora_weights` looks for
 SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+
+
+def quiet_bars() -> None:
+    """No bars of libraries for files that are read or written here; downloads from the hub keep theirs."""
+    disable_diffusers_bars()
+    disable_transformers_bars()
 
 
 def load_pipeline(
@@ -45,6 +53,7 @@ def load_pipeline(
             architectures.py, or configurations that do not belong to a single file.
         OSError: a hub id or a file that cannot be had.
     """
+    quiet_bars()
     path = Path(name).expanduser()
     if path.suffix in SINGLE_FILES:
         pipeline = load_single_file(path, denoiser_dtype, pipeline_config, original_config)

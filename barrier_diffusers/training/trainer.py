@@ -34,6 +34,7 @@ SHARDING = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
 }
 ONE_CYCLE = "one_cycle"
+BAR = "{desc}: {n_fmt}/{total_fmt} |{bar}| {remaining}{postfix}"  # three losses fit 80 columns with it
 # processes wait for the first one while it draws images or certifies, which may take hours; where one of them dies,
 # the launcher ends the others. Without this the group gives up after ten minutes (NCCL)
 GROUP_TIMEOUT = timedelta(days=30)
@@ -288,7 +289,9 @@ class Trainer:
         """
         accelerator, checkpoints, every = self.accelerator, self.checkpoints, self.config.checkpointing_steps
         steps = range(self.first_step, self.max_steps)
-        progress = tqdm(steps, desc=desc, disable=not accelerator.is_local_main_process)
+        progress = tqdm(
+            steps, desc=desc, bar_format=BAR, dynamic_ncols=True, disable=not accelerator.is_local_main_process
+        )
         start = time.perf_counter()
         with Interruption(accelerator) as interruption:
             for step in progress:
@@ -296,7 +299,7 @@ class Trainer:
                 means = dict.fromkeys(names, 0.0) | sums
                 self.history.append(**means)
                 accelerator.log({f"loss/{name}": value for name, value in means.items()}, step=step + 1)
-                progress.set_postfix({name: f"{value:.4g}" for name, value in means.items()})
+                progress.set_postfix({name: f"{value:.2g}" for name, value in means.items()})
                 stop = flags > 0 if accelerator.num_processes > 1 else interruption.requested
                 due = every is not None and (step + 1) % every == 0
                 if (stop or due) and step + 1 < self.max_steps:

@@ -136,7 +136,7 @@ def require_sections(sections: Mapping[str, type], arguments: Sequence[str]) -> 
     Raises:
         ValueError: says where.
     """
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=False):
         name, assigned, value = word.removeprefix("--").partition("=")
         value = value if assigned else following
         where, given = "", {}

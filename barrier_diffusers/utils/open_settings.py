@@ -69,7 +69,7 @@ def _with_section(config_class: type, name: str, kind: type) -> type:
 def _top_level(arguments: Sequence[str]) -> dict[str, Any]:
     """What the words of a command line, `--config` files included, say about settings that are in no section."""
     values: dict[str, Any] = {}
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=False):
         flag, assigned, value = word.removeprefix("--").partition("=")
         value = value if assigned else following
         if not word.startswith("--") or "." in flag:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 
@@ -12,6 +13,7 @@ QUIET = {  # environment variables that keep libraries silent, where they are no
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
+LOGGERS = ("bitsandbytes", "bitsandbytes.backends.cpu.ops")  # peft imports it, and it reports what it lacks
 
 
 def quiet_libraries() -> None:
@@ -20,3 +22,5 @@ def quiet_libraries() -> None:
         os.environ.setdefault(name, value)
     for category in (FutureWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category)
+    for name in LOGGERS:
+        logging.getLogger(name).setLevel(logging.CRITICAL)

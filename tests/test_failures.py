@@ -1,0 +1,123 @@
+"""How a failed run ends: one line and a log file for errors of input and machine, a traceback for bugs."""
+
+import csv
+import io
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from barrier_diffusers.utils import failures
+from barrier_diffusers.utils.command_line import run_script
+
+
+@dataclass
+class Config:
+    """Settings of a script."""
+
+    output_dir: str = "out"
+
+
+def bomb():
+    file = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(file, "png")
+    Image.open(file)
+
+
+def long_field():
+    list(csv.reader(io.StringIO("a" * (csv.field_size_limit() + 1))))
+
+
+def out_of_memory():
+    torch.empty(2**60)
+
+
+def lost_key():
+    torch.nn.Linear(2, 2).load_state_dict({"weight": torch.zeros(3, 3)})
+
+
+EXTERNAL = {
+    "decompression bomb": (bomb, "DecompressionBombError: "),
+    "csv": (long_field, "Error: field larger than field limit"),
+    "memory": (out_of_memory, "RuntimeError: "),
+    "loading": (lost_key, "RuntimeError: Error(s) in loading state_dict"),
+}
+
+
+def ended(raising, monkeypatch, capsys):
+    """What run_script raises, and what it prints."""
+
+    def main(config):
+        raising()
+
+    monkeypatch.setattr(sys, "argv", ["script"])
+    with pytest.raises(BaseException) as caught:
+        run_script(main, Config)
+    return caught.value, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", EXTERNAL)
+def test_input_and_machine_end_in_one_line_that_names_the_log(name, tmp_path, monkeypatch, capsys):
+    raising, message = EXTERNAL[name]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out/logs").mkdir(parents=True)
+    error, said = ended(raising, monkeypatch, capsys)
+    assert isinstance(error, SystemExit) and error.code == 1
+    (line,) = said.splitlines()
+    assert line.startswith("error: ") and message in line
+    (log,) = re.findall(r"\(traceback: (.*)\)$", line)
+    text = Path(log).read_text()
+    assert Path(log).parent == Path("out/logs") and f"in {raising.__name__}" in text and "Traceback" in text
+
+
+def test_without_logs_of_a_run_the_traceback_is_kept_elsewhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    _, said = ended(lost_key, monkeypatch, capsys)
+    assert len(list((tmp_path / "temporary").iterdir())) == 1 and str(tmp_path / "temporary") in said
+    assert not (tmp_path / "out").exists()
+
+
+def ours(error):
+    """A function of a file that counts as ours and that raises the error."""
+    path = Path(failures.OURS[0]) / "made_up.py"
+    scope = {"error": error}
+    exec(compile("def work():\n    raise error\n", str(path), "exec"), scope)
+    return scope["work"]
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("a"), TypeError("b"), AttributeError("c"), RuntimeError("shape"), IndexError()]
+)
+def test_bugs_keep_their_traceback(error, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    raised, said = ended(ours(error), monkeypatch, capsys)
+    assert raised is error and said == ""
+
+
+def test_what_we_raise_on_purpose_needs_no_log(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    error, said = ended(ours(ValueError("resolution is 3:\n  choose 8")), monkeypatch, capsys)
+    assert error.code == 1 and said == "error: resolution is 3: choose 8\n"
+
+
+def test_a_type_error_of_a_library_that_reads_data_is_the_datas(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def reading():
+        Image.open(3.5)
+
+    error, said = ended(reading, monkeypatch, capsys)
+    assert error.code == 1 and "AttributeError" in said and said.count("\n") == 1
+
+
+def test_the_traceback_can_be_asked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BARRIER_TRACEBACK", "1")
+    error, _ = ended(lost_key, monkeypatch, capsys)
+    assert isinstance(error, RuntimeError)
