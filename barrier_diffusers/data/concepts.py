@@ -61,7 +61,7 @@ class ConceptConfig:
 
     @property
     def concepts(self) -> list[str]:
-        """The concept(s) as a list."""
+        """The concept or concepts as a list."""
         return as_list(self.concept)
 
     @property
@@ -243,7 +243,7 @@ def load_concept_rows(config: ConceptConfig, split: str) -> Dataset:
 
 
 def captions_only(column: str, captions: list[str]) -> Dataset:
-    """Rows without images."""
+    """A row for each caption, in one column and without images."""
     return Dataset.from_dict({column: captions}, Features({column: Value("string")}))
 
 

@@ -18,7 +18,7 @@ ERASED_NAME = "erased_concepts.json"
 
 @dataclass(frozen=True)
 class ErasedConcepts:
-    """One run's erasure."""
+    """What one unlearning run erased from a pipeline."""
 
     concepts: list[str]
     captions: list[str]  # distinct ones that were to be forgotten

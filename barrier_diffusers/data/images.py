@@ -117,7 +117,7 @@ class ImageFiles(ImageSet):
             yield _as_tensor(open_rgb(self.folder / name))
 
     def select(self, rows: Sequence[int]) -> ImageFiles:
-        """Some of the images."""
+        """The images with these numbers, in this order."""
         return ImageFiles(self.folder, [self.names[row] for row in rows])
 
     def digest(self) -> str:

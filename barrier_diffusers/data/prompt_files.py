@@ -34,7 +34,7 @@ CASE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 @dataclass
 class PromptsConfig:
-    """A protocol's prompts."""
+    """Which prompts a protocol asks, and how many images of each."""
 
     file: str | None = None  # CSV with case_number, prompt, evaluation_seed
     images_per_prompt: int = 1  # made for each row

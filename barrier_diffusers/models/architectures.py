@@ -70,7 +70,7 @@ def encode_sd(pipeline: Any, prompts: list[str]) -> Condition:
 
 
 def call_sd(unet: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Condition, context: CallContext) -> Tensor:
-    """A cross-attention UNet."""
+    """Forward pass of a UNet that reads the prompt by cross-attention."""
     return unet(noisy, timesteps, **condition).sample
 
 

@@ -37,7 +37,7 @@ class Noising(Protocol):
 
     @property
     def num_train_timesteps(self) -> int:
-        """T."""
+        """Number of timesteps T of the noise schedule."""
         ...
 
     def sampler(self, num_steps: int, latent_shape: tuple[int, int, int]) -> Any:
@@ -119,7 +119,7 @@ class DiffusionNoising:
 
     @property
     def num_train_timesteps(self) -> int:
-        """T."""
+        """Number of timesteps T of the noise schedule."""
         return self.scheduler.config.num_train_timesteps
 
     def sampler(self, num_steps: int, latent_shape: tuple[int, int, int]) -> DDIMScheduler:
@@ -188,7 +188,7 @@ class FlowNoising:
 
     @property
     def num_train_timesteps(self) -> int:
-        """T."""
+        """Number of timesteps T of the noise schedule."""
         return self.scheduler.config.num_train_timesteps
 
 

@@ -10,5 +10,5 @@ from barrier_diffusers.objectives.base import DiffusionStep, register_objective
 
 @register_objective("ga")
 def gradient_ascent(step: DiffusionStep) -> Tensor:
-    """- MSE(eps(x_t, c), noise)."""
+    """The ordinary loss with its sign turned: - MSE(eps(x_t, c), noise)."""
     return -step.ordinary_loss()
