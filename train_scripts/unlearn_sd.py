@@ -57,5 +57,10 @@ def main(config: UnlearnConfig) -> None:
     run.accelerator.end_training()
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The console command barrier-unlearn."""
     run_script(main, UnlearnConfig)
+
+
+if __name__ == "__main__":
+    command()
