@@ -566,6 +566,32 @@ def test_a_typo_in_a_label_keeps_the_finished_run(tmp_path):
     assert snapshot(tmp_path / "run").keys() == after.keys()
 
 
+def test_a_checkpoint_of_an_earlier_version_is_gone_on_from_with_a_warning(tmp_path, capsys):
+    world = Place(tmp_path)
+    _, whole = world.unlearn(tmp_path / "whole")
+    world.unlearn(tmp_path / "run", checkpointing_steps=2)
+    folder = tmp_path / "run/checkpoints/step-2"
+    (folder / "checkpoint.json").unlink()
+    (folder / "history.bin").rename(folder / "custom_checkpoint_0.pkl")
+    _, resumed = world.unlearn(tmp_path / "run", resume_from_checkpoint="latest")
+    assert "was written by an earlier version, without hashes and settings" in capsys.readouterr().err
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value)
+    histories = [json.loads((tmp_path / run / "manifest.json").read_text())["history"] for run in ("whole", "run")]
+    assert histories[0] == histories[1]
+
+
+def test_a_folder_of_photos_is_no_split_that_may_be_replaced(tmp_path):
+    from prepare_fashion_mnist import require_own_images
+
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/00000.png").write_bytes(b"x")
+    require_own_images(tmp_path / "train")
+    (tmp_path / "train/holiday.jpg").write_bytes(b"x")
+    with pytest.raises(ValueError, match="holds other files, holiday.jpg for one"):
+        require_own_images(tmp_path / "train")
+
+
 def unlearn_until(words, name):
     """A run that is killed when a file of this name has been moved to its place."""
     from unlearn_sd import main

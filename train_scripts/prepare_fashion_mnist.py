@@ -13,7 +13,7 @@ import barrier_diffusers.utils.signals  # noqa: F401  # isort: skip  # first: fr
 
 import gzip
 import io
-import shutil
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -134,6 +134,18 @@ def build_split(config: PrepareConfig, split: str) -> Dataset:
     return Dataset.from_dict(rows, features=Features({**columns, "source_index": Value("int32")}))
 
 
+def require_own_images(folder: Path) -> None:
+    """Refuse a folder with files that `export_images` does not write, as it replaces the folder.
+
+    Raises:
+        ValueError: names one of them.
+    """
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    foreign = [name for name in names if not re.fullmatch(r"\d{5}\.png|metadata\.(csv|jsonl)", name)]
+    if foreign:
+        raise ValueError(f"{str(folder)!r} holds other files, {foreign[0]} for one: set images_dir to another folder")
+
+
 def export_images(dataset: Dataset, folder: Path, per_caption: int) -> int:
     """The first `per_caption` pictures of every caption as an image folder with metadata.csv; returns how many that
     is."""
@@ -145,7 +157,6 @@ def export_images(dataset: Dataset, folder: Path, per_caption: int) -> int:
             chosen.append(index)
     rows = dataset.select(chosen)
     images = np.stack([np.asarray(image) for image in rows["image"]])
-    shutil.rmtree(folder, ignore_errors=True)
     write_image_folder(folder, images, {name: list(rows[name]) for name in ("text", "class", "colour", "style")})
     lines = folder / "metadata.jsonl"
     Dataset.from_json(str(lines)).to_csv(folder / "metadata.csv", lineterminator="\r\n")  # as RFC 4180 has it
@@ -175,6 +186,8 @@ def main(config: PrepareConfig) -> None:
             f"no Fashion-MNIST in {config.source_dir}: install the Debian package dataset-fashion-mnist "
             "or set --source_dir to the folder with its four IDX files"
         )
+    for split in SPLITS:
+        require_own_images(Path(config.images_dir) / split)
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     for split in SPLITS:

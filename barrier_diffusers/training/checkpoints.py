@@ -6,8 +6,10 @@ import json
 import pickle
 import signal
 import sys
+import tempfile
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from types import FrameType
@@ -72,12 +74,50 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
+EARLIER = "custom_checkpoint_*.pkl"  # the states in a checkpoint of a version that wrote no checkpoint.json
+
+
+def is_of_earlier_version(folder: Path) -> bool:
+    """Whether a checkpoint is of a version that wrote neither settings nor hashes."""
+    return not (folder / CHECKPOINT_NAME).exists() and any(folder.glob(EARLIER))
+
+
+@contextmanager
+def without_states(folder: Path) -> Iterator[Path]:
+    """A folder with links to the files that accelerate reads alone: it refuses states that it has no object for."""
+    if not is_of_earlier_version(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        for path in folder.iterdir():
+            if not path.match(EARLIER):
+                (Path(temporary) / path.name).symlink_to(path.resolve())
+        yield Path(temporary)
+
+
+def read_state(folder: Path, name: str) -> Any:
+    """A state of a checkpoint; one of an earlier version does not name them, but only losses have `values`."""
+    if (folder / f"{name}.bin").is_file() or not is_of_earlier_version(folder):
+        return load_weights_only(folder / f"{name}.bin")
+    states = [load_weights_only(path) for path in sorted(folder.glob(EARLIER))]
+    return next(state for state in states if ("values" in state) == (name == "history"))
+
+
 def read_checkpoint(folder: Path) -> dict[str, Any]:
     """The content of checkpoint.json, after a look at every file: {"step", "settings", "files": name -> SHA-256}.
+
+    One of a version that wrote no such file has its step alone, and a warning.
 
     Raises:
         ValueError: a file is missing, changed or cut off, or is no part of the checkpoint.
     """
+    if is_of_earlier_version(folder):
+        print(
+            f"warning: checkpoint {str(folder)!r} was written by an earlier version, without hashes and settings: see "
+            "yourself that it is whole and of a run with these settings",
+            file=sys.stderr,
+        )
+        return {"step": step_of(folder)}
     try:
         content = json.loads((folder / CHECKPOINT_NAME).read_text(encoding="utf-8"))
         step, files, _ = int(content["step"]), dict(content["files"]), dict(content["settings"])
@@ -133,7 +173,7 @@ class Checkpoints:
             named = [path for path in (Path(name), self.root / name) if path.is_dir()]
             if not named:
                 raise ValueError(f"no checkpoint {name!r}; {self.root} has {[path.name for path in self.folders]}")
-            self._compare(named[0], read_checkpoint(named[0])["settings"])
+            self._compare(named[0], read_checkpoint(named[0]).get("settings"))
             return named[0]
         broken: list[ValueError] = []
         for folder in reversed(self.folders):
@@ -142,7 +182,7 @@ class Checkpoints:
             except ValueError as error:
                 broken.append(error)
                 continue
-            self._compare(folder, content["settings"])
+            self._compare(folder, content.get("settings"))
             for reason in broken if self.accelerator.is_main_process else []:
                 print(f"warning: {reason}; going on from {folder.name}", file=sys.stderr)
             return folder
@@ -150,9 +190,11 @@ class Checkpoints:
             raise ValueError(f"{broken[0]}; {self.root} has no whole one: delete that folder to start anew")
         return None
 
-    def _compare(self, folder: Path, settings: dict[str, Any]) -> None:
+    def _compare(self, folder: Path, settings: dict[str, Any] | None) -> None:
         """Refuse a run with other settings. One that the checkpoint does not know, as its version had no such setting,
         must have its default."""
+        if settings is None:
+            return
         names = sorted(set(settings) | set(self.settings))
         then = self.defaults | settings
         pairs = [(name, then.get(name, "absent"), self.settings.get(name, "absent")) for name in names]
@@ -188,15 +230,17 @@ class Checkpoints:
             ValueError: it is of another base model or other data, has more steps than the run, its states do not fit,
                 or a file holds a pickle of more than numbers, which could run code.
         """
-        content = json.loads((folder / CHECKPOINT_NAME).read_text(encoding="utf-8"))
+        content: dict[str, Any] = {"step": step_of(folder)} if is_of_earlier_version(folder) else {}
+        content = content or json.loads((folder / CHECKPOINT_NAME).read_text(encoding="utf-8"))
         step = int(content["step"])
         self._compare_inputs(folder, content.get("inputs"))
         if step > max_steps:
             raise ValueError(f"checkpoint {str(folder)!r} has {step} steps, the run only {max_steps}")
         try:
-            self.accelerator.load_state(str(folder))
+            with without_states(folder) as readable:
+                self.accelerator.load_state(str(readable))
             for name, state in self.states.items():  # not accelerate's way: it reads them with weights_only=False
-                state.load_state_dict(load_weights_only(folder / f"{name}.bin"))
+                state.load_state_dict(read_state(folder, name))
             generators = load_weights_only(folder / f"random_states_{self.accelerator.process_index}.pkl")
             if not torch.equal(torch.get_rng_state(), generators["torch_manual_seed"]):  # accelerate keeps silent then
                 raise ValueError("the state of the random numbers could not be restored")
