@@ -122,6 +122,24 @@ def test_a_setting_that_an_earlier_version_did_not_have_is_at_its_default(tmp_pa
         small.checkpoints.find("latest")
 
 
+def test_a_default_that_was_a_number_and_is_left_to_the_model(tmp_path):
+    small = Small(tmp_path).train(1)
+    path = tmp_path / "checkpoints" / "step-1" / "checkpoint.json"
+    content = json.loads(path.read_text())
+    content["settings"] |= {"generation.batch_size": 100, "resolution": 512}  # as earlier versions wrote them
+    path.write_text(json.dumps(content))
+    small.checkpoints.settings |= {"generation.batch_size": None, "resolution": None}
+    checkpoint = small.checkpoints.find("latest")
+    small.checkpoints.inputs = {"image size": "1024"}
+    with pytest.raises(ValueError, match="is of images of 512 pixels, not 1024: set resolution"):
+        small.checkpoints.load(checkpoint, 9)
+    small.checkpoints.inputs = {"image size": "512"}
+    assert small.checkpoints.load(checkpoint, 9) == 1
+    small.checkpoints.settings["resolution"] = 256
+    with pytest.raises(ValueError, match="resolution was 512 and is 256"):
+        small.checkpoints.find("latest")
+
+
 def test_weights_that_are_not_finite_become_no_checkpoint(tmp_path):
     small = Small(tmp_path).train(1)
     with torch.no_grad():

@@ -320,7 +320,7 @@ def test_a_run_on_other_data_or_another_base_is_not_gone_on_with(tmp_path, cache
     checkpoint = whole[0] / "checkpoints" / "step-2"
     path = checkpoint / "checkpoint.json"
     content = json.loads(path.read_text())
-    assert set(content["inputs"]) == {"base model", "data"}
+    assert set(content["inputs"]) == {"base model", "data", "image size"}
     for name in content["inputs"]:
         shutil.copytree(checkpoint, tmp_path / name / "checkpoints" / "step-2")
         other = {**content, "inputs": {**content["inputs"], name: "0"}}

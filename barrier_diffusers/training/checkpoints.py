@@ -37,6 +37,8 @@ FREE = frozenset(
 )
 
 
+SIZE = "image size"  # the input that says what a resolution left to the model is
+LEFT_OPEN = ("generation.batch_size", "resolution")  # had numbers for defaults; None now means what fits the model
 LENGTH = ("max_train_steps", "num_train_epochs")  # decide about weights after all where the learning rate follows them
 
 
@@ -198,6 +200,7 @@ class Checkpoints:
         names = sorted(set(settings) | set(self.settings))
         then = self.defaults | settings
         pairs = [(name, then.get(name, "absent"), self.settings.get(name, "absent")) for name in names]
+        pairs = [pair for pair in pairs if pair[0] not in LEFT_OPEN or pair[2] is not None]
         other = [f"{name} was {was!r} and is {now!r}" for name, was, now in pairs if was != now]
         if other:
             raise ValueError(
@@ -233,6 +236,9 @@ class Checkpoints:
         content: dict[str, Any] = {"step": step_of(folder)} if is_of_earlier_version(folder) else {}
         content = content or json.loads((folder / CHECKPOINT_NAME).read_text(encoding="utf-8"))
         step = int(content["step"])
+        side, then = self.inputs.get(SIZE), content["settings"].get("resolution")
+        if side is not None and then is not None and str(then) != side:
+            raise ValueError(f"checkpoint {str(folder)!r} is of images of {then} pixels, not {side}: set resolution")
         self._compare_inputs(folder, content.get("inputs"))
         if step > max_steps:
             raise ValueError(f"checkpoint {str(folder)!r} has {step} steps, the run only {max_steps}")

@@ -48,6 +48,7 @@ from barrier_diffusers.models.publishing import (
 )
 from barrier_diffusers.objectives import Objective
 from barrier_diffusers.protection.barrier import Barrier
+from barrier_diffusers.training.checkpoints import SIZE
 from barrier_diffusers.training.trainer import Trainer, open_run
 from barrier_diffusers.training.unlearn import Unlearner, apply_edit, maps_of_prompts, prompt_inputs, rates_of_maps
 from barrier_diffusers.utils.files import write_json
@@ -269,7 +270,8 @@ def protect(run: Run, model: LoadedModel, data: RunData) -> Unlearner:
         resolution=model.resolution,
     )
     assert data.encoded is not None
-    run.trainer.checkpoints.inputs = {"base model": fingerprint(model.hashes), "data": data.digest()}
+    inputs_of_run = {"base model": fingerprint(model.hashes), "data": data.digest(), SIZE: str(model.resolution)}
+    run.trainer.checkpoints.inputs = inputs_of_run
     inputs = {}
     if data.prompt_targets and run.trainer.checkpoint is None:
         inputs = prompt_inputs(data.prompt_targets, model.pipeline, data.concepts.retain_captions)
