@@ -203,9 +203,9 @@ def require_writable(output_dir: str) -> Path:
 
 
 def move_into(source: Path, target: Path, last: str) -> None:
-    """Move every entry of `source` over its namesake in `target`, the entry `last` at the end, and drop `source`."""
-    for entry in sorted(source.iterdir(), key=lambda entry: entry.name == last):
-        put_in_place(entry, target / entry.name)
+    """Move every file and folder of `source` over its namesake in `target`, the one called `last` at the end, and drop `source`."""
+    for path in sorted(source.iterdir(), key=lambda path: path.name == last):
+        put_in_place(path, target / path.name)
     source.rmdir()
 
 

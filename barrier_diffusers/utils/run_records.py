@@ -99,7 +99,7 @@ def manifest(config: Any, hashes: dict[str, str], **facts: Any) -> dict[str, Any
     return {"settings": asdict(config), "hashes": hashes, "versions": package_versions(), "machine": machine, **facts}
 
 
-NAMES = ("attack", "protocol", "concept", "name")  # keys that name an entry of a list of results
+NAMES = ("attack", "protocol", "concept", "name")  # keys that name an element of a list of results
 
 
 NOT_RESULTS = ("settings", "hashes", "versions", "machine", "history", "budget", "sampling", "seeds")
@@ -112,9 +112,9 @@ def numbers(content: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
             if name not in NOT_RESULTS:
                 yield from numbers(value, f"{prefix}.{name}" if prefix else name)
     elif isinstance(content, list):
-        for index, entry in enumerate(content):
-            if isinstance(entry, Mapping):
-                named = [str(entry[name]) for name in NAMES if isinstance(entry.get(name), str)]
-                yield from numbers(entry, f"{prefix}.{'.'.join(named) or index}")
+        for index, element in enumerate(content):
+            if isinstance(element, Mapping):
+                named = [str(element[name]) for name in NAMES if isinstance(element.get(name), str)]
+                yield from numbers(element, f"{prefix}.{'.'.join(named) or index}")
     elif isinstance(content, int | float) and not isinstance(content, bool) and math.isfinite(content):
         yield prefix, float(content)
