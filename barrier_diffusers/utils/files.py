@@ -203,7 +203,7 @@ def require_writable(output_dir: str) -> Path:
 
 
 def move_into(source: Path, target: Path, last: str) -> None:
-    """Move every file and folder of `source` over its namesake in `target`, the one called `last` at the end, and drop `source`."""
+    """Move all that `source` holds over its namesakes in `target`, what is called `last` at the end; drop `source`."""
     for path in sorted(source.iterdir(), key=lambda path: path.name == last):
         put_in_place(path, target / path.name)
     source.rmdir()
