@@ -170,7 +170,8 @@ class OutputFolder:
         clear_leftovers(self.path, lambda path: path.name == RECORD_NAME or self._is_own(path, record), alone=True)
         there = self._entries()
         own = [name for name in there if self._is_own(self.path / name, record)]
-        if own and not (overwrite or resume):
+        stopped = "images" in self.kept and not (self.path / "metrics.json").exists()  # an evaluation, which goes on
+        if own and not (overwrite or resume or stopped):
             raise ValueError(
                 f"output_dir {str(self.path)!r} holds another run; name another folder or set --overwrite_output_dir"
             )
@@ -340,6 +341,8 @@ def _is_of_earlier_version(folder: Path) -> bool:
     if {"lambda_interval", "targets"} <= _json(folder / "barrier_config.json").keys():
         return True
     if {"train_data_dir", "vae", "unet"} <= _json(folder / "training_config.json").keys():
+        return True
+    if any({"sampling", "prompts"} <= _json(path).keys() for path in folder.glob("images/*/*/manifest.json")):
         return True
     steps = list((folder / CHECKPOINTS).glob("step-*"))
     kinds = ("checkpoint.json", "random_states_0.pkl")
