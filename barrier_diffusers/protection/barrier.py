@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from barrier_diffusers.protection.certificate import Certificate, Guarantee, TrainedMaps, certify
@@ -22,6 +23,7 @@ from barrier_diffusers.protection.order_statistics import Split
 from barrier_diffusers.protection.projection import ProjectedGroup, RetainProjection, StackedProjections
 from barrier_diffusers.protection.region import ForgetRegion, check_reduced_dim
 from barrier_diffusers.protection.retain_inputs import RetainInputs
+from barrier_diffusers.protection.sharding import cut_like, is_sharded, own_part, reshard, share_of, whole
 from barrier_diffusers.protection.stacks import MapGroup, StackedLoss
 from barrier_diffusers.protection.storage import BarrierState, load_state, save_state
 from barrier_diffusers.protection.targets import (
@@ -62,6 +64,7 @@ class Barrier:
         self._projections: StackedProjections | None = None
         self._snapshots: Snapshots = {}
         self._requires_grad: dict[nn.Parameter, bool] = {}
+        self._names: dict[str, nn.Parameter] = {}  # the same parameters; fully_shard exchanges the objects
         self._freeze_the_rest()
 
     def _freeze_the_rest(self) -> None:
@@ -72,8 +75,9 @@ class Barrier:
             raise ValueError(f"some targets carry an adapter, but {without} does not: adapt all targets, or none")
         trainable = set(self.trainable_parameters())
         self.uses_adapter = all(adapted)
-        for parameter in self.model.parameters():
+        for name, parameter in self.model.named_parameters():
             self._requires_grad.setdefault(parameter, parameter.requires_grad)
+            self._names.setdefault(name, parameter)
             parameter.requires_grad_(parameter in trainable)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
@@ -139,9 +143,11 @@ class Barrier:
                 "use_actual_bounds, residual_source='retain' / 'both' and a projection need a retain_loader, or "
                 "retain_inputs for all maps"
             )
+        reshard(self.model)
         self._freeze_the_rest()
         require_zero_adapters(self.maps)
         fitted = fit_protection(self.model, self.maps, config, forget_loader, forward_fn, retain_loader, given)
+        reshard(self.model)
         snapshots = (
             {} if self.uses_adapter else {linear_map.name: snapshot_of(linear_map.layer) for linear_map in self.maps}
         )
@@ -175,7 +181,8 @@ class Barrier:
         return self.maps[0].layer.weight.device
 
     def drift(self, linear_map: ProtectedMap) -> Drift:
-        """How far a map has drifted from its snapshot, with gradient.
+        """How far a map has drifted from its snapshot, with gradient; that of a weight shared out over processes is
+        made whole, for which all of them have to ask, and has none.
 
         Raises:
             RuntimeError: setup_protection was not called.
@@ -183,12 +190,20 @@ class Barrier:
         """
         self._require_setup()
         self._require_same_adapter(linear_map)
+        self._follow_model()
         if self.uses_adapter:
             factors = linear_map.lora()
-            return LoraDrift(factors.lora_A_RD, factors.lora_B_OR, factors.scaling)
-        weight0, bias0 = self._snapshots[linear_map.name]
-        now, then = (linear_map.outputs_first(weight) for weight in (linear_map.layer.weight, weight0))
-        return full_drift(now, then, linear_map.bias, bias0)
+            down, up = (
+                whole(factor) if is_sharded(factor) else factor for factor in (factors.lora_A_RD, factors.lora_B_OR)
+            )
+            return LoraDrift(down, up, factors.scaling)
+        pair = (linear_map.layer.weight, linear_map.bias)
+        now, then = (
+            [whole(value) if is_sharded(value) else value for value in values if value is not None]
+            for values in (pair, self._snapshots[linear_map.name])
+        )
+        weight, weight0 = (linear_map.outputs_first(values[0]) for values in (now, then))
+        return full_drift(weight, weight0, *(values[1] for values in (now, then) if len(values) == 2))
 
     def _require_same_adapter(self, linear_map: ProtectedMap) -> None:
         if linear_map.has_adapter != self.uses_adapter:
@@ -198,7 +213,8 @@ class Barrier:
     def compute_protection_loss(self) -> Tensor:
         """lambda_interval * protection loss (docs/method.md section 2): a float32 scalar, 0 before any step.
 
-        With constraint "projection" it is an exact 0 without graph, whatever lambda_interval is.
+        With constraint "projection" it is an exact 0 without graph, whatever lambda_interval is. With weights shared
+        out by `fully_shard` all processes have to call it: each computes the terms of its own rows and gets the sum.
 
         Raises:
             RuntimeError: setup_protection was not called.
@@ -229,19 +245,28 @@ class Barrier:
         device = self._follow_model()
         weights: dict[str, Tensor] = {}
         origins: dict[str, Tensor] = {}
+        gathered: list[tuple[Tensor, Tensor]] = []  # a shared embedding's table and the whole that is projected
         for linear_map in self.maps:
             self._require_same_adapter(linear_map)
             if self.uses_adapter:
-                weights[linear_map.name] = linear_map.lora().parameters[0]
-            else:
-                weights[linear_map.name] = linear_map.outputs_first(linear_map.layer.weight)
-                origins[linear_map.name] = linear_map.outputs_first(self._snapshots[linear_map.name][0])
+                weights[linear_map.name] = own_part(linear_map.lora().parameters[0])
+                continue
+            now, then = linear_map.layer.weight, self._snapshots[linear_map.name][0]
+            if linear_map.is_table and is_sharded(now):
+                gathered.append((now, whole(now)))
+                now, then = gathered[-1][1], whole(then)
+            weights[linear_map.name] = linear_map.outputs_first(own_part(now))
+            origins[linear_map.name] = linear_map.outputs_first(own_part(then))
         assert self._projections is not None
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False), torch.no_grad():
             self._projections.project(weights, origins)
+            for shared, full in gathered:
+                shared.copy_(cut_like(full, shared))
 
     def _follow_model(self) -> torch.device:
-        """Move what was fitted to the model's device if that has changed."""
+        """Move what was fitted to the model's device, and share it out as the model's weights are, if these have
+        changed."""
+        reshard(self.model)
         device = self._device
         held = self.projected[0].projection.basis if self.projected else self.groups[0].region.mean
         if held.device != device:
@@ -249,7 +274,21 @@ class Barrier:
                 if stacked is not None:
                     stacked.to(device)
             self._snapshots = moved(self._snapshots, device)
+        self._cut_like_model()
         return device
+
+    def _cut_like_model(self) -> None:
+        """Snapshots are shared out as the weights are; the loss reads this process's rows."""
+        share = share_of(self.maps[0].layer.weight)
+        if self._loss is not None and self._loss.share != share:
+            self._loss.cut(share)
+        for linear_map in self.maps if self._snapshots else []:
+            layer, (weight0, bias0) = linear_map.layer, self._snapshots[linear_map.name]
+            if is_sharded(layer.weight) != is_sharded(weight0):
+                if share_of(layer.weight) != share:
+                    raise ValueError(f"{linear_map.name} is shared out in another way than {self.maps[0].name}")
+                bias0 = None if bias0 is None or linear_map.bias is None else cut_like(bias0, linear_map.bias)
+                self._snapshots[linear_map.name] = cut_like(weight0, layer.weight), bias0
 
     @torch.no_grad()
     def drift_norms(self) -> dict[str, float]:
@@ -257,8 +296,9 @@ class Barrier:
         self._require_setup()
         relative = []
         for linear_map in self.maps:
+            drift = self.drift(linear_map)
             base = self._snapshots[linear_map.name][0] if not self.uses_adapter else linear_map.layer.weight
-            relative.append(self.drift(linear_map).dense().norm() / base.float().norm().clamp_min(1e-30))
+            relative.append(drift.dense().norm() / whole(base).float().norm().clamp_min(1e-30))
         return dict(zip((linear_map.name for linear_map in self.maps), torch.stack(relative).tolist(), strict=True))
 
     def certify(
@@ -301,14 +341,22 @@ class Barrier:
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write barrier_config.json, regions and projections (each once) and, for full weights, the snapshot.
 
+        With weights shared out over processes all of them have to call it, and the first one writes.
+
         Raises:
             RuntimeError: there is nothing fitted to save.
         """
         self._require_setup()
         regions = [(group.maps, group.region) for group in self.groups]
         projections = [(group.maps, group.projection) for group in self.projected]
-        state = BarrierState(self._weights, regions, projections, self._snapshots)
-        save_state(Path(folder), self.config, state)
+        snapshots = self._snapshots
+        if any(is_sharded(weight) for weight, _ in snapshots.values()):
+            snapshots = {
+                name: (whole(weight).cpu(), None if bias is None else whole(bias).cpu())
+                for name, (weight, bias) in snapshots.items()
+            }
+        if share_of(self.maps[0].layer.weight) is None or dist.get_rank() == 0:
+            save_state(Path(folder), self.config, BarrierState(self._weights, regions, projections, snapshots))
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, model: nn.Module) -> Barrier:
@@ -332,7 +380,10 @@ class Barrier:
     def remove(self) -> None:
         """Undo what was done to the model: every parameter's requires_grad is as it was. Trained weights stay, and so
         does a LoRA factor A that a projection moved."""
-        for parameter, requires_grad in self._requires_grad.items():
-            parameter.requires_grad_(requires_grad)
+        reshard(self.model)
+        for name, parameter in self.model.named_parameters():
+            before = parameter if parameter in self._requires_grad else self._names.get(name)
+            if before is not None:
+                parameter.requires_grad_(self._requires_grad[before])
         self._loss = self._projections = None
-        self._snapshots, self._requires_grad = {}, {}
+        self._snapshots, self._requires_grad, self._names = {}, {}, {}

@@ -27,6 +27,7 @@ from barrier_diffusers.protection.order_statistics import (
 )
 from barrier_diffusers.protection.recorder import evaluation_mode, record_inputs
 from barrier_diffusers.protection.region import ForgetRegion
+from barrier_diffusers.protection.sharding import whole
 from barrier_diffusers.protection.targets import ProtectedMap
 from barrier_diffusers.utils.files import write_json
 
@@ -260,8 +261,8 @@ def certify(trained: TrainedMaps, loader: Any, forward_fn: ForwardFn, guarantee:
             linear_map.name,
             drift=trained.drift(linear_map),
             region=region,
-            weight=linear_map.outputs_first(linear_map.layer.weight),
-            bias=linear_map.bias,
+            weight=linear_map.outputs_first(whole(linear_map.layer.weight)),
+            bias=None if linear_map.bias is None else whole(linear_map.bias),
             base_is_current=trained.base_is_current,
             quantile=guarantee.quantile,
         )

@@ -192,7 +192,7 @@ class StackedProjections:
         by_shape: dict[tuple[int, int], list[int]] = {}
         for position, group in enumerate(self.groups):
             rows = sum(len(weights[linear_map.name]) for linear_map in group.maps)
-            if group.projection.rank:
+            if group.projection.rank and rows:
                 by_shape.setdefault((rows, group.projection.num_features), []).append(position)
         for (rows, num_features), alike in by_shape.items():
             for positions in runs(alike, [rows * num_features] * len(alike), MOST_STACKED):

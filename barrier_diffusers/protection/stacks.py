@@ -24,12 +24,33 @@ from torch.autograd.function import once_differentiable
 from barrier_diffusers.protection.config import BarrierConfig
 from barrier_diffusers.protection.loss import Boxes, RowTerms, inner_product
 from barrier_diffusers.protection.region import ForgetRegion
+from barrier_diffusers.protection.sharding import Share, gathered, own_part, summed
 from barrier_diffusers.protection.targets import LoraFactors, ProtectedMap, Snapshots, bias_of
 
 T = TypeVar("T")
 
 
 MOST_STACKED = 2**25  # numbers of a stacked dW (134 MB), the largest thing that is formed beside the gradient
+
+
+def own_number(rows: int, share: Share | None) -> int:
+    """How many of a map's rows this process holds."""
+    return rows if share is None else len(range(rows)[share.rows(rows)])
+
+
+def own_rows(maps: Sequence[ProtectedMap], values: Snapshots, share: Share | None) -> Snapshots:
+    """Map name -> weight (O, ...) and bias, as this process holds them; `values` have the layers' own shapes."""
+    tables = [linear_map for linear_map in maps if linear_map.is_table] if share else []
+    full = dict(zip([one.name for one in tables], gathered([values[one.name][0] for one in tables]), strict=True))
+    found: Snapshots = {}
+    for linear_map in maps:
+        weight, bias = values[linear_map.name]
+        if share and linear_map.name in full:
+            rows = linear_map.outputs_first(full[linear_map.name])[share.rows(linear_map.num_outputs)]
+        else:
+            rows = linear_map.outputs_first(own_part(weight))
+        found[linear_map.name] = (rows, None if bias is None else own_part(bias))
+    return found
 
 
 @dataclass
@@ -39,11 +60,17 @@ class MapGroup:
     maps: list[ProtectedMap]
     region: ForgetRegion
     factor_DL: Tensor | None = None  # `thin_factor` of the region's residual
+    share: Share | None = None  # the rows of the maps that this process holds; None: all
+
+    @property
+    def held(self) -> list[ProtectedMap]:
+        """The maps of which this process holds any row."""
+        return [linear_map for linear_map in self.maps if own_number(linear_map.num_outputs, self.share)]
 
     @property
     def outputs(self) -> list[int]:
-        """Number of outputs of each map."""
-        return [linear_map.num_outputs for linear_map in self.maps]
+        """Number of outputs of each of these, in all processes together."""
+        return [linear_map.num_outputs for linear_map in self.held]
 
     @property
     def shape(self) -> tuple:
@@ -190,14 +217,18 @@ class FullStack:
     Args:
         maps: group by group; each group has as many outputs.
         weight: of a map's loss in the total, 1 / number of maps or 1.
+        share: the rows that this process computes; None: all.
     """
 
-    def __init__(self, inputs: StackedInputs, maps: Sequence[ProtectedMap], weight: float):
+    def __init__(self, inputs: StackedInputs, maps: Sequence[ProtectedMap], weight: float, share: Share | None = None):
         self.inputs, self.maps = inputs, list(maps)
-        self.outputs = [linear_map.num_outputs for linear_map in maps]
+        totals = [linear_map.num_outputs for linear_map in maps]
+        self.outputs = [own_number(total, share) for total in totals]
         self.has_bias = any(linear_map.bias is not None for linear_map in maps)
-        one_size = len(set(self.outputs)) == 1
-        twice_P = torch.cat([torch.full((number,), 2 * weight / number) for number in self.outputs])
+        one_size = len(set(totals)) == 1
+        twice_P = torch.cat(
+            [torch.full((number,), 2 * weight / total) for number, total in zip(self.outputs, totals, strict=True)]
+        )
         twice_P = twice_P.to(inputs.axes_GDS.device)
         scale_P1 = (twice_P[:1] if one_size else twice_P)[:, None]
         self.terms = RowTerms(
@@ -210,24 +241,18 @@ class FullStack:
         factor = [] if inputs.factor_GDL is None else [inputs.factor_GDL]
         self.axes_GDS = torch.cat([inputs.axes_GDS, *factor], dim=2) if factor else inputs.axes_GDS
         self.residual_P = twice_P * inputs.multiplier
-        self.residual_scale = 2 * weight / self.outputs[0] * inputs.multiplier if one_size else None
+        self.residual_scale = 2 * weight / totals[0] * inputs.multiplier if one_size else None
 
     @property
     def rows(self) -> list[int]:
         """Number of rows of each of the parameters."""
         return self.outputs * 2 if self.has_bias else self.outputs
 
-    def parameters(self) -> list[Tensor | None]:
-        """All weights, rows first, and all biases if there are any."""
-        layers = [linear_map.layer for linear_map in self.maps]
-        weights = [linear_map.outputs_first(layer.weight) for linear_map, layer in zip(self.maps, layers, strict=True)]
-        return [*weights, *(bias_of(layer) for layer in layers)] if self.has_bias else [*weights]
-
-    def origins(self, snapshots: Snapshots) -> list[Tensor | None]:
-        """What the parameters were."""
-        then = [snapshots[linear_map.name] for linear_map in self.maps]
-        weights = [linear_map.outputs_first(weight) for linear_map, (weight, _) in zip(self.maps, then, strict=True)]
-        return [*weights, *(bias for _, bias in then)] if self.has_bias else [*weights]
+    def of(self, values: Snapshots) -> list[Tensor | None]:
+        """All weights and, if there are any, all biases of what `own_rows` gave."""
+        found = [values[linear_map.name] for linear_map in self.maps]
+        weights = [weight for weight, _ in found]
+        return [*weights, *(bias for _, bias in found)] if self.has_bias else [*weights]
 
     def gradients(
         self, now: Sequence[Tensor | None], then: Sequence[Tensor | None], workspace: Tensor | None = None
@@ -275,12 +300,13 @@ class LoraStack:
     Args:
         maps: group by group; each group has as many maps.
         weight: of a map's loss in the total, 1 / number of maps or 1.
+        share: the rows that this process computes; None: all.
     """
 
-    def __init__(self, inputs: StackedInputs, maps: Sequence[ProtectedMap], weight: float):
+    def __init__(self, inputs: StackedInputs, maps: Sequence[ProtectedMap], weight: float, share: Share | None = None):
         self.inputs, self.maps = inputs, list(maps)
-        self.num_outputs = maps[0].num_outputs
-        self.twice = 2 * weight / self.num_outputs
+        self.num_rows = len(maps) * own_number(maps[0].num_outputs, share)
+        self.twice = 2 * weight / maps[0].num_outputs
         self.residual_scale = self.twice * inputs.multiplier
 
     def along(self, lora_A_GRD: Tensor, lora_B_MOR: Tensor) -> tuple[Tensor, Tensor]:
@@ -321,7 +347,7 @@ class LoraStacks:
     def __init__(self, stacks: Sequence[LoraStack], rank: int, scalings: Sequence[float]):
         self.stacks, self.rank, self.scalings = list(stacks), rank, list(scalings)
         inputs, device = [stack.inputs for stack in stacks], stacks[0].inputs.axes_GDS.device
-        self.rows = [len(stack.maps) * stack.num_outputs for stack in stacks]
+        self.rows = [stack.num_rows for stack in stacks]
         squares_scales = [
             torch.full((rows, 1), stack.twice, device=device) * stack.inputs.weights
             for rows, stack in zip(self.rows, stacks, strict=True)
@@ -399,7 +425,7 @@ def _alike(
     by_shape: list[dict[tuple, list[ProtectedMap]]] = []
     for group in groups:
         found: dict[tuple, list[ProtectedMap]] = {}
-        for linear_map in group.maps:
+        for linear_map in group.held:
             known = factors[linear_map.name]
             found.setdefault((*known.lora_B_OR.shape, known.scaling), []).append(linear_map)
         by_shape.append(found)
@@ -419,12 +445,16 @@ class StackedLoss:
     Args:
         regions: of each distinct input, with the maps that read it.
         adapter: whether LoRA adapters train instead of the maps' weights.
+
+    Attributes:
+        share: the rows whose terms this process computes; the loss is the sum over all of them. None: every row.
     """
 
     def __init__(
         self, regions: Sequence[tuple[Sequence[ProtectedMap], ForgetRegion]], config: BarrierConfig, adapter: bool
     ):
         self.config, self.adapter = config, adapter
+        self.share: Share | None = None
         self.groups = [MapGroup(list(maps), region, region.thin_factor()) for maps, region in regions]
         num_maps = sum(len(group.maps) for group in self.groups)
         self._weight = 1 / num_maps if config.normalize_protection else 1.0  # of a map's loss in the total
@@ -437,10 +467,22 @@ class StackedLoss:
             group.factor_DL = None if group.factor_DL is None else group.factor_DL.to(device)
         self._build()
 
+    def cut(self, share: Share | None) -> None:
+        """Compute the terms of these rows from now on."""
+        self.share = share
+        self._build()
+
+    @property
+    def maps(self) -> list[ProtectedMap]:
+        """All maps, group by group."""
+        return [linear_map for group in self.groups for linear_map in group.maps]
+
     def _build(self) -> None:
         by_shape: dict[tuple, list[MapGroup]] = {}
         for group in self.groups:
-            by_shape.setdefault(group.shape, []).append(group)
+            group.share = self.share
+            if group.held:
+                by_shape.setdefault(group.shape, []).append(group)
         self._full: list[FullStack] = []
         self._lora: dict[tuple, list[LoraStacks]] = {}  # by ranks and scalings
         self._inputs: list[tuple[StackedInputs, list[MapGroup]]] = []
@@ -450,17 +492,21 @@ class StackedLoss:
                 inputs = stack_inputs(groups, self.config)
                 self._inputs.append((inputs, groups))
                 if not self.adapter:
-                    maps = [linear_map for group in groups for linear_map in group.maps]
+                    maps = [linear_map for group in groups for linear_map in group.held]
                     sizes = [linear_map.num_outputs * linear_map.num_features for linear_map in maps]
                     parts = runs(maps, sizes, most) if len(groups) == 1 else [maps]
-                    self._full += [FullStack(inputs, part, self._weight) for part in parts]
+                    self._full += [FullStack(inputs, part, self._weight, self.share) for part in parts]
 
     def of_weights(self, snapshots: Snapshots) -> Tensor:
         """For maps that train their full weights; these and the biases are measured from the snapshots."""
-        parameters = [parameter for stack in self._full for parameter in stack.parameters()]
-        origins = [origin for stack in self._full for origin in stack.origins(snapshots)]
+        maps, share = self.maps, self.share
+        layers = {linear_map.name: linear_map.layer for linear_map in maps}
+        now = own_rows(maps, {name: (layer.weight, bias_of(layer)) for name, layer in layers.items()}, share)
+        then = own_rows(maps, snapshots, share)
+        parameters = [parameter for stack in self._full for parameter in stack.of(now)]
+        origins = [origin for stack in self._full for origin in stack.of(then)]
         counts = [len(stack.rows) for stack in self._full]
-        largest = max(sum(stack.outputs) * stack.axes_GDS.shape[1] for stack in self._full)
+        largest = max((sum(stack.outputs) * stack.axes_GDS.shape[1] for stack in self._full), default=0)
 
         def compute(now: Sequence[Tensor | None]) -> Gradients:
             found = Gradients()
@@ -469,11 +515,19 @@ class StackedLoss:
                 found.extend(stack.gradients(part, then, workspace))
             return found
 
-        return _ClosedForm.apply(compute, [number for stack in self._full for number in stack.rows], *parameters)
+        rows = [number for stack in self._full for number in stack.rows]
+        empty = [value for pair in now.values() for value in pair if value is not None and not len(value)]
+        return self._over_all_rows(compute, rows, parameters, empty)
 
     def of_adapters(self) -> Tensor:
         """For maps whose LoRA adapter trains; the frozen base weights are the snapshot."""
-        factors = {linear_map.name: linear_map.lora() for group in self.groups for linear_map in group.maps}
+        factors = {linear_map.name: linear_map.lora() for linear_map in self.maps}
+        if self.share is not None:
+            downs = gathered([known.lora_A_RD for known in factors.values()])
+            factors = {
+                name: replace(known, lora_A_RD=down, lora_B_OR=own_part(known.lora_B_OR))
+                for (name, known), down in zip(factors.items(), downs, strict=True)
+            }
         stacks = self._lora_stacks(factors)
         counts = [2 * len(stack.maps) for stack in stacks]
         parameters = [
@@ -491,7 +545,30 @@ class StackedLoss:
                 found.extend(stack.gradients(part[: len(stack.maps)], part[len(stack.maps) :]))
             return found
 
-        return _ClosedForm.apply(compute, [len(parameter) for parameter in parameters], *parameters)
+        idle = [known for known in factors.values() if not len(known.lora_B_OR)]
+        empty = [factor for known in idle for factor in (known.lora_A_RD[:0], known.lora_B_OR)]
+        return self._over_all_rows(compute, [len(parameter) for parameter in parameters], parameters, empty)
+
+    def _over_all_rows(
+        self,
+        compute: Callable[[Sequence[Any]], Gradients],
+        rows: Sequence[int],
+        parameters: Sequence[Tensor | None],
+        empty: Sequence[Tensor],
+    ) -> Tensor:
+        """The loss over this process's rows, summed over the processes.
+
+        Args:
+            empty: parameters of which this process holds no row. They get an empty gradient: it would else be missing
+                here, and an operation of all processes would wait for this one.
+        """
+        if parameters:
+            loss = _ClosedForm.apply(compute, rows, *parameters)
+        else:
+            loss = torch.zeros((), device=self.groups[0].region.mean.device)
+        if empty:
+            loss = loss + torch.cat([value.flatten() for value in empty]).float().sum()
+        return summed(loss, self.share)
 
     def _lora_stacks(self, factors: dict[str, LoraFactors]) -> list[LoraStacks]:
         """The stacks for adapters of these ranks and scalings, made once."""
@@ -501,7 +578,7 @@ class StackedLoss:
             for inputs, groups in self._inputs:
                 for part, maps in _alike(inputs, groups, factors):
                     known = factors[maps[0].name]
-                    stack = LoraStack(part, maps, self._weight)
+                    stack = LoraStack(part, maps, self._weight, self.share)
                     size = len(known.lora_A_RD), inputs.half_widths_GKT.shape[1]
                     by_size.setdefault(size, []).append((stack, known.scaling))
             self._lora = {

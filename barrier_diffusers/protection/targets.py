@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from barrier_diffusers.protection.sharding import reshard, whole
+
 PEFT_PREFIX = "base_model.model."  # of the module paths inside a PeftModel
 
 
@@ -87,7 +89,7 @@ class ProtectedMap:
     @property
     def num_features(self) -> int:
         """Input features, D: C_in / groups * kh * kw for a convolution, rows of the table for an embedding."""
-        return self.outputs_first(self.layer.weight)[0].numel()
+        return self.outputs_first(self.layer.weight).shape[1:].numel()
 
     @property
     def is_table(self) -> bool:
@@ -268,7 +270,7 @@ def require_zero_adapters(maps: Sequence[ProtectedMap]) -> None:
     for linear_map in maps:
         if linear_map.has_adapter:
             factors = linear_map.lora()
-            if factors.lora_B_OR.abs().max() * factors.lora_A_RD.abs().max() != 0:
+            if whole(factors.lora_B_OR).abs().max() * whole(factors.lora_A_RD).abs().max() != 0:
                 raise ValueError(
                     f"the LoRA adapter of {linear_map.name} already changes the model; the protection is measured "
                     "from the base weights: merge the adapter first, or add a fresh one"
@@ -311,7 +313,7 @@ def patches(x_BCHW: Tensor, layer: nn.Conv2d) -> Tensor:
         padded = F.pad(x_BCHW, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
     columns = F.unfold(padded, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)  # type: ignore[arg-type]
     batch, _, positions = columns.shape
-    features = layer.weight[0].numel()
+    features = layer.weight.shape[1:].numel()
     grouped = columns.view(batch, layer.groups, features, positions)
     return grouped.permute(0, 3, 1, 2).reshape(batch, positions * layer.groups, features)
 
@@ -363,6 +365,8 @@ def moved(snapshots: Snapshots, device: torch.device) -> Snapshots:
 @contextmanager
 def at_snapshot(maps: Sequence[ProtectedMap], snapshots: Snapshots) -> Iterator[None]:
     """Give the maps their snapshots' values and switch their adapters off, for the duration of the block."""
+    model = maps[0].model
+    reshard(model)  # whole weights that are left over from a forward pass are written by no one
     layers = {linear_map.name: linear_map.layer for linear_map in maps if linear_map.name in snapshots}
     trained = {name: snapshot_of(layer) for name, layer in layers.items()}
     adapted: list[Any] = [linear_map.module for linear_map in maps if linear_map.has_adapter]
@@ -374,6 +378,7 @@ def at_snapshot(maps: Sequence[ProtectedMap], snapshots: Snapshots) -> Iterator[
             module.enable_adapters(False)
         yield
     finally:
+        reshard(model)
         for name, values in trained.items():
             restore(layers[name], values)
         for module in adapted:
