@@ -9,7 +9,7 @@ from short_runs import BASE
 
 from barrier_diffusers import Barrier, BarrierConfig
 from barrier_diffusers.models.loading import choose_attention_backend
-from barrier_diffusers.training.trainer import SHARDING, open_run
+from barrier_diffusers.training.trainer import open_run
 from barrier_diffusers.workflow.settings import UnlearnConfig
 
 CPU = torch.device("cpu")
@@ -86,9 +86,27 @@ def test_on_another_device_diffusers_says_what_is_missing():
         choose_attention_backend(build("flux").transformer, "swift", torch.device("cuda"))
 
 
-@pytest.mark.parametrize("variable", SHARDING)
-def test_sharing_out_the_weights_is_refused_and_nothing_is_written(variable, monkeypatch, tmp_path):
-    monkeypatch.setenv(variable, "true")
+FSDP = {"ACCELERATE_USE_FSDP": "true"}
+FSDP_2 = {**FSDP, "FSDP_VERSION": "2"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "settings", "message"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DeepSpeed is not supported: its ZeRO stage 3 leaves empty tensors"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, {}, "Megatron-LM is not supported: it knows no diffusion network"),
+        (FSDP, {}, "FSDP is not supported in its version 1: .* Use FSDP 2"),
+        ({**FSDP_2, "FSDP_OFFLOAD_PARAMS": "true"}, {}, "fsdp_offload_params is not supported"),
+        ({**FSDP_2, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}, "pass --gradient_checkpointing true instead"),
+        (FSDP_2, {"saliency_mask": 0.5}, "saliency_mask is not supported with FSDP"),
+        (FSDP_2, {"validation_prompt": ["a boot"]}, "validation_prompt is not supported with FSDP"),
+    ],
+)
+def test_sharing_out_the_weights_in_a_way_that_cannot_work_is_refused(
+    variables, settings, message, monkeypatch, tmp_path
+):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     config = UnlearnConfig(
         pretrained_model_name_or_path=str(BASE),
         output_dir=str(tmp_path / "run"),
@@ -96,7 +114,8 @@ def test_sharing_out_the_weights_is_refused_and_nothing_is_written(variable, mon
         forget_prompts=["a boot"],
         retain_prompts=["a bag"],
         num_generated_images=1,
+        **settings,
     )
-    with pytest.raises(ValueError, match=f"{SHARDING[variable]} is not supported"):
+    with pytest.raises(ValueError, match=message):
         open_run(config)
     assert not (tmp_path / "run").exists()

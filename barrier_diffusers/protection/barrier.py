@@ -76,8 +76,9 @@ class Barrier:
         trainable = set(self.trainable_parameters())
         self.uses_adapter = all(adapted)
         for name, parameter in self.model.named_parameters():
-            self._requires_grad.setdefault(parameter, parameter.requires_grad)
-            self._names.setdefault(name, parameter)
+            if parameter not in self._requires_grad and name not in self._names:
+                self._requires_grad[parameter] = parameter.requires_grad
+                self._names[name] = parameter
             parameter.requires_grad_(parameter in trainable)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
@@ -190,7 +191,7 @@ class Barrier:
         """
         self._require_setup()
         self._require_same_adapter(linear_map)
-        self._follow_model()
+        self.follow_model()
         if self.uses_adapter:
             factors = linear_map.lora()
             down, up = (
@@ -220,7 +221,7 @@ class Barrier:
             RuntimeError: setup_protection was not called.
         """
         self._require_setup()
-        device = self._follow_model()
+        device = self.follow_model()
         for linear_map in self.maps:
             self._require_same_adapter(linear_map)
         if self._loss is None:
@@ -242,7 +243,7 @@ class Barrier:
         if not self.config.has_projection:
             return
         self._require_setup()
-        device = self._follow_model()
+        device = self.follow_model()
         weights: dict[str, Tensor] = {}
         origins: dict[str, Tensor] = {}
         gathered: list[tuple[Tensor, Tensor]] = []  # a shared embedding's table and the whole that is projected
@@ -263,9 +264,12 @@ class Barrier:
             for shared, full in gathered:
                 shared.copy_(cut_like(full, shared))
 
-    def _follow_model(self) -> torch.device:
-        """Move what was fitted to the model's device, and share it out as the model's weights are, if these have
-        changed."""
+    def follow_model(self) -> torch.device:
+        """Move what was fitted to the model's device, and share it out as the model's weights are, or make it whole.
+
+        Everything here does so where it has to. With weights that were made whole again all processes have to call it
+        before one of them goes on alone.
+        """
         reshard(self.model)
         device = self._device
         held = self.projected[0].projection.basis if self.projected else self.groups[0].region.mean
@@ -322,7 +326,7 @@ class Barrier:
             ValueError: quantile or confidence outside (0, 1), or unusable data.
         """
         self._require_setup()
-        self._follow_model()
+        self.follow_model()
         regions = [(group.maps, group.projection.as_region()) for group in self.projected]
         regions = regions or [(group.maps, group.region) for group in self.groups]
         trained = TrainedMaps(
@@ -349,6 +353,7 @@ class Barrier:
         self._require_setup()
         regions = [(group.maps, group.region) for group in self.groups]
         projections = [(group.maps, group.projection) for group in self.projected]
+        self.follow_model()
         snapshots = self._snapshots
         if any(is_sharded(weight) for weight, _ in snapshots.values()):
             snapshots = {

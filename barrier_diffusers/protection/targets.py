@@ -40,7 +40,8 @@ def _is_of(module: nn.Module, library: str, name: str) -> bool:
     return found is not None and isinstance(module, getattr(found, name))
 
 
-def _is_adapter(module: nn.Module) -> bool:
+def is_adapter(module: nn.Module) -> bool:
+    """Whether a module is a peft layer around another one."""
     return _is_of(module, "peft.tuners.tuners_utils", "BaseTunerLayer")
 
 
@@ -79,7 +80,7 @@ class ProtectedMap:
     def layer(self) -> nn.Linear | nn.Conv2d | nn.Embedding:
         """The Linear, Conv2d or Embedding that holds the base weight."""
         module = self.module
-        return module.get_base_layer() if _is_adapter(module) else module  # type: ignore[return-value, operator]
+        return module.get_base_layer() if is_adapter(module) else module  # type: ignore[return-value, operator]
 
     @property
     def num_outputs(self) -> int:
@@ -108,7 +109,7 @@ class ProtectedMap:
     @property
     def has_adapter(self) -> bool:
         """Whether a peft layer wraps the map."""
-        return _is_adapter(self.module)
+        return is_adapter(self.module)
 
     def lora(self) -> LoraFactors:
         """The factors of the one active LoRA adapter; convolution factors are flattened.
@@ -152,7 +153,7 @@ class ProtectedMap:
 
 
 def _is_map(module: nn.Module) -> bool:
-    layer: Any = module.get_base_layer() if _is_adapter(module) else module  # type: ignore[operator]
+    layer: Any = module.get_base_layer() if is_adapter(module) else module  # type: ignore[operator]
     return isinstance(layer, nn.Linear | nn.Conv2d | nn.Embedding)
 
 
@@ -169,7 +170,7 @@ def linear_maps(model: nn.Module) -> list[ProtectedMap]:
     for path, module in model.named_modules():
         if inside_adapter and path.startswith(inside_adapter):
             continue
-        if _is_adapter(module):
+        if is_adapter(module):
             inside_adapter = (*inside_adapter, path + ".")
         if _is_map(module):
             maps.append(ProtectedMap(model, path, path.removeprefix(prefix)))
@@ -363,28 +364,38 @@ def moved(snapshots: Snapshots, device: torch.device) -> Snapshots:
 
 
 @contextmanager
+def switched_off(adapters: Sequence[Any]) -> Iterator[None]:
+    """peft layers without their adapters, for the duration of a block.
+
+    Their own `enable_adapters` would change which parameters train, too: `fully_shard` looks at that once only.
+    """
+    before = [layer._disable_adapters for layer in adapters]
+    try:
+        for layer in adapters:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, disabled in zip(adapters, before, strict=True):
+            layer._disable_adapters = disabled
+
+
+@contextmanager
 def at_snapshot(maps: Sequence[ProtectedMap], snapshots: Snapshots) -> Iterator[None]:
     """Give the maps their snapshots' values and switch their adapters off, for the duration of the block."""
     model = maps[0].model
     reshard(model)  # whole weights that are left over from a forward pass are written by no one
     layers = {linear_map.name: linear_map.layer for linear_map in maps if linear_map.name in snapshots}
     trained = {name: snapshot_of(layer) for name, layer in layers.items()}
-    adapted: list[Any] = [linear_map.module for linear_map in maps if linear_map.has_adapter]
-    flags = {parameter: parameter.requires_grad for module in adapted for parameter in module.parameters()}
+    adapted = [linear_map.module for linear_map in maps if linear_map.has_adapter]
     try:
         for name, layer in layers.items():
             restore(layer, snapshots[name])
-        for module in adapted:
-            module.enable_adapters(False)
-        yield
+        with switched_off(adapted):
+            yield
     finally:
         reshard(model)
         for name, values in trained.items():
             restore(layers[name], values)
-        for module in adapted:
-            module.enable_adapters(True)
-        for parameter, requires_grad in flags.items():  # enable_adapters changes them
-            parameter.requires_grad_(requires_grad)
 
 
 STAGES = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}  # forward order; UNets register the middle last

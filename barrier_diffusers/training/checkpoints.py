@@ -21,11 +21,15 @@ from accelerate.utils import load as load_weights_only
 from torch import Tensor
 
 from barrier_diffusers.protection.barrier import Barrier
+from barrier_diffusers.protection.sharding import own_part
 from barrier_diffusers.utils.checks import flat
 from barrier_diffusers.utils.files import WriteError, file_hash, put_in_place, remove, removed_on_failure, write_json
 from barrier_diffusers.utils.signals import SIGNALS, say_stopped, set_way_on
 
 CHECKPOINT_NAME = "checkpoint.json"
+
+
+SHARED_MODEL = "pytorch_model_fsdp.bin"  # accelerate's name for a network that processes share; no pickle is run
 
 
 # settings that a resumed run may change, as they decide about no weight: places, amounts, and what is looked at
@@ -126,7 +130,8 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"checkpoint {str(folder)!r} is incomplete: no readable {CHECKPOINT_NAME}") from error
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {CHECKPOINT_NAME}
-    wanted = {"model.safetensors", "optimizer.bin", "scheduler.bin", *files}
+    model = SHARED_MODEL if SHARED_MODEL in files else "model.safetensors"
+    wanted = {model, "optimizer.bin", "scheduler.bin", *files}
     if wanted - there:
         raise ValueError(f"checkpoint {str(folder)!r} is incomplete: {', '.join(sorted(wanted - there))} is missing")
     for name, digest in sorted(files.items()):
@@ -290,9 +295,11 @@ class Checkpoints:
                     temporary.mkdir(parents=True)
                 self.accelerator.wait_for_everyone()
                 self.accelerator.save_state(str(temporary), safe_serialization=True)
+                if barrier is not None and (main or self.accelerator.is_fsdp2):  # all processes gather, one writes
+                    barrier.save_pretrained(temporary / "barrier")
                 self.accelerator.wait_for_everyone()
                 if main:
-                    self._complete(temporary, barrier, {"step": step, "after_training": after_training})
+                    self._complete(temporary, {"step": step, "after_training": after_training})
                     put_in_place(temporary, folder)
         except WriteError as error:
             raise WriteError(folder, error.reason, f"free disk space, then go on. {self._way_on}") from error
@@ -326,9 +333,7 @@ class Checkpoints:
         if self.root.is_dir() and not any(self.root.iterdir()):
             self.root.rmdir()
 
-    def _complete(self, temporary: Path, barrier: Barrier | None, facts: dict[str, Any]) -> None:
-        if barrier is not None:
-            barrier.save_pretrained(temporary / "barrier")
+    def _complete(self, temporary: Path, facts: dict[str, Any]) -> None:
         for name, state in self.states.items():
             torch.save(state.state_dict(), temporary / f"{name}.bin")
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
@@ -350,7 +355,11 @@ class Checkpoints:
 
     def check_weights(self, parameters: Iterable[Tensor], step: int) -> None:
         """The same for the weights after a step."""
-        if not all(bool(parameter.isfinite().all()) for parameter in parameters):
+        finite = [own_part(parameter.detach()).isfinite().all() for parameter in parameters]
+        broken = torch.stack(finite).logical_not().any()
+        if self.accelerator.is_fsdp2:  # each process sees its share
+            broken = self.accelerator.reduce(broken.float()) > 0
+        if broken:
             self._diverged(f"non-finite weights after step {step}")
 
     def _diverged(self, what: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,8 @@ from barrier_diffusers.models.denoiser import Denoiser
 from barrier_diffusers.models.partial_sampler import PartialSampler, Share, own_rows
 from barrier_diffusers.objectives import DiffusionStep, ObjectiveConfig
 from barrier_diffusers.objectives.base import Condition
+from barrier_diffusers.protection.sharding import cut_like, is_sharded, own_part, reshard
+from barrier_diffusers.protection.targets import is_adapter, switched_off
 
 
 class _Run(nn.Module):
@@ -30,9 +33,11 @@ class _Run(nn.Module):
 class FrozenReference:
     """Runs a model with its trained parameters as they were when this was made, whatever was trained since.
 
-    Only the parameters that train are copied, and the copies stand in their place during a call: no weight is written,
-    so graphs built before, gradient checkpointing, autocast and accelerate's wrappers are untouched. A fresh LoRA
-    adapter's copy is zero, which is the base model.
+    Where a fresh LoRA adapter trains, which is zero, it is switched off during a call and nothing is copied. Else only
+    the parameters that train are copied, and the copies stand in their place: no weight is written, so graphs built
+    before, gradient checkpointing, autocast and accelerate's wrappers are untouched. Weights that `fully_shard` has
+    shared out are exchanged for their share of the copy, in place: a graph holds whole weights, which are gathered
+    anew.
 
     Args:
         model: the network, on the device it trains on.
@@ -42,6 +47,9 @@ class FrozenReference:
     def __init__(self, model: nn.Module, parameters: Iterable[nn.Parameter]):
         trained = set(parameters)
         self._model = model
+        self._adapters = fresh_adapters(model, trained)
+        if self._adapters:
+            return
         self._values = {
             f"model.{name}": parameter.detach().clone()
             for name, parameter in model.named_parameters()
@@ -51,7 +59,41 @@ class FrozenReference:
     @torch.no_grad()
     def __call__(self, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
         """`function(*inputs)`, which runs the model in any way, with the reference's parameters and no graph."""
+        if self._adapters:
+            with switched_off(self._adapters):
+                return function(*inputs)
+        shared = {f"model.{name}": one for name, one in self._model.named_parameters() if is_sharded(one)}
+        if shared:
+            with self._exchanged(shared):
+                return function(*inputs)
         return functional_call(_Run(self._model, function), self._values, inputs)
+
+    @contextmanager
+    def _exchanged(self, shared: dict[str, nn.Parameter]) -> Iterator[None]:
+        """The reference's values in the trained parameters, each process its share, for the duration of a block."""
+        reshard(self._model)
+        self._values = {name: cut_like(value, shared[name]) for name, value in self._values.items()}
+        own = [(own_part(shared[name]), own_part(value)) for name, value in self._values.items()]
+        now = [parameter.clone() for parameter, _ in own]
+        try:
+            torch._foreach_copy_([parameter for parameter, _ in own], [value for _, value in own])
+            yield
+        finally:
+            reshard(self._model)
+            torch._foreach_copy_([parameter for parameter, _ in own], now)
+
+
+def fresh_adapters(model: nn.Module, trained: set[nn.Parameter]) -> list[Any]:
+    """The peft layers whose only active adapter is LoRA that trains and is still zero; none where anything else
+    trains, too."""
+    found: list[Any] = [module for module in model.modules() if is_adapter(module)]
+    fresh: set[nn.Parameter] = set()
+    for layer in found:
+        up = [layer.lora_B[name].weight for name in layer.active_adapters if name in getattr(layer, "lora_B", ())]
+        if len(up) != 1 or len(layer.active_adapters) != 1 or up[0] not in trained or up[0].any():
+            return []
+        fresh |= {parameter for parameter in layer.parameters() if parameter in trained}
+    return found if fresh == trained else []
 
 
 def freeze_normalisation(module: nn.Module) -> None:

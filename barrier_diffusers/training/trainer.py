@@ -26,13 +26,8 @@ from tqdm.auto import tqdm
 from barrier_diffusers.protection.barrier import Barrier
 from barrier_diffusers.training.checkpoints import Checkpoints, Interruption
 from barrier_diffusers.training.run_config import RunConfig, StageConfig
+from barrier_diffusers.training.sharding import WholeNetwork, sharding_plugin, use_on_cpu
 
-# what `accelerate launch` sets for each way to share out weights
-SHARDING = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-}
 ONE_CYCLE = "one_cycle"
 BAR = "{desc}: {n_fmt}/{total_fmt} |{bar}| {remaining}{postfix}"  # three losses fit 80 columns with it
 # processes wait for the first one while it draws images or certifies, which may take hours; where one of them dies,
@@ -40,20 +35,6 @@ BAR = "{desc}: {n_fmt}/{total_fmt} |{bar}| {remaining}{postfix}"  # three losses
 GROUP_TIMEOUT = timedelta(days=30)
 
 Terms = Callable[[int], dict[str, Tensor]]  # step -> the parts of the loss on the next batches
-
-
-def refuse_sharding() -> None:
-    """A ValueError if `accelerate launch` was told to share out the weights, which the loss reads whole in every step.
-
-    Read from the launcher's environment: building the accelerator would already start the processes' work together.
-    """
-    for variable, name in SHARDING.items():
-        if os.environ.get(variable, "false").lower() in ("1", "true"):
-            raise ValueError(
-                f"{name} is not supported: it shares out the weights, which the protection reads whole. Launch plain "
-                "data parallelism (accelerate launch --multi_gpu) and, if memory is short, train a LoRA adapter with "
-                "gradient checkpointing"
-            )
 
 
 def refuse_lone_processes(accelerator: Accelerator) -> None:
@@ -87,10 +68,11 @@ def make_accelerator(config: RunConfig, *, logs_in: str, data_seed: int | None) 
 
     Raises:
         ValueError: fp16 on a CPU, a precision other than fp16 and bf16, processes that form no group, or the weights
-            are to be shared out between them.
+            are to be shared out between them in a way that cannot work.
     """
-    refuse_sharding()
+    plugin = sharding_plugin(config)
     accelerator = Accelerator(
+        fsdp_plugin=plugin,
         mixed_precision=config.mixed_precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             config.gradient_accumulation_steps, sync_with_dataloader=False
@@ -102,6 +84,8 @@ def make_accelerator(config: RunConfig, *, logs_in: str, data_seed: int | None) 
     )
     refuse_lone_processes(accelerator)
     refuse_precision(accelerator.mixed_precision, accelerator.device.type)
+    if plugin is not None:
+        use_on_cpu(accelerator, plugin)
     config.mixed_precision = accelerator.mixed_precision  # type: ignore[assignment]  # what the run's records say
     return accelerator
 
@@ -225,6 +209,7 @@ class Trainer:
         self.optimizer: Any = None
         self.schedule: Any = None
         self.max_steps = self.first_step = 0
+        self._shared: list[WholeNetwork] = []  # networks that are shared out over the processes
 
     def prepare(
         self,
@@ -248,8 +233,14 @@ class Trainer:
         """
         accelerator, stage, micro_steps = self.accelerator, self.stage, self.config.gradient_accumulation_steps
         self.parameters = list(parameters)
+        self._shared = [WholeNetwork(model) for model in models] if accelerator.is_fsdp2 else []
+        names = {parameter: name for model in models for name, parameter in model.named_parameters()}
         prepared = accelerator.prepare(*models, optimizer, *loaders)
         self.models, self.optimizer = list(prepared[: len(models)]), prepared[len(models)]
+        if self._shared:  # of one model, as accelerate asks; its shares are other parameters
+            now = dict(self.models[0].named_parameters())
+            self.parameters = [now[names[parameter]] for parameter in parameters]
+        del names  # it holds the whole ones
         loaders = prepared[len(models) + 1 :]
         self.max_steps = stage.max_train_steps or stage.num_train_epochs * -(-len(loaders[0]) // micro_steps)
         schedule = schedule_of(stage, optimizer, self.max_steps, accelerator.num_processes)
@@ -317,6 +308,10 @@ class Trainer:
         accelerator.wait_for_everyone()
         for model in self.models:
             accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # gives a network its own forward back
+        for network in self._shared:
+            network.restore()
+        if self._shared and barrier is not None:
+            barrier.follow_model()
         return round(seconds, 2)
 
     def finish(self) -> None:
