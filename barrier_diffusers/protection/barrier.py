@@ -6,6 +6,7 @@ Shapes: B batch, L positions, D input features, K kept directions, O output feat
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -63,8 +64,8 @@ class Barrier:
         self._loss: StackedLoss | None = None
         self._projections: StackedProjections | None = None
         self._snapshots: Snapshots = {}
-        self._requires_grad: dict[nn.Parameter, bool] = {}
-        self._names: dict[str, nn.Parameter] = {}  # the same parameters; fully_shard exchanges the objects
+        # each parameter, its name and flag as they were; fully_shard exchanges the objects, and the old ones must go
+        self._requires_grad: list[tuple[weakref.ref[nn.Parameter], str, bool]] = []
         self._freeze_the_rest()
 
     def _freeze_the_rest(self) -> None:
@@ -75,10 +76,10 @@ class Barrier:
             raise ValueError(f"some targets carry an adapter, but {without} does not: adapt all targets, or none")
         trainable = set(self.trainable_parameters())
         self.uses_adapter = all(adapted)
+        known = {key for reference, name, _ in self._requires_grad for key in (id(reference()), name)}
         for name, parameter in self.model.named_parameters():
-            if parameter not in self._requires_grad and name not in self._names:
-                self._requires_grad[parameter] = parameter.requires_grad
-                self._names[name] = parameter
+            if id(parameter) not in known and name not in known:
+                self._requires_grad.append((weakref.ref(parameter), name, parameter.requires_grad))
             parameter.requires_grad_(parameter in trainable)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
@@ -386,9 +387,9 @@ class Barrier:
         """Undo what was done to the model: every parameter's requires_grad is as it was. Trained weights stay, and so
         does a LoRA factor A that a projection moved."""
         reshard(self.model)
+        by_id = {id(reference()): flag for reference, _, flag in self._requires_grad if reference() is not None}
+        by_name = {name: flag for _, name, flag in self._requires_grad}
         for name, parameter in self.model.named_parameters():
-            before = parameter if parameter in self._requires_grad else self._names.get(name)
-            if before is not None:
-                parameter.requires_grad_(self._requires_grad[before])
+            parameter.requires_grad_(by_id.get(id(parameter), by_name.get(name, parameter.requires_grad)))
         self._loss = self._projections = None
-        self._snapshots, self._requires_grad, self._names = {}, {}, {}
+        self._snapshots, self._requires_grad = {}, []
