@@ -13,6 +13,7 @@ from barrier_diffusers.utils.checks import (
     MODEL,
     OUTPUT,
     SEED,
+    Needs,
     OneOf,
     Range,
     Tracker,
@@ -130,6 +131,9 @@ class DiffusionUnlearningConfig(UnlearningConfig):
     num_train_epochs: int = 3  # over the forget images
     learning_rates: dict[str, float] = field(default_factory=dict)  # of targets with one of their own, by name
     adam_weight_decay: float = 0.0  # decay would drift the weights away from the snapshot
+    use_8bit_adam: bool = False  # AdamW whose state takes a quarter of the memory; needs the package bitsandbytes
+    compile: bool = False  # torch.compile the network while it trains; the first steps take minutes
+    compile_backend: str = "inductor"  # what compiles it; inductor needs a C++ compiler
     validation_prompt: list[str] = field(default_factory=list)  # sampled every validation_steps
     validation_steps: int = 100  # steps from one such sampling to the next
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)  # what does the erasing
@@ -138,8 +142,18 @@ class DiffusionUnlearningConfig(UnlearningConfig):
         cache_dir=OUTPUT,
         learning_rates=ABOVE_0,
         adam_weight_decay=at_least(0),
+        use_8bit_adam=Needs("bitsandbytes"),
         validation_steps=at_least(1),
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compile:
+            import torch  # here, as the list is slow to make
+
+            known = sorted(torch.compiler.list_backends(exclude_tags=()))
+            if self.compile_backend not in known:
+                raise ValueError(f"compile_backend is {self.compile_backend!r}, but must be one of {', '.join(known)}")
 
     @property
     def needs_retain(self) -> bool:

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 
@@ -60,6 +60,7 @@ def sharding_plugin(config: RunConfig) -> FullyShardedDataParallelPlugin | None:
         raise ValueError("FSDP is not supported in this script: it is for unlearning a diffusion model")
     for setting, why in {
         "saliency_mask": "it ranks the entries of all weights together",
+        "use_8bit_adam": "bitsandbytes knows no shared weights",
         "validation_prompt": "one process cannot draw alone with a share of the weights",
     }.items():
         if getattr(config, setting):
@@ -77,7 +78,8 @@ def use_on_cpu(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin)
     if accelerator.distributed_type == DistributedType.MULTI_CPU:
         if accelerator.mixed_precision != "no":
             plugin.set_mixed_precision(accelerator.mixed_precision)
-        accelerator.state.distributed_type = DistributedType.FSDP
+        for state in (PartialState(), accelerator.state):  # the second is made anew from the first in places
+            state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
 
 

@@ -83,6 +83,23 @@ class FrozenReference:
             torch._foreach_copy_([parameter for parameter, _ in own], now)
 
 
+@contextmanager
+def compiled(network: nn.Module, backend: str | None) -> Iterator[None]:
+    """The network's calls are compiled within a block; names, weights and hooks stay as they are.
+
+    Args:
+        backend: of `torch.compile`; None: nothing is compiled.
+    """
+    if backend is None:
+        yield
+        return
+    network.compile(backend=backend)
+    try:
+        yield
+    finally:
+        network._compiled_call_impl = None
+
+
 def fresh_adapters(model: nn.Module, trained: set[nn.Parameter]) -> list[Any]:
     """The peft layers whose only active adapter is LoRA that trains and is still zero; none where anything else
     trains, too."""

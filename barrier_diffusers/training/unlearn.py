@@ -22,7 +22,7 @@ from barrier_diffusers.protection.barrier import Barrier
 from barrier_diffusers.protection.targets import ProtectedMap, matches
 from barrier_diffusers.training.run_config import DiffusionUnlearningConfig
 from barrier_diffusers.training.saliency import SaliencyMask, saliency_scores
-from barrier_diffusers.training.steps import FrozenReference, StepMaker, freeze_normalisation
+from barrier_diffusers.training.steps import FrozenReference, StepMaker, compiled, freeze_normalisation
 from barrier_diffusers.training.trainer import Trainer, share_random_state
 
 MakeStep = Callable[[dict[str, Any]], DiffusionStep]
@@ -78,6 +78,15 @@ def rates_of_maps(maps: Sequence[ProtectedMap], learning_rates: Mapping[str, flo
             raise ValueError(f"learning_rates gives {twice[0]} two learning rates: name each map once")
         rates |= dict.fromkeys(named, rate)
     return rates
+
+
+def adamw(use_8bit: bool) -> Any:
+    """torch's AdamW, or bitsandbytes' with a state of 8 bits for each number of a larger tensor."""
+    if not use_8bit:
+        return torch.optim.AdamW
+    import bitsandbytes  # an extra
+
+    return bitsandbytes.optim.AdamW8bit
 
 
 def parameter_groups(
@@ -258,7 +267,7 @@ class Unlearner:
         config, trainer, accelerator, barrier = self.config, self.trainer, self.accelerator, self.barrier
         network, options = barrier.model, config.objective
         groups = parameter_groups(barrier, config.learning_rate, config.learning_rates)
-        optimizer: Any = torch.optim.AdamW(groups, weight_decay=config.adam_weight_decay)
+        optimizer: Any = adamw(config.use_8bit_adam)(groups, weight_decay=config.adam_weight_decay)
         mask = self._attach_mask(optimizer, data.forget) if config.saliency_mask is not None else None
         loaders = [shuffled_batches(data.forget, config.train_batch_size, config.seed, accelerator.num_processes)]
         if options.alpha > 0 and data.retain:
@@ -295,7 +304,8 @@ class Unlearner:
                 freeze_normalisation(model)
 
         freeze_normalisation(model)
-        seconds = trainer.fit(terms, barrier=terms.barrier, after_step=after_step, names=UnlearningTerms.NAMES)
+        with compiled(network, config.compile_backend if config.compile else None):
+            seconds = trainer.fit(terms, barrier=terms.barrier, after_step=after_step, names=UnlearningTerms.NAMES)
         if mask is not None:
             mask.detach()
         return {

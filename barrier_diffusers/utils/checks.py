@@ -110,6 +110,18 @@ class Tracker(Rule):
 
 
 @dataclass(frozen=True)
+class Needs(Rule):
+    """A switch that needs a package, where it is on."""
+
+    package: str
+
+    def refusal(self, value: Any) -> str | None:
+        if not value or importlib.util.find_spec(self.package):
+            return None
+        return f"{self.package} is not installed: pip install {self.package}, or leave it out"
+
+
+@dataclass(frozen=True)
 class PathRule(Rule):
     """Something on this machine.
 
