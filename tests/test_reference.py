@@ -40,3 +40,20 @@ def test_as_a_copy(rank, checkpointing):
     torch.testing.assert_close(frozen, expected, rtol=0, atol=0)
     assert (trained - expected).abs().max() > 1e-3
     torch.testing.assert_close(run_unet(unet, batch).detach(), trained, rtol=0, atol=0)  # nothing was left behind
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_fresh_adapter_is_switched_off_and_any_other_copied(fresh):
+    unet = make_small_unet()
+    unet.add_adapter(LoraConfig(r=2, target_modules=TARGETS, init_lora_weights="gaussian" if fresh else False))
+    barrier = Barrier(unet, BarrierConfig(targets=TARGETS, reduced_dim=4))
+    batch = unet_batches(1)[0]
+    with torch.no_grad():
+        expected = run_unet(unet, batch)
+    reference = FrozenReference(unet, barrier.trainable_parameters())
+    assert reference.num_copied == (0 if fresh else barrier.num_trainable)
+    with torch.no_grad():
+        for parameter in barrier.trainable_parameters():
+            parameter.add_(1)
+    torch.testing.assert_close(reference(run_unet, unet, batch), expected, rtol=0, atol=0)
+    assert all(parameter.requires_grad for parameter in barrier.trainable_parameters())

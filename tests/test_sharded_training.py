@@ -28,8 +28,12 @@ VARIANTS = {
         "gradient_checkpointing": "true",
         "objective.alpha": 0,
     },
-    "full weights, frozen reference": {"objective.name": "esd", "objective.num_inference_steps": 2},
-    "LoRA, frozen reference": {"objective.name": "kl", "rank": 2},
+    "full weights, frozen reference": {
+        "objective.name": "esd",
+        "objective.num_inference_steps": 2,
+        "objective.anchor": "null",
+    },
+    "LoRA, frozen reference": {"objective.name": "kl", "rank": 2, "objective.anchor": "null"},
     "full weights, bf16": {"mixed_precision": "bf16"},
 }
 FAST = "full weights"

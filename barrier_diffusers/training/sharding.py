@@ -60,6 +60,7 @@ def sharding_plugin(config: RunConfig) -> FullyShardedDataParallelPlugin | None:
         raise ValueError("FSDP is not supported in this script: it is for unlearning a diffusion model")
     for setting, why in {
         "saliency_mask": "it ranks the entries of all weights together",
+        "compile": "compiled calls of shares were not tried",
         "use_8bit_adam": "bitsandbytes knows no shared weights",
         "validation_prompt": "one process cannot draw alone with a share of the weights",
     }.items():

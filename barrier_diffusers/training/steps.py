@@ -49,12 +49,17 @@ class FrozenReference:
         self._model = model
         self._adapters = fresh_adapters(model, trained)
         if self._adapters:
-            return
+            trained = set()
         self._values = {
             f"model.{name}": parameter.detach().clone()
             for name, parameter in model.named_parameters()
             if parameter in trained
         }
+
+    @property
+    def num_copied(self) -> int:
+        """Numbers that are held a second time."""
+        return sum(value.numel() for value in self._values.values())
 
     @torch.no_grad()
     def __call__(self, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
