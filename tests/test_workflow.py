@@ -178,6 +178,34 @@ def test_other_peoples_files_stay(light, tmp_path):
     assert (tmp_path / "out/notes.txt").read_text() == "mine" and (tmp_path / "new/evaluate/evaluation.json").is_file()
 
 
+def test_what_somebody_put_in_a_stages_folder_stays(light, tmp_path):
+    light()
+    notes = [tmp_path / "out" / stage / "notes.txt" for stage in ("unlearn", "evaluate")]
+    for path in notes:
+        path.write_text("mine")
+    assert light(**{"unlearn.learning_rate": 5})[1] == ["unlearn", "evaluate"]
+    with pytest.raises(ValueError, match="below 0"):
+        light(**{"unlearn.learning_rate": -1})
+    assert light(**{"unlearn.learning_rate": 5})[1][0] == "unlearn"
+    assert [path.read_text() for path in notes] == ["mine", "mine"]
+
+
+def test_an_earlier_results_checkpoints_are_not_gone_on_from(light, tmp_path):
+    """A failed start may bring the result before it back."""
+    light()
+    step = tmp_path / "out/unlearn/checkpoints/step-1"
+    step.mkdir(parents=True)
+    os.utime(step, (1, 1))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="below 0"):
+            light(**{"unlearn.learning_rate": -1})
+        assert light.trace.read_text().split()[-1] == "None"
+    os.utime(step)
+    with pytest.raises(ValueError, match="below 0"):
+        light(**{"unlearn.learning_rate": -1})
+    assert light.trace.read_text().split()[-1] == "latest"
+
+
 def test_two_processes_do_not_share_a_folder(light, tmp_path):
     light()
     with FolderLock(tmp_path / "out"), pytest.raises(ValueError, match="another process works in 'out'"):

@@ -6,9 +6,11 @@ Shapes: B images, L rows of an image, D input features, K kept directions, O out
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +240,8 @@ class Certificate:
         lines += [f"{title}: {self._sentence(drift)}" for title, drift in shown.items() if drift is not None]
         if self.contradicted:
             lines.append(f"the test images CONTRADICT the bound of {', '.join(self.contradicted)}")
-        return "\n".join(lines)
+        wrap = partial(textwrap.fill, width=80, subsequent_indent="  ", break_long_words=False)
+        return "\n".join(wrap(line, break_on_hyphens=False) for line in lines)
 
     def _sentence(self, drift: RelativeDrift) -> str:
         if drift.certified is None:

@@ -10,13 +10,14 @@ import hashlib
 import importlib
 import json
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from barrier_diffusers.utils.checks import PathRule, flat, settings_of
-from barrier_diffusers.utils.files import file_hash, remove, write_json
+from barrier_diffusers.utils.files import file_hash, write_json
 from barrier_diffusers.utils.installation import shipped
 from barrier_diffusers.utils.run_records import package_versions
 
@@ -199,18 +200,20 @@ class Record:
         return None if self.complete else "its result is gone or changed"
 
     def begin(self, inputs: Mapping[str, Any]) -> bool:
-        """Note the start; True if an earlier start with the same inputs may be gone on with, else its rest is deleted.
+        """Note the start; True if an earlier start with the same inputs left a checkpoint to go on from.
+
+        Nothing is deleted: the stage's script knows which files of its folder are its own (utils/output_folder.py).
 
         Raises:
             WriteError: see `write_json`.
         """
         same = self.content.get("inputs") == inputs and not self.content.get("complete")
-        for path in [] if same else self._own():
-            remove(path)
-        self.content = {"inputs": dict(inputs), "complete": False}
+        begun = self.content.get("begun", 0.0) if same else time.time()
+        self.content = {"inputs": dict(inputs), "complete": False, "begun": begun}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, self.content)
-        return same
+        # a failed start may have brought an earlier result back, with that one's checkpoints
+        return same and any(step.stat().st_mtime >= begun for step in self.folder.glob("checkpoints/step-*"))
 
     def end(self, inputs: Mapping[str, Any], seconds: float) -> list[str]:
         """Note the end. What changed while the stage ran, in words: the next run will find it, and do the stage again.

@@ -43,7 +43,7 @@ from barrier_diffusers.utils.command_line import (
     sections_of,
     wants_help,
 )
-from barrier_diffusers.utils.files import remove, require_writable, write_json
+from barrier_diffusers.utils.files import require_writable, write_json
 from barrier_diffusers.utils.help_page import Flag, Group, groups_of, help_page
 from barrier_diffusers.utils.installation import resolve_named_files, shipped
 from barrier_diffusers.utils.locks import FolderLock
@@ -316,10 +316,7 @@ def run_stage(workflow: Workflow, stage: Stage, lock: FolderLock) -> None:
     print(f"{stage.name}: {reason}; runs now, log {log}", flush=True)
     names = {known.name for known in fields(stage.config_class)}
     if record.begin(inputs) and "resume_from_checkpoint" in names:
-        if list((output / stage.subfolder / "checkpoints").glob("step-*")):
-            values["resume_from_checkpoint"] = "latest"
-        else:
-            remove(output / stage.subfolder)
+        values["resume_from_checkpoint"] = "latest"
     if "overwrite_output_dir" in names:  # it is the workflow's own
         values["overwrite_output_dir"] = True
     write_json(settings, values)
