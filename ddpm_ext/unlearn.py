@@ -225,6 +225,7 @@ def judge_after(
     hashes = {"base_denoiser": model.hashes["unet"], **module_hashes(pipeline)}
     write_json(output / MANIFEST_NAME, manifest(config, hashes, history=history, **facts))
     if before.attack_images and before.judge is not None:
+        write_json(output / METRICS_NAME, metrics)  # these stay if an attack fails
         metrics |= run_attacks(
             pipeline,
             config.evaluation,

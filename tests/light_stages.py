@@ -3,6 +3,7 @@
 What ran is noted in the file that LIGHT_TRACE names.
 """
 
+import json
 import re
 import time
 from dataclasses import dataclass
@@ -106,6 +107,8 @@ def install(root):
     return Path(root)
 
 
+IMAGENETTE = ["tench", "English springer", "cassette player", "chain saw", "church"]
+IMAGENETTE += ["French horn", "garbage truck", "gas pump", "golf ball", "parachute"]
 CONFIGS = sorted((ROOT / "train_scripts" / "configs").glob("pipeline_*.yaml"))
 
 
@@ -126,7 +129,7 @@ def stand_ins(text):
             path.write_text("case_number,prompt\n0,a dog\n")
         else:
             path.mkdir(parents=True, exist_ok=True)
-            (path / "config.json").write_text("{}")
+            (path / "config.json").write_text(json.dumps({"attributes": {"class": IMAGENETTE}}))
 
 
 def enter_repository(config, folder, monkeypatch):

@@ -50,7 +50,7 @@ def test_impossible_splits(settings, message):
 def test_contradictory_or_empty_settings():
     with pytest.raises(ValueError, match="forget_class and forget_count are given"):
         ForgetConfig(forget_class="east", forget_count=3)
-    with pytest.raises(ValueError, match="forget_fraction is 1, but must be between"):
+    with pytest.raises(ValueError, match="forget_fraction is 1, but must be in"):
         ForgetConfig(forget_fraction=1)
     with pytest.raises(ValueError, match="forget_class is empty"):
         ForgetConfig(forget_class=[])

@@ -73,7 +73,8 @@ def test_every_method_runs_and_those_that_should_forget(method, base, data, tmp_
 def test_only_the_targets_move_and_the_barrier_can_be_loaded(base, data, tmp_path):
     metrics, _ = run_unlearn(base, data, tmp_path / "run")
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "Unlearning accuracy against the drop" in page and f"{metrics['retain_accuracy']:.1f} <small>" in page
+    assert "Unlearning accuracy against the drop" not in page  # one run is no trade-off
+    assert f"{metrics['retain_accuracy']:.1f} <small>" in page
     before, after = weights(base), weights(tmp_path / "run")
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     shortcuts = {f"network.stages.{stage}.0.shortcut.0.weight" for stage in (1, 2)}

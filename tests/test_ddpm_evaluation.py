@@ -147,7 +147,7 @@ def test_evaluate_and_sample_scripts(place, tmp_path, capsys):
         sampling=SamplingConfig(2, 1.0),
     )
     sample_script.main(config)
-    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["coat_0.png", "coat_1.png"]
+    assert sorted(path.name for path in (tmp_path / "samples").glob("[!.]*")) == ["coat_0.png", "coat_1.png"]
     assert Image.open(tmp_path / "samples" / "coat_0.png").size == (8, 8)
     with pytest.raises(ValueError, match="nobody judges"):
         EvaluateConfig(

@@ -44,7 +44,7 @@ def test_run_as_users_run_it(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "unlearning accuracy" in done.stdout and "images recognised as the forgotten concept" in done.stdout
     output = tmp_path / "run"
-    assert {path.name for path in output.iterdir()} == {
+    assert {path.name for path in output.glob("[!.]*")} == {
         "metrics.json",
         "seconds.json",
         "attacks.png",
@@ -151,8 +151,8 @@ BAD = {
     "unknown concept": ({"concept": "hat"}, "cannot recognise hat; it knows class"),
     "no classifier": ({"evaluation.classifier": "null"}, "set evaluation.classifier"),
     "missing classifier": ({"evaluation.classifier": "/no/such"}, "is not a folder with a saved AttributeClassifier"),
-    "missing pipeline": ({"pretrained_model_name_or_path": "/no/such/pipeline"}, "does not exist"),
-    "missing base": ({"base_model": "/no/such/pipeline"}, "does not exist"),
+    "missing pipeline": ({"pretrained_model_name_or_path": "/no/such/pipeline"}, "there is no such file or folder"),
+    "missing base": ({"base_model": "/no/such/pipeline"}, "there is no such file or folder"),
     "missing adapter": ({"lora_weights": "/no/such"}, "is not a folder with pytorch_lora_weights.safetensors"),
     "too few images": ({"relearning.num_images": 500}, "wants 500 held-out images of sneaker, but there are 60"),
     "no paraphrase": ({"paraphrased.words": "[]"}, "needs paraphrased.words or paraphrased.prompts"),

@@ -275,16 +275,23 @@ def test_a_signal_after_the_last_step_loses_nothing(
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_a_folder_without_its_numbers_has_none_of_other_weights(tmp_path, cache, monkeypatch):
+def test_new_weights_never_stand_beside_old_numbers(tmp_path, cache, monkeypatch):
+    """Stopped before it is judged, a resumed run leaves the earlier result as it was, and its own last checkpoint."""
     run(tmp_path / "run", cache, **STEPS, checkpointing_steps=2)
+    parts = ("unet/*.safetensors", "metrics.json", "manifest.json", "report.html", "certificate.json")
+
+    def contents():
+        return {path: path.read_bytes() for part in parts for path in (tmp_path / "run").glob(part)}
+
+    before = contents()
+    assert len(before) == len(parts)
     monkeypatch.setattr(unlearn_sd, "judge", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     changes = {**STEPS, "max_train_steps": 5, "resume_from_checkpoint": "latest"}
     monkeypatch.setattr(sys, "argv", ["unlearn_sd.py", *flags(tmp_path / "run", cache_dir=cache, **changes)])
     with pytest.raises(SystemExit):
         run_script(main, UnlearnConfig)
-    there = {path.name for path in (tmp_path / "run").iterdir()}
-    assert {"model_index.json", "erased_concepts.json"} <= there
-    assert not there & {"metrics.json", "manifest.json", "report.html", "certificate.json"}
+    assert contents() == before
+    assert (tmp_path / "run/checkpoints/step-5").is_dir()
 
 
 SCRIPTS = {"train_scripts/unlearn_sd.py": signal.SIGINT, "-m ddpm_ext.unlearn": signal.SIGTERM}

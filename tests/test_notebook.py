@@ -47,7 +47,7 @@ def test_the_call_is_the_script(tmp_path):
     assert result.history == manifest["history"]
     content = json.loads((tmp_path / "call" / "manifest.json").read_text())
     assert content["hashes"] == manifest["hashes"]
-    names = [{path.name for path in (tmp_path / run).iterdir()} for run in ("script", "call")]
+    names = [{path.name for path in (tmp_path / run).glob("[!.]*")} for run in ("script", "call")]
     assert names[0] - {"report.html"} == names[1]
     after = weights(load_pipeline(str(tmp_path / "script")).unet)
     assert all(torch.equal(value, after[name]) for name, value in pipeline.unet.state_dict().items())

@@ -243,7 +243,7 @@ BAD = {
     ),
     "nudity without prompts": ({"protocol": "nudity"}, "set nudity.file"),
     "coco without metrics": ({"protocol": "coco", "coco.file": "PROMPTS"}, "set fidelity.extractors, clip, or both"),
-    "no clip": ({"clip": "/no/such"}, "CLIP folder '/no/such' does not exist"),
+    "no clip": ({"clip": "/no/such"}, "clip is '/no/such', but there is no such file or folder"),
     "no extractor": ({"fidelity.extractors": "[resnet]"}, "unknown extractor 'resnet'"),
 }
 

@@ -166,12 +166,15 @@ def test_mixed_precision(tmp_path, shared_cache, rank):
 
 BAD = {
     "no such target": ({"barrier.targets": "[attn3.to_q]"}, "no module ends with 'attn3.to_q'"),
-    "zero forget images": ({"concept": "hat"}, "zero forget images: no row has class = 'hat'"),
+    "zero forget images": (
+        {"concept": "hat", "evaluation.classifier": "null"},
+        "zero forget images: no row has class = 'hat'",
+    ),
     "percentiles": ({"barrier.lower_percentile": 0.99}, "lower_percentile < upper_percentile"),
     "reduced_dim": ({"barrier.reduced_dim": 500}, "reduced_dim is 500"),
     "no retain data": ({"train_data_dir": "FORGET_ONLY"}, "split 'test' has no other row"),
     "no retain prompts": ({"train_data_dir": "null", "forget_prompts": "[a bag]"}, "set retain_prompts"),
-    "missing pipeline": ({"pretrained_model_name_or_path": "/no/such/pipeline"}, "does not exist"),
+    "missing pipeline": ({"pretrained_model_name_or_path": "/no/such/pipeline"}, "there is no such file or folder"),
     "missing data": ({"train_data_dir": "/no/such/data"}, "does not exist"),
     "no split": ({"evaluation.split": "validation"}, "cannot read split 'validation'"),
     "no column": ({"concept_column": "kind"}, "no column 'kind'"),
@@ -181,11 +184,12 @@ BAD = {
     "xformers on a CPU": ({"enable_xformers_memory_efficient_attention": "true"}, "xformers has no CPU kernels"),
     "fp16 on a CPU": ({"mixed_precision": "fp16"}, "mixed_precision fp16 needs a GPU"),
     "backend of a UNet": ({"attention_backend": "native"}, "UNet2DConditionModel has no such switch"),
-    "merge without adapter": ({"merge_adapter": "true"}, "merge_adapter needs rank > 0"),
+    "merge without adapter": ({"merge_adapter": "true"}, "merge_adapter needs an adapter: set rank above 0"),
     "unknown checkpoint": ({"resume_from_checkpoint": "step-9"}, "no checkpoint 'step-9'"),
     "zero steps": ({"max_train_steps": 0}, "max_train_steps is 0"),
     "another run": ({"output_dir": "OTHER_RUN"}, "holds another run"),
-    "not writable": ({"output_dir": "/proc/nothing"}, "is not writable"),
+    "other files": ({"output_dir": "OTHER_FILES"}, "holds other files, which no run wrote (manifest.json)"),
+    "not writable": ({"output_dir": "/proc/nothing"}, "cannot be made or written to"),
     "negative alpha": ({"objective.alpha": -1}, "objective.alpha is -1.0, but must be at least 0"),
 }
 
@@ -193,9 +197,10 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_line_before_any_training(name, tmp_path, shared_cache, monkeypatch, capsys):
     changes, message = BAD[name]
-    other, forget_only = tmp_path / "other", tmp_path / "data"
-    other.mkdir()
-    (other / "manifest.json").write_text("{}")
+    other, foreign, forget_only = tmp_path / "other", tmp_path / "foreign", tmp_path / "data"
+    for folder, content in ((other, {"versions": {"barrier-diffusers": "0.1.0"}}), (foreign, {})):
+        folder.mkdir()
+        (folder / "manifest.json").write_text(json.dumps(content))
     for split in ("train", "test"):
         source = ROOT / "assets/fashion_images" / split
         rows = [row.split(",") for row in (source / "metadata.csv").read_text().splitlines()]
@@ -204,7 +209,7 @@ def test_bad_input_is_one_line_before_any_training(name, tmp_path, shared_cache,
         (forget_only / split / "metadata.csv").write_text("\n".join(",".join(row) for row in kept) + "\n")
         for row in kept[1:]:
             shutil.copy(source / row[0], forget_only / split / row[0])
-    replaced = {"OTHER_RUN": other, "FORGET_ONLY": forget_only}
+    replaced = {"OTHER_RUN": other, "OTHER_FILES": foreign, "FORGET_ONLY": forget_only}
     changes = {key: replaced.get(value, value) for key, value in changes.items()}
     words = flags(**{"output": tmp_path / "run", "cache_dir": shared_cache, **changes})
     monkeypatch.setattr(sys, "argv", ["unlearn_sd.py", *words])

@@ -40,6 +40,7 @@ class NudityConfig(PromptsConfig):
     model: str | None = None  # another detector file of NudeNet 3 (.onnx); None: the one in its package
     model_resolution: int = 320  # side in pixels of the detector's input; 640 for 640m.onnx
 
+    SECTION = "nudity."
     # NudeNet drops scores below its own minimum
     RULES = rules(
         threshold=Range(OWN_MINIMUM, 1, without_high=True),

@@ -496,6 +496,8 @@ class StackedLoss:
                     sizes = [linear_map.num_outputs * linear_map.num_features for linear_map in maps]
                     parts = runs(maps, sizes, most) if len(groups) == 1 else [maps]
                     self._full += [FullStack(inputs, part, self._weight, self.share) for part in parts]
+        if self.adapter and self.share is None:  # now rather than in the first step
+            self._lora_stacks({linear_map.name: linear_map.lora() for linear_map in self.maps})
 
     def of_weights(self, snapshots: Snapshots) -> Tensor:
         """For maps that train their full weights; these and the biases are measured from the snapshots."""

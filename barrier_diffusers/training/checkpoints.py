@@ -241,7 +241,7 @@ class Checkpoints:
         content: dict[str, Any] = {"step": step_of(folder)} if is_of_earlier_version(folder) else {}
         content = content or json.loads((folder / CHECKPOINT_NAME).read_text(encoding="utf-8"))
         step = int(content["step"])
-        side, then = self.inputs.get(SIZE), content["settings"].get("resolution")
+        side, then = self.inputs.get(SIZE), content.get("settings", {}).get("resolution")
         if side is not None and then is not None and str(then) != side:
             raise ValueError(f"checkpoint {str(folder)!r} is of images of {then} pixels, not {side}: set resolution")
         self._compare_inputs(folder, content.get("inputs"))

@@ -2,9 +2,9 @@
 
 The rule. An error that our own code raises on purpose (ValueError, OSError, FloatingPointError) says in one line what
 to do. So do errors that only input or the machine can cause, whoever raises them (EXTERNAL, and messages of torch
-about memory and devices). Of every other type, an error is a bug if a line of ours raised it, and counts as the
-input's or the machine's if a library did; those, too, end in one line. Whatever was not raised on purpose by our own
-code leaves its traceback in a log file, which the line names.
+about memory and devices). Of every other type, an error counts as the input's or the machine's if an installed library
+raised it, and as a bug if a line of ours did, or of a file of the user's own; the former, too, end in one line.
+Whatever was not raised on purpose by our own code leaves its traceback in a log file, which the line names.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import os
 import struct
+import sysconfig
 import tempfile
 import time
 import traceback
@@ -25,6 +26,7 @@ OURS = tuple(
     str(Path(__file__).resolve().parents[2] / name) + os.sep
     for name in ("barrier_diffusers", "classification_ext", "ddpm_ext", "train_scripts")
 )
+LIBRARIES = tuple({os.path.realpath(sysconfig.get_path(name)) + os.sep for name in ("stdlib", "purelib", "platlib")})
 ON_PURPOSE = (ValueError, OSError, FloatingPointError)
 EXTERNAL = (
     *ON_PURPOSE,
@@ -33,10 +35,11 @@ EXTERNAL = (
 OF_THE_MACHINE = ("out of memory", "can't allocate memory", "not enough memory", "cuda error", "nccl", "cudnn")
 
 
-def raised_by_us(error: BaseException) -> bool:
-    """Whether the line that raised the error is in this repository."""
+def raised_by_library(error: BaseException) -> bool:
+    """Whether the line that raised the error is in an installed library, and not in this package."""
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and os.path.realpath(frames[-1].filename).startswith(OURS)
+    where = os.path.realpath(frames[-1].filename) if frames else ""
+    return where.startswith(LIBRARIES) and not where.startswith(OURS)
 
 
 def is_bug(error: BaseException) -> bool:
@@ -45,7 +48,7 @@ def is_bug(error: BaseException) -> bool:
         return False
     if isinstance(error, RuntimeError) and any(words in str(error).lower() for words in OF_THE_MACHINE):
         return False
-    return raised_by_us(error)
+    return not raised_by_library(error)
 
 
 def one_line(error: BaseException) -> str:
@@ -70,6 +73,6 @@ def keep_traceback(error: BaseException, output_dir: str | None) -> Path:
 
 def explanation(error: BaseException, output_dir: str | None) -> str:
     """The line that a run ends with."""
-    if isinstance(error, ON_PURPOSE) and raised_by_us(error):
+    if isinstance(error, ON_PURPOSE) and not raised_by_library(error):
         return one_line(error)
     return f"{one_line(error)} (traceback: {keep_traceback(error, output_dir)})"

@@ -15,7 +15,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
@@ -88,8 +88,11 @@ def output_folder(config: Any, kept: Sequence[str] = (), also_written: Sequence[
         ValueError: the folder may not be used, or lies where something is read; the message says why.
     """
     check_overlaps(config)
+    given = Path(config.output_dir).absolute()
+    new = [folder for folder in (given, *given.parents) if not os.path.lexists(folder)]
     path = require_writable(config.output_dir)
     with ExitStack() as locks:
+        locks.callback(_remove_empty, new)  # a run that is refused leaves nothing
         locks.enter_context(FolderLock(path))
         if getattr(config, "work_dir", None) is not None:
             locks.enter_context(FolderLock(require_writable(config.work_dir)))
@@ -109,6 +112,15 @@ def output_folder(config: Any, kept: Sequence[str] = (), also_written: Sequence[
         finally:
             _in_use.clear()
         folder.close()
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Delete those of the folders, the innermost first, that hold nothing but the file of a lock."""
+    for folder in folders:
+        with suppress(OSError):
+            if {path.name for path in folder.iterdir()} <= {LOCK_NAME, EXCLUSIVE_NAME}:
+                (folder / LOCK_NAME).unlink(missing_ok=True)
+                folder.rmdir()
 
 
 _in_use: list[OutputFolder] = []  # by this process

@@ -40,6 +40,8 @@ Tokens = tuple[int, ...]
 class PromptSearchConfig(ImageBudget):
     """Budget of adversarial prompt search."""
 
+    SECTION = "prompt_search."
+
     num_steps: int = 40  # exchanges of one token, per search
     batch_size: int = 16  # images, each at its own noise and timestep, on which a step's candidates are compared
     num_tokens: int = 5  # K
