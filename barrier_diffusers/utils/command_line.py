@@ -250,4 +250,5 @@ def last_line(text: str) -> None:
     """Print a line on stderr below the progress bars that are still open; the error keeps their loops alive."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
-    print(text, file=sys.stderr, flush=True)
+    sys.stderr.write(f"{text}\n")  # at once: several processes may end at the same time
+    sys.stderr.flush()
