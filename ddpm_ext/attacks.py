@@ -17,15 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from barrier_diffusers.evaluation.attacks.base import LearningBudget, frozen, learn
-from barrier_diffusers.evaluation.attacks.inversion import LearnedToken
+from barrier_diffusers.evaluation.attacks.base import LearningBudget
 from barrier_diffusers.evaluation.attacks.running import attack_record, rows_of
 from barrier_diffusers.evaluation.judge import Judge, as_rgb
 from barrier_diffusers.evaluation.judged_model import PICTURE_NAME
 from barrier_diffusers.evaluation.pictures import attacks_picture
 from barrier_diffusers.evaluation.tables import print_attacks
 from barrier_diffusers.models.generation import SamplingConfig, generate
+from barrier_diffusers.models.learned_tokens import LearnedTokens
 from barrier_diffusers.objectives.base import Condition
+from barrier_diffusers.training.learning import frozen, learn
 from ddpm_ext.diffusion import LABELS, LabelDenoiser, draw
 from ddpm_ext.loading import load_rows
 from ddpm_ext.metrics import EvaluationLabels
@@ -42,8 +43,8 @@ def learned_row(
     table = unet.class_embedding
     start = label if budget.initial_label is None else pipeline.labels.index(budget.initial_label)
     try:
-        unet.class_embedding = learned = LearnedToken(table, label, table.weight[start])
-        yield [learned.vector]
+        unet.class_embedding = learned = LearnedTokens(table, [label], table.weight[[start]])
+        yield [learned.vectors]
     finally:
         unet.class_embedding = table
 

@@ -12,7 +12,7 @@ from pipelines import build
 from barrier_diffusers.evaluation.attacks import ATTACKS, Forgotten, register_attack
 from barrier_diffusers.evaluation.attacks.base import LearningBudget, encode, frozen, learn
 from barrier_diffusers.evaluation.attacks.benign import BenignConfig
-from barrier_diffusers.evaluation.attacks.inversion import TOKEN, InversionConfig, learned_token
+from barrier_diffusers.evaluation.attacks.inversion import InversionConfig
 from barrier_diffusers.evaluation.attacks.misspelled import MisspelledConfig, misspell
 from barrier_diffusers.evaluation.attacks.paraphrased import ParaphrasedConfig
 from barrier_diffusers.evaluation.attacks.prompt_search import PromptSearchConfig
@@ -21,6 +21,7 @@ from barrier_diffusers.evaluation.settings import EvaluateConfig
 from barrier_diffusers.models.architectures import components
 from barrier_diffusers.models.denoiser import PipelineDenoiser
 from barrier_diffusers.models.generation import generate
+from barrier_diffusers.models.learned_tokens import TOKEN, learned_tokens
 from barrier_diffusers.utils.run_records import module_hash
 
 BUDGETS = {
@@ -106,42 +107,75 @@ def test_an_attack_repeats_exactly_and_follows_its_seed(pipeline, name):
 def test_the_gradient_of_inversion_reaches_only_the_new_embedding(pipeline):
     images, denoiser = forgotten().images, PipelineDenoiser(pipeline)
     caption = f"a photo of a red {TOKEN}"
-    with frozen(pipeline), learned_token(pipeline, "sneaker") as token:
-        start = token.vector.detach().clone()
+    with frozen(pipeline), learned_tokens(pipeline, "sneaker") as new:
+        (vectors,) = new.parameters
+        start = vectors.detach().clone()
         moments = encode(pipeline, images, 32)
         drawn = denoiser.noised(moments, torch.Generator().manual_seed(0))
         condition = denoiser.architecture.encode(pipeline, [caption] * len(images))
         predicted = denoiser.predict(denoiser.network, drawn.noisy, drawn.timesteps, condition)
         torch.nn.functional.mse_loss(predicted, drawn.target).backward()
-        assert token.vector.grad.abs().max() > 0
+        assert vectors.grad.abs().max() > 0
         others = [value for part in components(pipeline).values() for value in part.parameters()]
-        assert [value for value in others if value.grad is not None] == [token.vector]
-        token.vector.grad = None
+        assert [value for value in others if value.grad is not None] == [vectors]
+        vectors.grad = None
 
         def condition_of(rows):
             return denoiser.architecture.encode(pipeline, [caption] * len(rows))
 
-        learn(denoiser, moments, condition_of, [token.vector], LearningBudget(num_steps=1, batch_size=2), "test")
-        assert not torch.equal(token.vector, start)
+        learn(denoiser, moments, condition_of, [vectors], LearningBudget(num_steps=1, batch_size=2), "test")
+        assert not torch.equal(vectors, start)
 
 
 def test_the_new_token_starts_as_the_concepts_words_and_is_read_where_it_stands(pipeline):
     words = pipeline.text_encoder.get_input_embeddings().weight
     ids = pipeline.tokenizer("running shoe", add_special_tokens=False).input_ids
-    with learned_token(pipeline, "running shoe") as token:
-        torch.testing.assert_close(token.vector, words[ids].mean(0))
-        read = pipeline.tokenizer(f"a red {TOKEN}").input_ids
-        assert read[-2] == token.token_id and TOKEN not in pipeline.tokenizer.decode(read[:-2])
-        embedded = token(torch.tensor([read]))
-        torch.testing.assert_close(embedded[0, -2], token.vector)
+    with learned_tokens(pipeline, "running shoe") as new:
+        (layer,) = new.layers
+        torch.testing.assert_close(layer.vectors[0], words[ids].mean(0))
+        read = pipeline.tokenizer(f"a red {new.words}").input_ids
+        assert [read[-2]] == layer.token_ids and TOKEN not in pipeline.tokenizer.decode(read[:-2])
+        embedded = layer(torch.tensor([read]))
+        torch.testing.assert_close(embedded[0, -2], layer.vectors[0])
         torch.testing.assert_close(embedded[0, :-2], words[read[:-2]])
-        assert pipeline.text_encoder.get_input_embeddings() is token
+        assert pipeline.text_encoder.get_input_embeddings() is layer
+
+
+def test_several_tokens_are_read_in_order_and_may_start_at_random(pipeline):
+    words = pipeline.text_encoder.get_input_embeddings().weight
+    with learned_tokens(pipeline, None, count=3, seed=1) as new:
+        (layer,) = new.layers
+        assert len({tuple(vector.tolist()) for vector in layer.vectors}) == 3
+        assert all((words == vector).all(1).any() for vector in layer.vectors)
+        read = pipeline.tokenizer(f"a red {new.words} on grass").input_ids
+        assert read[3:6] == layer.token_ids
+        torch.testing.assert_close(layer(torch.tensor([read]))[0, 3:6], layer.vectors.detach())
+        start = layer.vectors.detach().clone()
+    with learned_tokens(pipeline, None, count=3, seed=2) as new:
+        assert not torch.equal(new.parameters[0], start)
+
+
+@pytest.mark.parametrize("architecture", ["sdxl", "sd3", "flux"])
+def test_every_text_encoder_learns_the_token(architecture):
+    pipeline = build(architecture)
+    before, denoiser, entry = state(pipeline), PipelineDenoiser(pipeline), forgotten()
+    with frozen(pipeline), learned_tokens(pipeline, "sneaker", count=2) as new:
+        moments, texts = encode(pipeline, entry.images, 32), [f"a {new.words}"] * len(entry.images)
+        drawn = denoiser.noised(moments, torch.Generator().manual_seed(0))
+        condition = denoiser.architecture.encode(pipeline, texts)
+        denoiser.predict(denoiser.network, drawn.noisy, drawn.timesteps, condition).sum().backward()
+        assert len(new.parameters) == {"sdxl": 2, "sd3": 3, "flux": 2}[architecture]
+        assert all(vectors.grad.abs().max() > 0 for vectors in new.parameters)
+    assert state(pipeline) == before
+    InversionConfig().check(pipeline, entry)
+    attempt = ATTACKS.find("inversion").run(pipeline, entry, BUDGETS["inversion"])
+    assert attempt.images_NHWC.shape == (3, 32, 32, 3) and state(pipeline) == before
 
 
 def test_inversion_lowers_the_denoising_loss(pipeline):
     """On one image at fixed noise the learned embedding explains the image better than the concept's name did."""
     images, denoiser = forgotten().images.select([0]), PipelineDenoiser(pipeline)
-    with frozen(pipeline), learned_token(pipeline, "sneaker") as token:
+    with frozen(pipeline), learned_tokens(pipeline, "sneaker") as new:
         moments = encode(pipeline, images, 32).expand(8, -1, -1, -1)
 
         def condition_of(rows):
@@ -154,7 +188,7 @@ def test_inversion_lowers_the_denoising_loss(pipeline):
                 return torch.nn.functional.mse_loss(predicted, drawn.target).item()
 
         before = loss()
-        learn(denoiser, moments, condition_of, [token.vector], LearningBudget(num_steps=60, batch_size=8), "test")
+        learn(denoiser, moments, condition_of, new.parameters, LearningBudget(num_steps=60, batch_size=8), "test")
         assert loss() < before
 
 
@@ -166,8 +200,6 @@ def test_relearning_serves_every_architecture(architecture):
     budget.check(pipeline, entry)
     attempt = ATTACKS.find("relearning").run(pipeline, entry, budget)
     assert attempt.images_NHWC.shape == (3, 32, 32, 3) and state(pipeline) == before
-    with pytest.raises(ValueError, match="inversion learns one embedding, but a .* has"):
-        InversionConfig().check(pipeline, entry)
 
 
 def test_misspelled_prompts():
@@ -251,5 +283,5 @@ def test_settings_out_of_range(make, message):
 
 def test_inversion_refuses_a_token_that_exists(pipeline):
     pipeline.tokenizer.add_tokens(TOKEN)
-    with pytest.raises(ValueError, match="has a token <forgotten> already"), learned_token(pipeline, "sneaker"):
+    with pytest.raises(ValueError, match="has a token <forgotten> already"), learned_tokens(pipeline, "sneaker"):
         pass

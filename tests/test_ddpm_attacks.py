@@ -73,7 +73,7 @@ def test_a_row_starts_where_it_is_told_to(place, monkeypatch):
     table, images = pipeline.unet.class_embedding.weight, torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
     for budget in (RowInversionConfig(), RowInversionConfig(initial_label="coat")):
         attack("inversion", pipeline, "boot", images, budget, ["boot"], SamplingConfig(1, 1.0))
-    assert torch.equal(rows[0], table[1]) and torch.equal(rows[1], table[2])
+    assert torch.equal(rows[0], table[[1]]) and torch.equal(rows[1], table[[2]])
     config = LabelEvaluationConfig(str(place.judge), attacks=["inversion"])
     config.inversion.initial_label = "shoe"
     with pytest.raises(ValueError, match="initial_label 'shoe' is no label of the pipeline: bag, boot, coat"):

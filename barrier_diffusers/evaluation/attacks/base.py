@@ -1,31 +1,40 @@
 """What every attack gets and gives back, and the registry that maps a name to it.
 
-Shapes: N images, H height, W width, B batch, c latent channels, h and w latent side.
+Shapes: N images, H height, W width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Sized
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset
-from torch import Tensor, nn
-from tqdm.auto import trange
 
 from barrier_diffusers.data.captions import swap_concept
-from barrier_diffusers.data.encoding import encode_moments
 from barrier_diffusers.data.readers import take_evenly
-from barrier_diffusers.models.architectures import components, get_architecture
-from barrier_diffusers.models.denoiser import Denoiser
+from barrier_diffusers.models.architectures import get_architecture
 from barrier_diffusers.models.generation import SamplingConfig
-from barrier_diffusers.objectives.base import Condition, DiffusionStep
+from barrier_diffusers.training.learning import encode, frozen, learn
 from barrier_diffusers.utils.checks import ABOVE_0, SEED, Checked, at_least, rules
 from barrier_diffusers.utils.registry import Registry
+
+__all__ = [
+    "ATTACKS",
+    "Attack",
+    "Attempt",
+    "Budget",
+    "Forgotten",
+    "ImageBudget",
+    "LearningBudget",
+    "Run",
+    "encode",
+    "frozen",
+    "learn",
+    "register_attack",
+    "rename_concept",
+]
 
 
 @dataclass(frozen=True)
@@ -151,58 +160,3 @@ def rename_concept(captions: Sequence[str], concept: str, words: str) -> list[st
                 "choose a concept that the captions name, or leave the attack out"
             ) from error
     return renamed
-
-
-@contextmanager
-def frozen(pipeline: Any) -> Iterator[None]:
-    """No network of the pipeline trains; which parameters did, and every module's mode, come back at the end."""
-    parts = components(pipeline).values()
-    gradients = [(value, value.requires_grad) for part in parts for value in part.parameters()]
-    modes = [(module, module.training) for part in parts for module in part.modules()]
-    try:
-        for part in parts:
-            part.requires_grad_(False).eval()
-        yield
-    finally:
-        for value, required in gradients:
-            value.requires_grad_(required)
-        for module, training in modes:
-            module.training = training
-
-
-def encode(pipeline: Any, images: Dataset, resolution: int) -> Tensor:
-    """VAE posteriors (N, 2 c, h, w) of the images."""
-    return encode_moments(pipeline.vae, images, image_column="image", resolution=resolution)
-
-
-def learn(
-    denoiser: Denoiser,
-    moments: Tensor,
-    condition: Callable[[Tensor], Condition],
-    parameters: Sequence[nn.Parameter],
-    budget: LearningBudget,
-    desc: str,
-) -> None:
-    """Train `parameters`, and nothing else, on the denoising loss that the model itself was trained with.
-
-    Args:
-        moments: VAE posteriors (N, 2 c, h, w) of the images, or what else `diffusion.noised` takes.
-        condition: numbers of the images in a batch (B,) -> what their captions or labels tell the denoiser.
-
-    Raises:
-        FloatingPointError: a loss that is not finite.
-    """
-    generator = torch.Generator().manual_seed(budget.seed)
-    optimizer = torch.optim.AdamW(parameters, lr=budget.learning_rate, weight_decay=0.0)
-    predict, device = partial(denoiser.predict, denoiser.network), next(denoiser.network.parameters()).device
-    for step in trange(budget.num_steps, desc=desc, leave=False):
-        rows = torch.randint(len(moments), (budget.batch_size,), generator=generator)
-        drawn = denoiser.noised(moments[rows], generator)
-        noisy, timesteps, target = (value.to(device) for value in (drawn.noisy, drawn.timesteps, drawn.target))
-        prompts = {key: value.to(device) for key, value in condition(rows).items()}
-        loss = DiffusionStep(predict, noisy, timesteps, target, prompts).ordinary_loss()
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"{desc}: non-finite loss at step {step + 1}: lower its learning_rate")
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()

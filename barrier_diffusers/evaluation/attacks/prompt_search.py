@@ -22,14 +22,13 @@ from barrier_diffusers.evaluation.attacks.base import (
     Attempt,
     Forgotten,
     ImageBudget,
-    encode,
-    frozen,
     register_attack,
     rename_concept,
 )
 from barrier_diffusers.models.denoiser import PipelineDenoiser
 from barrier_diffusers.models.generation import generate
 from barrier_diffusers.models.noising import Noised
+from barrier_diffusers.training.learning import encode, frozen
 from barrier_diffusers.utils.checks import at_least, rules
 
 GAP = "\x00"  # stands for the searched words in a template

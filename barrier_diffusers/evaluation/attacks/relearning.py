@@ -15,9 +15,6 @@ from barrier_diffusers.evaluation.attacks.base import (
     Attempt,
     Forgotten,
     LearningBudget,
-    encode,
-    frozen,
-    learn,
     register_attack,
 )
 from barrier_diffusers.models.denoiser import PipelineDenoiser
@@ -25,6 +22,7 @@ from barrier_diffusers.models.generation import generate
 from barrier_diffusers.models.loading import add_adapter
 from barrier_diffusers.protection.config import BarrierConfig
 from barrier_diffusers.protection.targets import resolve_targets
+from barrier_diffusers.training.learning import encode, frozen, learn
 from barrier_diffusers.utils.checks import Range, rules
 
 
