@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import sys
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from kills import killed_and_resumed
+from PIL import Image as PILImage
 from safetensors.torch import load_file
 from train_text_to_image import TrainConfig, main
 
@@ -82,3 +84,53 @@ def test_a_resumed_run_with_other_settings_is_refused(data, tmp_path, monkeypatc
         run_script(main, TrainConfig)
     assert caught.value.code == 1
     assert "unet.learning_rate was 0.0015 and is 0.5" in capsys.readouterr().err
+
+
+def test_a_control_takes_the_vae_as_it_is_reads_every_word_and_never_sees_the_concept(data, tmp_path):
+    main(parse_config(TrainConfig, words(data, tmp_path / "all")))
+    shared = {"exclude_concepts": "[Red]", "pretrained_vae": tmp_path / "all/sd/vae"}
+    main(parse_config(TrainConfig, words(data, tmp_path / "control", **shared)))
+    other = shutil.copytree(data, tmp_path / "other_reds")
+    for path in sorted((other / "train").glob("*.png"))[::4]:  # every fourth is red
+        PILImage.new("RGB", (16, 16), "white").save(path)
+    main(parse_config(TrainConfig, words(other, tmp_path / "again", **shared)))
+
+    def weights(run, name):
+        return load_file(tmp_path / run / f"sd/{name}.safetensors")
+
+    unet, text = WEIGHTS[0], WEIGHTS[2]
+    for name in (unet, text):
+        first, second = weights("control", name), weights("again", name)
+        assert all(torch.equal(first[key], second[key]) for key in first), name
+    assert not all(torch.equal(weights("all", unet)[key], value) for key, value in weights("control", unet).items())
+    base, control = (StableDiffusionPipeline.from_pretrained(tmp_path / run / "sd") for run in ("all", "control"))
+    assert all(torch.equal(control.vae.state_dict()[key], value) for key, value in base.vae.state_dict().items())
+    assert control.vae.config.scaling_factor == base.vae.config.scaling_factor
+    assert control.tokenizer.get_vocab() == base.tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "message"),
+    [
+        ({"exclude_concepts": "[pink]"}, 1, "names 'pink', but no caption does"),
+        ({"exclude_concepts": "[bag]"}, 1, "leaves no row to train on"),
+        ({"exclude_concepts": "[red, red]"}, 2, "exclude_concepts names 'red' twice"),
+        ({"exclude_concepts": "['']"}, 2, "exclude_concepts has an empty name"),
+        ({"pretrained_vae": "nowhere"}, 1, "pretrained_vae is 'nowhere', but there is no such folder"),
+        ({"pretrained_vae": "assets/fashion_sd/vae"}, 1, "but the settings in `vae` say"),
+    ],
+)
+def test_a_control_that_cannot_be_trained_is_refused(changes, code, message, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_text_to_image.py", *words(data, tmp_path, **changes)])
+    with pytest.raises(SystemExit) as caught:
+        run_script(main, TrainConfig)
+    assert caught.value.code == code
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "sd" / "model_index.json").exists()
+
+
+def test_a_run_resumed_with_other_excluded_pictures_is_refused(data, tmp_path):
+    main(parse_config(TrainConfig, words(data, tmp_path)))
+    config = parse_config(TrainConfig, words(data, tmp_path, exclude_concepts="[red]"))
+    with pytest.raises(ValueError, match="exclude_concepts was"):
+        main(config)

@@ -3,6 +3,9 @@
 Stages: VAE on pixels -> its posteriors cached -> text encoder and UNet trained together on noise prediction, with an
 exponential moving average -> pipeline folder. A VAE that is already in work_dir is not trained again, and
 `--resume_from_checkpoint latest` goes on with whatever stage was stopped.
+
+`--exclude_concepts '[sneaker]' --pretrained_vae assets/fashion_sd/vae` trains a control: the same recipe without one
+concept's pictures, the yardstick of how much an unlearned model still knows.
 """
 
 from __future__ import annotations
@@ -23,14 +26,26 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from barrier_diffusers.data.encoding import cached_tensors, encode_moments, image_batches, tokenize
+from barrier_diffusers.data.captions import labels_in_texts
+from barrier_diffusers.data.encoding import cached_tensors, encode_moments, image_batches, tensors_hash, tokenize
 from barrier_diffusers.data.readers import load_image_text, rows_hash
+from barrier_diffusers.models.loading import module_hash
 from barrier_diffusers.models.noising import sample_latents
 from barrier_diffusers.models.publishing import load_in_float32
 from barrier_diffusers.models.vocabulary import cut_clip_vocabulary, find_clip_vocabulary
 from barrier_diffusers.training.run_config import RunConfig, StageConfig
 from barrier_diffusers.training.trainer import ONE_CYCLE, Averages, Trainer, make_accelerator
-from barrier_diffusers.utils.checks import DATA, OUTPUT, Checked, Range, at_least, check_settings, rules
+from barrier_diffusers.utils.checks import (
+    DATA,
+    FOLDER,
+    OUTPUT,
+    Checked,
+    Range,
+    at_least,
+    check_settings,
+    require_different,
+    rules,
+)
 from barrier_diffusers.utils.command_line import run_script
 from barrier_diffusers.utils.files import save_whole, write_json, written_whole
 from barrier_diffusers.utils.output_folder import in_output_folder
@@ -130,6 +145,8 @@ class TrainConfig(RunConfig):
     split: str = "train"  # of the data set
     image_column: str = "image"  # of the data set
     caption_column: str = "text"  # of the data set
+    exclude_concepts: list[str] = field(default_factory=list)  # rows whose caption names one are left out
+    pretrained_vae: str | None = None  # folder of an AutoencoderKL that is taken as it is; None: one is trained
     resolution: int = 32  # side of the images in pixels
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float16"  # of the written weights
     resume_from_checkpoint: Literal["latest"] | None = None  # go on from the newest checkpoint
@@ -137,7 +154,13 @@ class TrainConfig(RunConfig):
     text: TextConfig = field(default_factory=TextConfig)
     unet: UnetConfig = field(default_factory=UnetConfig)
 
-    RULES = rules(train_data_dir=DATA, work_dir=OUTPUT, resolution=at_least(1))
+    RULES = rules(train_data_dir=DATA, work_dir=OUTPUT, pretrained_vae=FOLDER, resolution=at_least(1))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_different(self.exclude_concepts, "exclude_concepts")
+        if not all(concept.strip() for concept in self.exclude_concepts):
+            raise ValueError("exclude_concepts has an empty name: name words of captions")
 
     def trainer(self, accelerator: Accelerator, stage: StageConfig, name: str) -> Trainer:
         """The trainer of one of the two stages, with checkpoints of its own in work_dir."""
@@ -253,6 +276,8 @@ def train_text_to_image(
     parameters = [*unet.parameters(), *text_encoder.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     trainer = config.trainer(accelerator, settings, "unet")
+    learned = dict(zip(("moments", "captions"), rows.tensors, strict=True))
+    trainer.checkpoints.inputs = {"data": fingerprint(tensors_hash(learned), captions)}
     averages = [Averages(m.parameters(), decay=settings.ema_decay, use_ema_warmup=True, power=0.75) for m in models]
     for name, average in zip(("unet", "text_encoder"), averages, strict=True):
         average.to(accelerator.device)
@@ -284,26 +309,61 @@ def train_text_to_image(
     return text_encoder.eval(), unet.eval(), trainer
 
 
+def rows_without(captions: list[str], concepts: list[str]) -> list[int]:
+    """The numbers of the captions that name none of the concepts; words are compared as `utils/words.py` says.
+
+    Raises:
+        ValueError: a concept that no caption names, or no caption is left.
+    """
+    kept = list(range(len(captions)))
+    for concept in concepts:
+        named = {row for row, label in enumerate(labels_in_texts(captions, [concept])) if label is not None}
+        if not named:
+            raise ValueError(f"exclude_concepts names {concept!r}, but no caption does")
+        kept = [row for row in kept if row not in named]
+    if not kept:
+        raise ValueError(f"exclude_concepts {', '.join(concepts)} leaves no row to train on")
+    return kept
+
+
+def open_vae(config: TrainConfig, accelerator: Accelerator, dataset: Dataset) -> AutoencoderKL:
+    """The autoencoder that the settings name, or the one in work_dir, which is trained if it is not there.
+
+    Raises:
+        ValueError: one for other latents or images than the settings say.
+    """
+    folder = Path(config.pretrained_vae or Path(config.work_dir) / "vae")
+    if config.pretrained_vae is None and not (folder / "config.json").is_file():
+        train_vae(accelerator, config, dataset)
+    vae = AutoencoderKL.from_pretrained(folder, dtype=torch.float32)
+    found = {"latent_channels": vae.config.latent_channels, "levels": len(vae.config.block_out_channels)}
+    wanted = {"latent_channels": config.vae.latent_channels, "levels": len(config.vae.block_out_channels)}
+    if found != wanted:
+        raise ValueError(f"the autoencoder in {str(folder)!r} has {found}, but the settings in `vae` say {wanted}")
+    return vae.to(accelerator.device).eval().requires_grad_(False)
+
+
 @in_output_folder()
 def main(config: TrainConfig) -> None:
     """VAE -> latents -> text encoder and UNet -> pipeline folder."""
     dataset = load_image_text(config.train_data_dir, config.split, config.image_column, config.caption_column)
+    captions = list(dataset[config.caption_column])
+    known = rows_without(captions, config.exclude_concepts)
     vocabulary = find_clip_vocabulary(config.text.vocabulary_package)
     accelerator = make_accelerator(config, logs_in=config.work_dir, data_seed=None)
     if accelerator.num_processes > 1:
         raise ValueError("this recipe trains in one process: launch it with --num_processes 1")
     output, work = Path(config.output_dir), Path(config.work_dir)
     set_seed(config.seed)
-    if not (work / "vae" / "config.json").is_file():
-        train_vae(accelerator, config, dataset)
-    vae = AutoencoderKL.from_pretrained(work / "vae").to(accelerator.device).eval().requires_grad_(False)
-    name = f"moments-{fingerprint(dataset._fingerprint, asdict(config.vae), config.seed)}.safetensors"
+    vae = open_vae(config, accelerator, dataset)
+    name = f"moments-{fingerprint(dataset._fingerprint, module_hash(vae), config.seed)}.safetensors"
     moments = cached_tensors(
         work / name, lambda: {"moments": encode_moments(vae, dataset, config.image_column, config.resolution)}
     )["moments"]
-    scale = 1 / sample_latents(moments[: 2**14], 1.0, torch.Generator().manual_seed(config.seed)).std().item()
-    vae.register_to_config(scaling_factor=scale)
-    captions = list(dataset[config.caption_column])
+    if config.pretrained_vae is None:
+        scale = 1 / sample_latents(moments[: 2**14], 1.0, torch.Generator().manual_seed(config.seed)).std().item()
+        vae.register_to_config(scaling_factor=scale)
+    # a control reads the same words as a model that learned all rows: what it never saw is the pictures
     text = (sorted(set(captions)), config.text.extra_words, config.text.max_length)
     tokenizer = cut_clip_vocabulary(vocabulary, *text, work / "tokenizer")
     scheduler = DDIMScheduler(
@@ -315,16 +375,17 @@ def main(config: TrainConfig) -> None:
         steps_offset=1,
     )
     set_seed(config.seed + 1)
+    captions = [captions[row] for row in known]
     distinct = ["", *sorted(set(captions))]
     position = {text: index for index, text in enumerate(distinct)}
     text_encoder, unet, trainer = train_text_to_image(
         accelerator,
         config,
-        rows=TensorDataset(moments, torch.tensor([position[text] for text in captions])),
+        rows=TensorDataset(moments[known], torch.tensor([position[text] for text in captions])),
         captions=distinct,
         tokenizer=tokenizer,
         scheduler=scheduler,
-        scale=scale,
+        scale=vae.config.scaling_factor,
     )
     pipeline = StableDiffusionPipeline(
         vae=vae,
