@@ -32,8 +32,7 @@ def make_judge(config: LabelEvaluationConfig, labels: Sequence[str]) -> Judge:
     Raises:
         ValueError: no such classifier, or it does not know every label.
     """
-    assert config.judge is not None
-    return Judge(config.judge, labels, attribute=config.attribute, rendering=config.rendering)
+    return Judge(config.source, labels, attribute=config.attribute, rendering=config.rendering)
 
 
 @dataclass(frozen=True)
@@ -160,4 +159,4 @@ def evaluate(
         "sampling": asdict(sampling),
         "rendering": config.rendering,
     }
-    return {**scores, **facts, "judge": {"folder": judge.folder, **judge.extractor.facts()}}
+    return {**scores, **facts, "judge": {"folder": judge.source.name, **judge.extractor.facts()}}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from barrier_diffusers.evaluation.attacks.base import LearningBudget
+from barrier_diffusers.evaluation.classifier_source import ClassifierSource
 from barrier_diffusers.evaluation.judge import check_judge
 from barrier_diffusers.models.generation import SamplingConfig
 from barrier_diffusers.objectives import Objective, load_objective
@@ -208,7 +209,13 @@ class LabelEvaluationConfig:
     def check_judge(self, labels: list[str]) -> None:
         """A ValueError if there is a judge, but one that does not know the labels; it is not loaded."""
         if self.judge is not None:
-            check_judge(self.judge, labels, attribute=self.attribute, setting="evaluation.judge")
+            check_judge(self.source, labels, attribute=self.attribute)
+
+    @property
+    def source(self) -> ClassifierSource:
+        """Of the judge, which there is."""
+        assert self.judge is not None
+        return ClassifierSource(self.judge, setting="evaluation.judge")
 
     def budget_of(self, attack: str) -> LearningBudget:
         """What an attack may spend."""

@@ -14,6 +14,7 @@ from short_runs import BASE, ROOT
 
 from barrier_diffusers.data.erased_concepts import ERASED_NAME, ErasedConcepts, as_json
 from barrier_diffusers.evaluation.accuracy import erasure_metrics
+from barrier_diffusers.evaluation.classifier_source import ClassifierSource
 from barrier_diffusers.evaluation.judge import Judge
 from barrier_diffusers.evaluation.judged_model import load_judged
 from barrier_diffusers.evaluation.settings import EvaluateConfig
@@ -124,7 +125,7 @@ def test_an_adapter_is_merged_and_several_concepts_are_attacked_one_by_one(tmp_p
 
 
 def test_judge_knows_the_real_images(in_repository):
-    judge = Judge("assets/fashion_classifier", ["sneaker"])
+    judge = Judge(ClassifierSource("assets/fashion_classifier"), ["sneaker"])
     rows = [row.split(",") for row in (ROOT / "assets/fashion_images/test/metadata.csv").read_text().splitlines()[1:]]
     chosen = [row for row in rows if row[2] in ("sneaker", "dress")][:40]
     images = np.stack([np.asarray(Image.open(ROOT / "assets/fashion_images/test" / row[0])) for row in chosen])
@@ -150,7 +151,7 @@ BAD = {
     "no column": ({"concept_column": "kind"}, "kind"),
     "unknown concept": ({"concept": "hat"}, "cannot recognise hat; it knows class"),
     "no classifier": ({"evaluation.classifier": "null"}, "set evaluation.classifier"),
-    "missing classifier": ({"evaluation.classifier": "/no/such"}, "is not a folder with a saved AttributeClassifier"),
+    "missing classifier": ({"evaluation.classifier": "/no/such"}, "but there is no such file or folder"),
     "missing pipeline": ({"pretrained_model_name_or_path": "/no/such/pipeline"}, "there is no such file or folder"),
     "missing base": ({"base_model": "/no/such/pipeline"}, "there is no such file or folder"),
     "missing adapter": ({"lora_weights": "/no/such"}, "is not a folder with pytorch_lora_weights.safetensors"),

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from barrier_diffusers.data.captions import labels_in_texts
-from barrier_diffusers.evaluation.accuracy import erasure_metrics, recognise, share
+from barrier_diffusers.evaluation.accuracy import Answers, erasure_metrics, share
 from barrier_diffusers.evaluation.classifier import AttributeClassifier
 from barrier_diffusers.evaluation.erasure import ImageEvaluationConfig
 from barrier_diffusers.evaluation.judge import attribute_of
@@ -68,13 +68,13 @@ def test_classifier_round_trip_and_resampling(tmp_path):
     for name, logits in model(pixels).items():
         torch.testing.assert_close(loaded.eval()(pixels)[name], logits)
     images = np.random.default_rng(0).integers(0, 255, (5, 32, 32, 3), dtype=np.uint8)
-    labels = recognise(loaded, images, batch_size=2)
+    labels = Answers.of(loaded, images).labels
     assert {name: len(values) for name, values in labels.items()} == {"class": 5, "colour": 5, "style": 5}
     assert all(label in ATTRIBUTES[name] for name, values in labels.items() for label in values)
 
 
 def test_evaluation_config_checks_the_classifier_folder(tmp_path):
-    with pytest.raises(ValueError, match="is not a folder with a saved AttributeClassifier"):
+    with pytest.raises(ValueError, match="is not an AttributeClassifier, an image classifier of transformers, or"):
         ImageEvaluationConfig(classifier=str(tmp_path))
 
 

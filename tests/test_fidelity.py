@@ -11,7 +11,7 @@ from scipy.linalg import sqrtm
 from short_runs import ROOT
 
 from barrier_diffusers.data.images import ByteImages, ImageColumn, ImageFiles
-from barrier_diffusers.evaluation.accuracy import recognise
+from barrier_diffusers.evaluation.accuracy import Answers
 from barrier_diffusers.evaluation.classifier import AttributeClassifier
 from barrier_diffusers.evaluation.extractors import EXTRACTORS, Extractor, get_extractor
 from barrier_diffusers.evaluation.fidelity import FidelityConfig, fidelity, frechet_distance, kernel_distance
@@ -142,7 +142,7 @@ def test_classifier_features_are_what_its_heads_read(extractor):
     head = classifier.heads["class"]
     logits = head(extractor(torch.from_numpy(images).permute(0, 3, 1, 2)))
     labels = [classifier.attributes["class"][index] for index in logits.argmax(1)]
-    assert labels == recognise(classifier, images)["class"]
+    assert labels == Answers.of(classifier, images).labels["class"]
 
 
 def test_efficientnet_sees_what_the_images_show():

@@ -180,7 +180,7 @@ BAD = {
     "no column": ({"concept_column": "kind"}, "no column 'kind'"),
     "unknown objective": ({"objective.name": "forget"}, "known are concept, esd, ga, kl, rl, uce"),
     "two anchors": ({"objective.anchor_prompt": "a shoe"}, "not both"),
-    "no classifier": ({"evaluation.classifier": "/no/such"}, "is not a folder with a saved AttributeClassifier"),
+    "no classifier": ({"evaluation.classifier": "/no/such"}, "but there is no such file or folder"),
     "xformers on a CPU": ({"enable_xformers_memory_efficient_attention": "true"}, "xformers has no CPU kernels"),
     "fp16 on a CPU": ({"mixed_precision": "fp16"}, "mixed_precision fp16 needs a GPU"),
     "backend of a UNet": ({"attention_backend": "native"}, "UNet2DConditionModel has no such switch"),

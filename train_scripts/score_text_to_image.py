@@ -12,8 +12,8 @@ from diffusers import StableDiffusionPipeline
 
 from barrier_diffusers.data.captions import cycle, labels_in_texts
 from barrier_diffusers.data.readers import load_image_text
-from barrier_diffusers.evaluation.accuracy import recognise, share
-from barrier_diffusers.evaluation.classifier import AttributeClassifier
+from barrier_diffusers.evaluation.accuracy import Answers, share
+from barrier_diffusers.evaluation.classifier_source import ClassifierSource
 from barrier_diffusers.evaluation.pictures import image_rows
 from barrier_diffusers.models.generation import SamplingConfig, generate
 from barrier_diffusers.utils.checks import FILE_OR_FOLDER, FOLDER, MODEL, WRITTEN, Checked, at_least, rules
@@ -55,8 +55,8 @@ def main(config: ScoreConfig) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(config.pipeline, dtype=torch.float32)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     images = generate(pipeline, prompts, sampling=config.sampling)
-    classifier = AttributeClassifier.from_pretrained(config.classifier)
-    predicted = recognise(classifier, images)
+    classifier = ClassifierSource(config.classifier, setting="classifier").load()
+    predicted = Answers.of(classifier, images).labels
     wanted = {name: labels_in_texts(prompts, labels) for name, labels in classifier.attributes.items()}
     scores = {
         name: share([p == w for p, w in zip(predicted[name], wanted[name], strict=True) if w is not None])

@@ -4,18 +4,54 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.stats import binomtest
+from torch import Tensor
 
-from barrier_diffusers.data.images import Images, as_image_set
-from barrier_diffusers.evaluation.classifier import AttributeClassifier
+from barrier_diffusers.data.images import Images
+from barrier_diffusers.evaluation.classifier import ImageClassifier
 
 
-def recognise(classifier: AttributeClassifier, images: Images, batch_size: int = 256) -> dict[str, list[str]]:
-    """Predicted labels of N byte images, a list of N per attribute; other sizes are resampled."""
-    return classifier.predict(classifier.pixels(batch) for batch in as_image_set(images).batches(batch_size))
+@dataclass(frozen=True)
+class Answers:
+    """What a classifier says of N images, by attribute.
+
+    Attributes:
+        known: the attribute's labels.
+        probabilities: of each of them, (N, J).
+    """
+
+    known: Mapping[str, Sequence[str]]
+    probabilities: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, classifier: ImageClassifier, images: Images) -> Answers:
+        """Its answers for byte images, which are resampled if they are of another size."""
+        return cls(classifier.attributes, classifier.probabilities_of(images))
+
+    @property
+    def labels(self) -> dict[str, list[str]]:
+        """The most likely label of each image, a list of N per attribute."""
+        return {
+            name: [known[index] for index in self.probabilities[name].argmax(1).tolist()]
+            for name, known in self.known.items()
+        }
+
+    def beliefs(self, attribute: str, wanted: Sequence[str | None], rows: Sequence[int], when: str) -> dict[str, Any]:
+        """Of the images with these numbers: `forget_confidence_WHEN`, the mean probability of what was asked for in
+        percent, and `forget_top5_accuracy_WHEN` where there are more than five labels."""
+        known, beliefs = list(self.known[attribute]), self.probabilities[attribute][list(rows)]
+        asked = torch.tensor([known.index(str(wanted[row])) for row in rows])
+        confidence = 100 * beliefs.gather(1, asked.unsqueeze(1)).mean().item()
+        found: dict[str, Any] = {f"forget_confidence_{when}": round(confidence, 3)}
+        if len(known) > 5:
+            top_five = beliefs.topk(5, dim=1).indices
+            found[f"forget_top5_accuracy_{when}"] = share((top_five == asked.unsqueeze(1)).any(1).numpy())
+        return found
 
 
 def share(correct: Sequence[bool] | np.ndarray) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""A small residual network with one head per attribute (class, colour, style, ...): the judge of generated images.
+"""Networks that judge generated images: what they have in common, and our own small residual network with one head per
+attribute (class, colour, style, ...).
 
 Shapes: N images, C channels, H height, W width, J labels of an attribute, D features.
 """
@@ -7,14 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
+
+from barrier_diffusers.data.images import Images, as_image_set
 
 
 def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
@@ -41,24 +42,46 @@ class ResidualBlock(nn.Module):
         return torch.relu(self.norm2(self.conv2(hidden)) + self.shortcut(x))
 
 
-def known_attributes(folder: str, setting: str) -> dict[str, list[str]]:
-    """Attribute -> its labels, of a saved AttributeClassifier; nothing large is read.
+class ImageClassifier(nn.Module):
+    """A network that says what images show, with one set of labels per attribute.
 
-    Args:
-        setting: that names the folder, for messages.
-
-    Raises:
-        ValueError: the folder is not one.
+    Attributes:
+        attributes: attribute -> its labels, in the order of the logits.
+        resolution: side in pixels of the images that it sees.
+        batch_size: images that it is shown at once.
     """
-    path = Path(folder).expanduser() / "config.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))["attributes"]
-        return {str(name): [str(label) for label in labels] for name, labels in found.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{setting} {folder!r} is not a folder with a saved AttributeClassifier") from error
+
+    attributes: dict[str, list[str]]
+    resolution: int
+    batch_size = 256
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Bytes (N, 3, H, W) -> what `forward` takes."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def probabilities(self, batches: Iterable[Tensor]) -> dict[str, Tensor]:
+        """Batches of what `pixels` gives -> probability of each label (N, J) per attribute, on the CPU."""
+        self.eval()
+        device = next(self.parameters()).device
+        found: dict[str, list[Tensor]] = {name: [] for name in self.attributes}
+        for pixels in batches:
+            for name, logits in self(pixels.to(device).float()).items():
+                found[name].append(logits.float().softmax(1).cpu())
+        return {name: torch.cat(parts) for name, parts in found.items()}
+
+    def probabilities_of(self, images: Images) -> dict[str, Tensor]:
+        """Probability of each label (N, J) per attribute, of N byte images; other sizes are resampled."""
+        batches = as_image_set(images).batches(self.batch_size)
+        return self.probabilities(self.pixels(batch) for batch in batches)
+
+    def predict(self, batches: Iterable[Tensor]) -> dict[str, list[str]]:
+        """Batches of what `pixels` gives -> the most likely label of each image per attribute."""
+        found = self.probabilities(batches)
+        return {name: [self.attributes[name][index] for index in found[name].argmax(1).tolist()] for name in found}
 
 
-class AttributeClassifier(nn.Module, PyTorchModelHubMixin):
+class AttributeClassifier(ImageClassifier, PyTorchModelHubMixin):
     """Predicts several attributes of an image at once.
 
     The image's darkest channel (the amount of ink, whatever its colour) is shown to the network as a fourth one.
@@ -108,14 +131,3 @@ class AttributeClassifier(nn.Module, PyTorchModelHubMixin):
         """Images (N, 3, H, W) in [-1, 1] -> logits (N, J) per attribute."""
         features = self.embed(pixels)
         return {name: head(features) for name, head in self.heads.items()}
-
-    @torch.no_grad()
-    def predict(self, batches: Iterable[Tensor]) -> dict[str, list[str]]:
-        """Batches of images (N, 3, H, W) in [-1, 1] -> the most likely label of each image per attribute."""
-        self.eval()
-        device = next(self.parameters()).device
-        labels: dict[str, list[str]] = {name: [] for name in self.attributes}
-        for pixels in batches:
-            for name, logits in self(pixels.to(device).float()).items():
-                labels[name] += [self.attributes[name][index] for index in logits.argmax(1).tolist()]
-        return labels

@@ -15,12 +15,12 @@ from barrier_diffusers.data.concepts import ConceptConfig, concepts_of
 from barrier_diffusers.data.encoding import cached_tensors
 from barrier_diffusers.data.erased_concepts import ErasedConcepts, rows_about_others
 from barrier_diffusers.data.images import Images, as_image_set
-from barrier_diffusers.evaluation.accuracy import erasure_metrics, recognise
-from barrier_diffusers.evaluation.classifier import AttributeClassifier, known_attributes
+from barrier_diffusers.evaluation.accuracy import Answers, erasure_metrics
+from barrier_diffusers.evaluation.classifier_source import ClassifierSource
 from barrier_diffusers.evaluation.evaluation_split import load_rows
-from barrier_diffusers.evaluation.judge import attribute_of, check_judge
+from barrier_diffusers.evaluation.judge import attribute_of, check_judge, shortened
 from barrier_diffusers.models.generation import SamplingConfig, filters_off, generate, side_of
-from barrier_diffusers.utils.checks import FOLDER, at_least, check_settings, rules
+from barrier_diffusers.utils.checks import MODEL, at_least, check_settings, rules
 from barrier_diffusers.utils.run_records import fingerprint
 
 
@@ -28,23 +28,36 @@ from barrier_diffusers.utils.run_records import fingerprint
 class ImageEvaluationConfig:
     """Which prompts are asked, how their images are sampled, and which classifier judges them."""
 
-    classifier: str | None = None  # folder of an AttributeClassifier; None: pictures only, no accuracy
+    # folder of an AttributeClassifier, or folder or hub id of an image classifier of transformers or of a CLIP; None:
+    # pictures only, no accuracy
+    classifier: str | None = None
+    # label -> the image classifier's own labels that mean it, or the texts that a CLIP is asked with; an empty list:
+    # the label called like it, or "a photo of a LABEL"
+    labels: dict[str, list[str]] = field(default_factory=dict)
     split: str = "test"  # of the data; its captions are the prompts
     images_per_label: int = 50  # made for each value of the concept column
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     SECTION = "evaluation."
-    RULES = rules(classifier=FOLDER, images_per_label=at_least(1))
+    RULES = rules(classifier=MODEL, images_per_label=at_least(1))
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if self.classifier is not None:
-            known_attributes(self.classifier, "evaluation.classifier")
+        if self.labels and self.classifier is None:
+            raise ValueError("evaluation.labels is for a classifier: set evaluation.classifier")
+        if self.classifier is not None and Path(self.classifier).expanduser().exists():
+            self.source.attributes()
+
+    @property
+    def source(self) -> ClassifierSource:
+        """Of the classifier, which there is."""
+        assert self.classifier is not None
+        return ClassifierSource(self.classifier, self.labels, "evaluation.classifier")
 
     def check_judge(self, concepts: Sequence[str]) -> None:
         """A ValueError if there is a classifier, but one that does not know the concepts; it is not loaded."""
         if self.classifier is not None:
-            check_judge(self.classifier, concepts, setting="evaluation.classifier")
+            check_judge(self.source, concepts)
 
 
 @dataclass(frozen=True)
@@ -106,8 +119,7 @@ def check_evaluation_prompts(evaluation: ImageEvaluationConfig, asked: Evaluatio
     """
     if evaluation.classifier is None:
         return
-    with torch.random.fork_rng():  # building the network draws its first weights
-        labels = AttributeClassifier.from_pretrained(evaluation.classifier).attributes
+    labels = evaluation.source.attributes(asked.forgotten)
     attribute = attribute_of(labels, asked.forgotten)
     named = labels_in_texts(asked.prompts, labels[attribute])
     old = labels_in_texts(asked.prompts, asked.erased_before)
@@ -115,7 +127,7 @@ def check_evaluation_prompts(evaluation: ImageEvaluationConfig, asked: Evaluatio
         raise ValueError(f"no forget prompt of the evaluation names {' or '.join(asked.forgotten)}")
     kept = [label for label, before in zip(named, old, strict=True) if before is None]
     if not any(label not in (None, *asked.forgotten) for label in kept):
-        known = ", ".join(labels[attribute])
+        known = shortened(labels[attribute])
         raise ValueError(f"no retain prompt of the evaluation names another {attribute}; the classifier knows {known}")
 
 
@@ -138,19 +150,22 @@ def evaluate_erasure(
 ) -> tuple[str, dict[str, Any]]:
     """(attribute, metrics of `erasure_metrics` with the sampler's settings and counts); before may be unknown."""
     assert evaluation.classifier is not None
-    classifier = AttributeClassifier.from_pretrained(evaluation.classifier)
+    classifier = evaluation.source.load(asked.forgotten)
     attribute = attribute_of(classifier.attributes, asked.forgotten)
     wanted = {name: labels_in_texts(asked.prompts, labels) for name, labels in classifier.attributes.items()}
-    seen_before = None if before is None else recognise(classifier, before)
-    seen_after = recognise(classifier, after)
+    images = {"before": before, "after": after}
+    answers = {when: Answers.of(classifier, shown) for when, shown in images.items() if shown is not None}
     metrics = erasure_metrics(
-        seen_before,
-        seen_after,
+        answers["before"].labels if "before" in answers else None,
+        answers["after"].labels,
         wanted=wanted,
         attribute=attribute,
         forgotten=asked.forgotten,
         erased_before=asked.erased_before,
     )
+    rows = [row for row, label in enumerate(wanted[attribute]) if label in asked.forgotten]
+    for when, found in answers.items():
+        metrics["details"] |= found.beliefs(attribute, wanted[attribute], rows=rows, when=when)
     seeds = {"first": evaluation.sampling.seed, "last": evaluation.sampling.seed + len(asked.prompts) - 1}
     sampling = evaluation.sampling.sized(next(iter(as_image_set(after))).shape[-1])
     facts = {"num_images": len(asked.prompts), "seeds": seeds, "sampling": asdict(sampling)}

@@ -7,46 +7,52 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from barrier_diffusers.data.images import ByteImages
-from barrier_diffusers.evaluation.classifier import AttributeClassifier, known_attributes
+from barrier_diffusers.evaluation.classifier_source import ClassifierSource
 from barrier_diffusers.evaluation.extractors import Extractor, get_extractor
 
 Rendering = Literal["plain", "ink"]
 
 
 class Judge:
-    """One head of an AttributeClassifier that is shown images.
+    """One attribute of a classifier that is shown images.
 
     Args:
-        folder: of a saved AttributeClassifier.
+        source: of the classifier.
         labels: that it must know.
-        attribute: the head's name; None: the head that knows the labels.
+        attribute: its name; None: the attribute that has the labels.
         rendering: how images are shown to it. plain: as they are; ink: a bright photo on black as black ink on white
             paper, padded (not scaled) to the judge's side.
 
     Raises:
-        ValueError: no such head, or one that does not know every label.
+        ValueError: no such classifier or attribute, or one that does not know every label.
     """
 
     def __init__(
-        self, folder: str, labels: Sequence[str], attribute: str | None = None, rendering: Rendering = "plain"
+        self,
+        source: ClassifierSource,
+        labels: Sequence[str],
+        attribute: str | None = None,
+        rendering: Rendering = "plain",
     ):
-        self.folder, self.rendering = folder, rendering
-        self.attribute = check_judge(folder, labels, attribute)
-        with torch.random.fork_rng():  # building the network draws its first weights
-            self.classifier = AttributeClassifier.from_pretrained(folder).eval()
+        self.source, self.rendering = source, rendering
+        self.attribute = check_judge(source, labels, attribute)
+        self.classifier = source.load(labels)
         self.labels = self.classifier.attributes[self.attribute]
 
     @cached_property
     def extractor(self) -> Extractor:
-        """The features that all of the classifier's heads read."""
-        return get_extractor(f"classifier={self.folder}")
+        """The features that all of an AttributeClassifier's heads read.
+
+        Raises:
+            ValueError: another kind of classifier.
+        """
+        return get_extractor(f"classifier={self.source.name}")
 
     def render(self, images_NHWC: np.ndarray) -> np.ndarray:
         """Byte images (N, H, W, 1 or 3) as the judge is shown them, bytes (N, H', W', 3)."""
@@ -57,15 +63,9 @@ class Judge:
         sides = (margin // 2, margin - margin // 2)
         return 255 - np.pad(colour, ((0, 0), sides, sides, (0, 0)))
 
-    @torch.no_grad()
     def probabilities(self, rendered_NHWC: np.ndarray) -> Tensor:
         """Probability of each label, (N, J), for images that `render` returned."""
-        network: Any = self.classifier
-        parts = []
-        for batch in ByteImages(rendered_NHWC).batches(256):
-            logits = network(network.pixels(batch))[self.attribute]
-            parts.append(logits.float().softmax(1))
-        return torch.cat(parts)
+        return self.classifier.probabilities_of(ByteImages(rendered_NHWC))[self.attribute]
 
     def recognise(self, probabilities_NJ: Tensor) -> list[str]:
         """The most likely label of each image."""
@@ -81,25 +81,30 @@ def as_rgb(images_NHWC: np.ndarray) -> np.ndarray:
     return np.repeat(images_NHWC, 3, axis=-1) if images_NHWC.shape[-1] == 1 else images_NHWC
 
 
-def check_judge(folder: str, labels: Sequence[str], attribute: str | None = None, setting: str = "judge") -> str:
-    """The head of a saved AttributeClassifier that knows the labels; the classifier itself is not loaded.
+def check_judge(source: ClassifierSource, labels: Sequence[str], attribute: str | None = None) -> str:
+    """The attribute of a classifier that has the labels; its weights are not loaded.
 
     Args:
-        attribute: the head's name; None: the one that knows the labels.
-        setting: that names the folder, for messages.
+        attribute: its name; None: the one that has the labels.
 
     Raises:
-        ValueError: no such folder, no such head, or one that does not know every label.
+        ValueError: no such classifier, no such attribute, or one that does not know every label.
     """
-    heads = known_attributes(folder, setting)
+    known = source.attributes(labels)
     if attribute is None:
-        return attribute_of(heads, labels)
-    if attribute not in heads:
-        raise ValueError(f"the judge has no head {attribute!r}; it has {', '.join(heads)}")
-    unknown = sorted(set(labels) - set(heads[attribute]))
+        return attribute_of(known, labels)
+    if attribute not in known:
+        raise ValueError(f"the judge has no head {attribute!r}; it has {', '.join(known)}")
+    unknown = sorted(set(labels) - set(known[attribute]))
     if unknown:
-        raise ValueError(f"the judge does not know {', '.join(unknown)}; it knows {', '.join(heads[attribute])}")
+        raise ValueError(f"the judge does not know {', '.join(unknown)}; it knows {shortened(known[attribute])}")
     return attribute
+
+
+def shortened(labels: Sequence[str], most: int = 40) -> str:
+    """The labels in a row, of a long list the first ones."""
+    more = f" and {len(labels) - most} more" if len(labels) > most else ""
+    return ", ".join(labels[:most]) + more
 
 
 def attribute_of(attributes: Mapping[str, Sequence[str]], labels: Sequence[str]) -> str:
@@ -111,5 +116,5 @@ def attribute_of(attributes: Mapping[str, Sequence[str]], labels: Sequence[str])
     for name, known in attributes.items():
         if set(labels) <= set(known):
             return name
-    what = "; ".join(f"{name}: {', '.join(known)}" for name, known in attributes.items())
+    what = "; ".join(f"{name}: {shortened(known)}" for name, known in attributes.items())
     raise ValueError(f"the evaluation classifier cannot recognise {', '.join(labels)}; it knows {what}")

@@ -57,8 +57,7 @@ class ConceptProtocol(Protocol):
         style_alone = config.clip or config.lpips.weights
         if config.evaluation.classifier is None and ("class" in config.protocols or not style_alone):
             raise ValueError(
-                "nobody judges the images: set evaluation.classifier, a folder of an AttributeClassifier (or, for "
-                "style, clip or lpips.weights)"
+                "nobody judges the images: set evaluation.classifier (or, for style, clip or lpips.weights)"
             )
         if config.membership.enabled and (not has_data or config.images_dir is not None):
             raise ValueError(
@@ -71,7 +70,7 @@ class ConceptProtocol(Protocol):
     def __init__(self, config: EvaluateConfig, judged_model: JudgedModel):
         self.config, self.judged_model, evaluation = config, judged_model, config.evaluation
         self.concepts = config.concept_config
-        self.judge = Judge(evaluation.classifier, self.concepts.concepts) if evaluation.classifier else None
+        self.judge = Judge(evaluation.source, self.concepts.concepts) if evaluation.classifier else None
         self.erased = erased_besides(config)
         if config.prompts.file is None and config.images_dir is None:
             self.prompts = PromptsConfig()
