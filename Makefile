@@ -12,7 +12,7 @@ export TRANSFORMERS_VERBOSITY = error
 export DIFFUSERS_VERBOSITY = error
 
 .DEFAULT_GOAL := help
-.PHONY: help install unlearn evaluate test test-slow table attack-table bench bench-gpu reference embedded-model unlearn-classifier classifier-table \
+.PHONY: help install unlearn unlearn-robust evaluate test test-slow table attack-table bench bench-gpu reference embedded-model unlearn-classifier classifier-table \
 	embedded-resnet unlearn-ddpm ddpm-table embedded-ddpm retrained-ddpm quality style clean
 
 help: ## show this list
@@ -29,6 +29,9 @@ $(READY): pyproject.toml constraints.txt
 unlearn: $(READY) ## the main job: erase a class from the embedded Stable Diffusion
 	$(LAUNCH) train_scripts/unlearn_sd.py --config train_scripts/configs/fashion_class.yaml \
 		--output_dir $(RUN) --overwrite_output_dir true
+
+unlearn-robust: $(READY) ## the same so that fine-tuning and learned tokens do not bring it back
+	$(LAUNCH) train_scripts/unlearn_sd.py --config train_scripts/configs/fashion_robust.yaml --overwrite_output_dir true
 
 test: $(READY) ## lint, types and all fast tests, in parallel
 	$(BIN)/ruff check .

@@ -303,7 +303,8 @@ class UnlearnConfig(DiffusionUnlearningConfig):
         """What a run is about to do, in one line."""
         return (
             f"unlearning {' and '.join(self.concepts)} in {self.pretrained_model_name_or_path}: {self.objective.name} "
-            f"trains {', '.join(self.barrier.targets or [])} on {self.data.source}; {self.protection}"
+            f"trains {'all weights' if self.trained_weights == 'all' else ', '.join(self.barrier.targets or [])} on "
+            f"{self.data.source}; {self.protection}{self.robust.summary}"
         )
 
     @property

@@ -68,7 +68,7 @@ def unlearning_rows(
         names=data.names,
         generator=generator,
     )
-    with_images = not objective.samples_from_model or config.saliency_mask is not None
+    with_images = not objective.samples_from_model or config.reads_forget_images
     rows = LabelRows(
         forget.labels,
         images=forget.images if with_images else None,
@@ -139,7 +139,7 @@ class Before:
 def load_model(config: UnlearnConfig, device: torch.device) -> LoadedModel:
     """The pipeline on its device, everything frozen but the targets."""
     pipeline = load_pipeline(config.pretrained_model_name_or_path).to(device)
-    barrier = Barrier(pipeline.unet, config.barrier)
+    barrier = Barrier(pipeline.unet, config.barrier, config.trained_weights)
     rates_of_maps(barrier.maps, config.learning_rates)  # an error now, not after the data is read
     snapshots = {linear_map.name: snapshot_of(linear_map.layer) for linear_map in barrier.maps}
     return LoadedModel(pipeline, barrier, module_hashes(pipeline), snapshots)

@@ -35,14 +35,14 @@ def test_keep_top_ranks_all_scores_together():
 
 def test_full_weights_are_scored_by_the_summed_gradient():
     barrier, steps = make()
-    (group,) = saliency_scores(barrier.maps, steps)
+    (group,) = saliency_scores(barrier.maps, barrier.trainable_parameters(), steps)
     assert [parameter for parameter, _ in group] == barrier.trainable_parameters()
     barrier.model.zero_grad()
     for step in steps():
         (step.ordinary_loss() * len(step.noisy)).backward()
     for parameter, scores in group:
         torch.testing.assert_close(scores / LOSS_SCALE, parameter.grad.abs(), rtol=1e-4, atol=1e-7)
-    other_order = saliency_scores(barrier.maps, lambda: reversed(list(steps())))
+    other_order = saliency_scores(barrier.maps, barrier.trainable_parameters(), lambda: reversed(list(steps())))
     for (_, a), (_, b) in zip(group, other_order[0], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
@@ -52,7 +52,7 @@ def test_both_factors_of_an_adapter_get_scores_and_are_left_alone(half):
     barrier, steps = make(rank=2)
     before = [parameter.detach().clone() for parameter in barrier.trainable_parameters()]
     with torch.autocast("cpu", torch.bfloat16, enabled=half):  # whose cache keeps copies of the factors
-        up, down = saliency_scores(barrier.maps, steps)
+        up, down = saliency_scores(barrier.maps, barrier.trainable_parameters(), steps)
     assert {p for p, _ in up} | {p for p, _ in down} == set(barrier.trainable_parameters())
     assert all(scores.abs().max() > 0 for _, scores in (*up, *down))
     for parameter, value in zip(barrier.trainable_parameters(), before, strict=True):
@@ -66,7 +66,7 @@ def test_held_entries_never_move(rank):
     before = [parameter.detach().clone() for parameter in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1)
     mask = SaliencyMask(parameters)
-    mask.choose(saliency_scores(barrier.maps, steps), 0.3)
+    mask.choose(saliency_scores(barrier.maps, barrier.trainable_parameters(), steps), 0.3)
     assert mask.kept_fraction == pytest.approx(0.3, abs=0.01)
     mask.attach(optimizer)
 

@@ -73,6 +73,11 @@ class DiffusionStep:
             raise ValueError("x_t is the model's own sample, so there is no noise to predict and no ordinary loss")
         return F.mse_loss(self.prediction().float(), self.target.float())
 
+    def distilled_loss(self) -> Tensor:
+        """MSE(eps(x_t, c), eps_0(x_t, c)), eps_0 the network before training: what it knew, without the noise that it
+        never could predict."""
+        return F.mse_loss(self.prediction().float(), self.reference_prediction(self.condition).float())
+
 
 def _given(condition: Condition | None) -> Condition:
     if condition is None:
@@ -122,7 +127,9 @@ class Objective:
     edit: Callable[[PromptEdit], None] | None = None
     check_maps: Callable[[Sequence[ProtectedMap]], None] | None = None  # ValueError for maps an edit cannot change
     needs: tuple[str, ...] = ()  # keys of NEEDS; nothing else is prepared
-    settings: type[Any] | None = None  # dataclass, every field with a default: flags --objective.FIELD
+    # dataclass, every field with a default: flags --objective.FIELD; a property `reads_reference` of it may say that
+    # the loss reads the frozen model with these values
+    settings: type[Any] | None = None
 
     def __post_init__(self) -> None:
         if (self.loss is None) == (self.edit is None):
@@ -153,6 +160,10 @@ class Objective:
     def needs_unconditional(self) -> bool:
         """Whether the empty prompt's embedding is read, by the loss or for guidance."""
         return "unconditional" in self.needs or self.samples_from_model
+
+    def reads_reference(self, options: Any) -> bool:
+        """Whether the loss reads the frozen model, always or with these settings."""
+        return "reference" in self.needs or bool(getattr(self.own_settings(options), "reads_reference", False))
 
     @property
     def own_fields(self) -> tuple[str, ...]:
@@ -191,7 +202,9 @@ class Objective:
             ValueError: says which setting, and what to do.
         """
         by_need = {name for need in self.needs for name in READ_BY_NEED.get(need, ())}
-        read = {"name", "module", *self.own_fields, *by_need} | ({"alpha"} if self.loss is not None else set())
+        read = {"name", "module", *self.own_fields, *by_need} | (
+            {"alpha", "retain_target"} if self.loss is not None else set()
+        )
         for item in fields(options):
             if item.name not in read and getattr(options, item.name) != item.default:
                 raise ValueError(

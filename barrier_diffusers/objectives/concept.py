@@ -5,6 +5,6 @@ is drawn at random: the anchor must be named.
 """
 
 from barrier_diffusers.objectives.base import register_objective
-from barrier_diffusers.objectives.rl import random_label
+from barrier_diffusers.objectives.rl import RlSettings, random_label
 
-register_objective("concept", needs=("named_anchor",))(random_label)
+register_objective("concept", needs=("named_anchor",), settings=RlSettings)(random_label)

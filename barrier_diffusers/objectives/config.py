@@ -6,12 +6,13 @@ import functools
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
-from typing import Any
+from typing import Any, Literal
 
 from barrier_diffusers.objectives.base import OBJECTIVES
 from barrier_diffusers.objectives.esd import EsdSettings
 from barrier_diffusers.objectives.kl import KlSettings
 from barrier_diffusers.objectives.plugin import load_module
+from barrier_diffusers.objectives.rl import RlSettings
 from barrier_diffusers.objectives.uce import UceSettings
 from barrier_diffusers.utils.checks import MODULE, Rule, at_least, check_settings, rules, rules_of
 from barrier_diffusers.utils.words import mentions
@@ -23,7 +24,10 @@ class SharedSettings:
 
     name: str = "rl"  # see barrier_diffusers/objectives, or your own
     module: str | None = None  # .py file or importable module that registers an objective of yours: it is run
-    alpha: float = 0.0  # weight of the ordinary loss on a retain batch; 0: no retain batch is loaded or run
+    alpha: float = 0.0  # weight of the loss on a retain batch; 0: no retain batch is loaded or run
+    # what the retain batch is to be answered with. noise: what was added, as in ordinary training; base: the frozen
+    # model's own prediction (distillation), so that what it never could predict is not learned
+    retain_target: Literal["noise", "base"] = "noise"
     # words that replace the concept's in each caption, or a list, one per concept; None: another label at random
     anchor: str | list[str] | None = None
     anchor_prompt: str | None = None  # or one whole prompt for every forget image
@@ -41,11 +45,13 @@ class SharedSettings:
     def __post_init__(self) -> None:
         if self.anchor is not None and self.anchor_prompt is not None:
             raise ValueError("set objective.anchor (words) or objective.anchor_prompt (a whole prompt), not both")
+        if self.retain_target != "noise" and self.alpha == 0:
+            raise ValueError(f"objective.retain_target is {self.retain_target!r}, but objective.alpha is 0: set it")
         check_settings(self)
 
 
 @dataclass
-class ObjectiveConfig(UceSettings, EsdSettings, KlSettings, SharedSettings):
+class ObjectiveConfig(UceSettings, EsdSettings, KlSettings, RlSettings, SharedSettings):
     """The base objective that does the erasing. One that the chosen objective does not read must keep its default.
 
     Raises:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ from barrier_diffusers.protection.region import ForgetRegion, check_reduced_dim
 from barrier_diffusers.protection.retain_inputs import RetainInputs
 from barrier_diffusers.protection.sharding import cut_like, is_sharded, own_part, reshard, share_of, whole
 from barrier_diffusers.protection.stacks import MapGroup, StackedLoss
-from barrier_diffusers.protection.storage import BarrierState, load_state, save_state
+from barrier_diffusers.protection.storage import BarrierState, load_rest, load_state, save_state
 from barrier_diffusers.protection.targets import (
     ProtectedMap,
     Snapshots,
@@ -35,26 +35,31 @@ from barrier_diffusers.protection.targets import (
     require_zero_adapters,
     resolve_targets,
     snapshot_of,
+    write_values,
 )
 
 
 class Barrier:
     """Protects some linear maps of a model while a base objective trains them.
 
-    Everything else is frozen at once. If the maps carry a peft LoRA adapter, only the adapter trains and the base
-    weights are the snapshot. With a projection the maps' biases are frozen too: a bias acts on every input alike, so
-    any drift of it would reach the retain inputs whatever directions they span.
+    Everything else is frozen at once, unless `trained_weights` is "all". If the maps carry a peft LoRA adapter, only
+    the adapter trains and the base weights are the snapshot. With a projection the maps' biases are frozen too: a bias
+    acts on every input alike, so any drift of it would reach the retain inputs whatever directions they span.
 
     Args:
         model: a network whose targets are Linear, Conv2d or Embedding modules.
         config: what is protected, and how.
+        trained_weights: what trains: the targets alone, or all parameters, of which the targets' are protected.
 
     Raises:
-        ValueError: no targets, or targets and blocks that match nothing, or that mix maps with and without adapter.
+        ValueError: no targets, or targets and blocks that match nothing, or that mix maps with and without adapter;
+            all weights are to train beside an adapter.
     """
 
-    def __init__(self, model: nn.Module, config: BarrierConfig):
-        self.model, self.config = model, config
+    def __init__(
+        self, model: nn.Module, config: BarrierConfig, trained_weights: Literal["targets", "all"] = "targets"
+    ):
+        self.model, self.config, self.trained_weights = model, config, trained_weights
         if config.targets is None:
             raise ValueError("the config names no targets: set targets=[...], e.g. ['attn2.to_q', 'attn2.to_k']")
         self.maps = resolve_targets(model, config.targets, config.blocks)
@@ -64,6 +69,7 @@ class Barrier:
         self._loss: StackedLoss | None = None
         self._projections: StackedProjections | None = None
         self._snapshots: Snapshots = {}
+        self._rest: dict[str, Tensor] = {}  # parameters that train beside the maps' -> their values at the snapshot
         # each parameter, its name and flag as they were; fully_shard exchanges the objects, and the old ones must go
         self._requires_grad: list[tuple[weakref.ref[nn.Parameter], str, bool]] = []
         self._freeze_the_rest()
@@ -74,8 +80,10 @@ class Barrier:
         if any(adapted) and not all(adapted):
             without = next(linear_map.name for linear_map in self.maps if not linear_map.has_adapter)
             raise ValueError(f"some targets carry an adapter, but {without} does not: adapt all targets, or none")
-        trainable = set(self.trainable_parameters())
         self.uses_adapter = all(adapted)
+        if self.uses_adapter and self.trained_weights == "all":
+            raise ValueError("trained_weights='all' trains no adapter: merge the adapter, or train the targets alone")
+        trainable = set(self.trainable_parameters())
         known = {key for reference, name, _ in self._requires_grad for key in (id(reference()), name)}
         for name, parameter in self.model.named_parameters():
             if id(parameter) not in known and name not in known:
@@ -84,7 +92,15 @@ class Barrier:
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The parameters the optimizer may change."""
-        return [parameter for linear_map in self.maps for parameter in self.trainable_of(linear_map)]
+        of_maps = [parameter for linear_map in self.maps for parameter in self.trainable_of(linear_map)]
+        return [*of_maps, *self.rest().values()]
+
+    def rest(self) -> dict[str, nn.Parameter]:
+        """The parameters that train although they are no target's, by name; none unless all weights train."""
+        if self.trained_weights == "targets":
+            return {}
+        of_maps = {id(parameter) for linear_map in self.maps for parameter in linear_map.trainable()}
+        return {name: value for name, value in self.model.named_parameters() if id(value) not in of_maps}
 
     def trainable_of(self, linear_map: ProtectedMap) -> list[nn.Parameter]:
         """Trainable parameters of one map; a projection freezes its bias."""
@@ -153,7 +169,8 @@ class Barrier:
         snapshots = (
             {} if self.uses_adapter else {linear_map.name: snapshot_of(linear_map.layer) for linear_map in self.maps}
         )
-        self._install(BarrierState(self._weights, fitted.regions, fitted.projections, snapshots))
+        rest = {name: parameter.detach().clone() for name, parameter in self.rest().items()}
+        self._install(BarrierState(self._weights, fitted.regions, fitted.projections, snapshots, rest))
         if self.uses_adapter:
             self.project()
 
@@ -173,6 +190,7 @@ class Barrier:
         projections = [(maps, projection.to(self._device)) for maps, projection in state.projections]
         self._projections = StackedProjections(projections) if projections else None
         self._snapshots = moved(state.snapshots, self._device)
+        self._rest = {name: value.to(self._device) for name, value in state.rest.items()}
 
     def _require_setup(self) -> None:
         if not self.groups and not self.projected:
@@ -279,6 +297,7 @@ class Barrier:
                 if stacked is not None:
                     stacked.to(device)
             self._snapshots = moved(self._snapshots, device)
+            self._rest = {name: value.to(device) for name, value in self._rest.items()}
         self._cut_like_model()
         return device
 
@@ -339,9 +358,17 @@ class Barrier:
         )
         return certify(trained, held_out_loader, forward_fn, Guarantee(quantile, confidence, split or Split()))
 
-    def snapshot_weights(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def snapshot_weights(self) -> Iterator[None]:
         """The model as it was at the snapshot, for the duration of a block."""
-        return at_snapshot(self.maps, self._snapshots)
+        rest = self.rest() if self._rest else {}
+        now = {name: parameter.detach().clone() for name, parameter in rest.items()}
+        try:
+            write_values(rest, self._rest)
+            with at_snapshot(self.maps, self._snapshots):
+                yield
+        finally:
+            write_values(rest, now)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write barrier_config.json, regions and projections (each once) and, for full weights, the snapshot.
@@ -362,18 +389,23 @@ class Barrier:
                 for name, (weight, bias) in snapshots.items()
             }
         if share_of(self.maps[0].layer.weight) is None or dist.get_rank() == 0:
-            save_state(Path(folder), self.config, BarrierState(self._weights, regions, projections, snapshots))
+            state = BarrierState(self._weights, regions, projections, snapshots, self._rest)
+            save_state(Path(folder), self.config, state)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike, model: nn.Module) -> Barrier:
+    def from_pretrained(
+        cls, folder: str | os.PathLike, model: nn.Module, trained_weights: Literal["targets", "all"] = "targets"
+    ) -> Barrier:
         """Load what `save_pretrained` wrote, for a model with the same targets, whose weights are left as they are.
 
         Raises:
             ValueError: missing files, or files that do not fit the model.
         """
-        barrier = cls(model, BarrierConfig.from_pretrained(folder))
+        barrier = cls(model, BarrierConfig.from_pretrained(folder), trained_weights)
         try:
-            barrier._install(load_state(Path(folder), barrier.config, barrier.maps, barrier._weights))
+            state = load_state(Path(folder), barrier.config, barrier.maps, barrier._weights)
+            state.rest = load_rest(Path(folder), barrier.rest())
+            barrier._install(state)
         except BaseException:
             barrier.remove()
             raise
@@ -392,4 +424,4 @@ class Barrier:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(by_id.get(id(parameter), by_name.get(name, parameter.requires_grad)))
         self._loss = self._projections = None
-        self._snapshots, self._requires_grad = {}, []
+        self._snapshots, self._rest, self._requires_grad = {}, {}, []

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from barrier_diffusers.protection.config import BarrierConfig
 from barrier_diffusers.protection.projection import RetainProjection
@@ -47,6 +47,7 @@ class BarrierState:
     regions: list[tuple[list[ProtectedMap], ForgetRegion]] = field(default_factory=list)
     projections: list[tuple[list[ProtectedMap], RetainProjection]] = field(default_factory=list)
     snapshots: Snapshots = field(default_factory=dict)
+    rest: dict[str, Tensor] = field(default_factory=dict)  # the same of parameters that train beside the maps'
 
 
 def save_state(folder: Path, config: BarrierConfig, state: BarrierState) -> None:
@@ -59,7 +60,7 @@ def save_state(folder: Path, config: BarrierConfig, state: BarrierState) -> None
     if state.snapshots:
         parts = {f"{name}.weight": weight for name, (weight, _) in state.snapshots.items()}
         biases = {f"{name}.bias": bias for name, (_, bias) in state.snapshots.items() if bias is not None}
-        save_tensors(folder / SNAPSHOT_NAME, {**parts, **biases}, {})
+        save_tensors(folder / SNAPSHOT_NAME, {**parts, **biases, **state.rest}, {})
     config.save_pretrained(folder)
 
 
@@ -124,3 +125,18 @@ def _load_snapshots(folder: Path, maps: Sequence[ProtectedMap]) -> Snapshots:
             raise ValueError(f"the snapshot in {str(folder)!r} does not fit {linear_map.name}")
         snapshots[linear_map.name] = (weight0, bias0)
     return snapshots
+
+
+def load_rest(folder: Path, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The snapshot of parameters that train beside the maps', by name.
+
+    Raises:
+        ValueError: the barrier was saved for other ones.
+    """
+    if not parameters:
+        return {}
+    saved, _ = load_tensors(folder / SNAPSHOT_NAME)
+    for name, parameter in parameters.items():
+        if name not in saved or saved[name].shape != parameter.shape:
+            raise ValueError(f"the snapshot in {str(folder)!r} has no {name}: it was made while the targets trained")
+    return {name: saved[name] for name in parameters}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -353,6 +353,13 @@ def restore(layer: nn.Linear | nn.Conv2d | nn.Embedding, values: tuple[Tensor, T
     bias = bias_of(layer)
     if bias is not None and values[1] is not None:
         bias.copy_(values[1])
+
+
+@torch.no_grad()
+def write_values(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    """Give the parameters the values of the same names."""
+    if parameters:
+        torch._foreach_copy_(list(parameters.values()), [values[name] for name in parameters])
 
 
 def moved(snapshots: Snapshots, device: torch.device) -> Snapshots:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from barrier_diffusers.objectives.config import ObjectiveConfig
 from barrier_diffusers.protection.config import BarrierConfig
+from barrier_diffusers.training.robust_config import RobustConfig
 from barrier_diffusers.utils.checks import (
     ABOVE_0,
     MODEL,
@@ -126,6 +127,9 @@ class UnlearningConfig(RunConfig, StageConfig):
 class DiffusionUnlearningConfig(UnlearningConfig):
     """The same for a diffusion model, which one of the objectives makes forget."""
 
+    # what trains: the maps that barrier.targets names, or every parameter of the network, where the targets are only
+    # what is protected
+    trained_weights: Literal["targets", "all"] = "targets"
     cache_dir: str | None = None  # what is computed from the base model; default output_dir/cache
     train_batch_size: int = 8  # forget images per process and step; as many retain images when alpha > 0
     num_train_epochs: int = 3  # over the forget images
@@ -137,6 +141,7 @@ class DiffusionUnlearningConfig(UnlearningConfig):
     validation_prompt: list[str] = field(default_factory=list)  # sampled every validation_steps
     validation_steps: int = 100  # steps from one such sampling to the next
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)  # what does the erasing
+    robust: RobustConfig = field(default_factory=RobustConfig)  # what keeps attackers from bringing it back
 
     RULES = rules(
         cache_dir=OUTPUT,
@@ -154,6 +159,20 @@ class DiffusionUnlearningConfig(UnlearningConfig):
             known = sorted(torch.compiler.list_backends(exclude_tags=()))
             if self.compile_backend not in known:
                 raise ValueError(f"compile_backend is {self.compile_backend!r}, but must be one of {', '.join(known)}")
+            if self.robust.has_adapter:
+                raise ValueError(
+                    "a relearner's adapter is hooked into the network, which a compiled one does not heed: set "
+                    "robust.meta_weights to trained, or compile to false"
+                )
+        if self.saliency_mask is not None and self.robust.parts:
+            raise ValueError(
+                f"saliency_mask would hold the attackers of robust.{self.robust.parts[0]} as well: use one of the two"
+            )
+
+    @property
+    def reads_forget_images(self) -> bool:
+        """Whether forget images are read even where the objective needs none."""
+        return self.saliency_mask is not None or self.robust.reads_forget_images
 
     @property
     def needs_retain(self) -> bool:

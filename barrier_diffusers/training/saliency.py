@@ -48,21 +48,23 @@ def summed_gradients(parameters: Sequence[nn.Parameter], steps: Iterable[ScoredS
 
 def saliency_scores(
     maps: Sequence[ProtectedMap],
+    parameters: Sequence[nn.Parameter],
     steps: Callable[[], Iterable[ScoredStep]],
     reduce: Callable[[Tensor], Tensor] = lambda total: total,
 ) -> list[list[tuple[nn.Parameter, Tensor]]]:
     """Groups of (parameter, scores) in which entries are ranked together.
 
-    Full weights: one group, all weights and biases of the maps. LoRA: the factors B_OR of all maps, and the factors
+    Full weights: one group, all parameters that train. LoRA: the factors B_OR of all maps, and the factors
     A_RD of all maps. While B is 0 the gradient for A is exactly 0, so A is scored by the gradient it gets after a
     small step of B down its own: a second pass, of another scale, hence a group of its own.
 
     Args:
+        maps: those with an adapter, or any.
+        parameters: those that train.
         steps: makes the forget data's steps anew, in a distributed run this process's share.
         reduce: sums a tensor over the processes.
     """
     if not maps[0].has_adapter:
-        parameters = [parameter for entry in maps for parameter in entry.trainable()]
         totals = [reduce(total).abs() for total in summed_gradients(parameters, steps())]
         return [list(zip(parameters, totals, strict=True))]
     factors = [entry.lora().parameters for entry in maps]

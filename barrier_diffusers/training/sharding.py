@@ -66,6 +66,11 @@ def sharding_plugin(config: RunConfig) -> FullyShardedDataParallelPlugin | None:
     }.items():
         if getattr(config, setting):
             raise ValueError(f"{setting} is not supported with FSDP: {why}. Leave it out, or launch --multi_gpu")
+    for part in [*(["trained_weights"] if config.trained_weights != "targets" else []), *config.robust.parts]:
+        name = part if part == "trained_weights" else f"robust.{part}"
+        raise ValueError(
+            f"{name} is not supported with FSDP: it reads and moves whole weights. Leave it out, or launch --multi_gpu"
+        )
     # every process has loaded the weights by the time they are shared out; with this transformers would leave the text
     # encoders of all but the first one empty. A whole file, as the parts of the other kind are read by pickle
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"

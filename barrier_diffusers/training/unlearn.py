@@ -20,6 +20,8 @@ from barrier_diffusers.models.partial_sampler import PartialSampler, SampledBatc
 from barrier_diffusers.objectives import DiffusionStep, Objective, ObjectiveConfig, PromptEdit
 from barrier_diffusers.protection.barrier import Barrier
 from barrier_diffusers.protection.targets import ProtectedMap, matches
+from barrier_diffusers.training.relearner import Relearner
+from barrier_diffusers.training.robust import RobustTerms
 from barrier_diffusers.training.run_config import DiffusionUnlearningConfig
 from barrier_diffusers.training.saliency import SaliencyMask, saliency_scores
 from barrier_diffusers.training.steps import FrozenReference, StepMaker, compiled, freeze_normalisation
@@ -98,6 +100,7 @@ def parameter_groups(
     for linear_map in barrier.maps:
         rate = rates.get(linear_map.name, learning_rate)
         groups.setdefault(rate, []).extend(barrier.trainable_of(linear_map))
+    groups.setdefault(learning_rate, []).extend(barrier.rest().values())
     return [{"params": parameters, "lr": rate} for rate, parameters in groups.items() if parameters]
 
 
@@ -159,20 +162,34 @@ class UnlearningTerms:
     objective: Objective
     make_step: MakeStep
     forget: Iterator[dict[str, Any]]  # batches for ever
+    robust: RobustTerms | None = None
     alpha: float = 0.0  # weight of the retain loss
+    distilled: bool = False  # the retain loss compares with the frozen model
     make_retain_step: MakeStep | None = None
     retain: Iterator[dict[str, Any]] | None = None
     barrier: Barrier | None = None
     micro_steps: int = 1  # of a step
     _calls: int = field(default=0, init=False)
 
-    NAMES = ("objective", "retain", "protection")
+    @property
+    def names(self) -> list[str]:
+        """Of the parts."""
+        return ["objective", "retain", "protection", *(self.robust.names if self.robust else [])]
 
     def __call__(self, step: int) -> dict[str, Tensor]:
-        """The parts for the next batches, with gradient; `step` decides about nothing."""
-        terms = {"objective": self.objective.loss_of(self.make_step(next(self.forget)))}
+        """The parts for the next batches, with gradient.
+
+        Args:
+            step: number of steps done; only the robust parts heed it.
+        """
+        made = self.make_step(next(self.forget))
+        if self.robust is None:
+            terms = {"objective": self.objective.loss_of(made)}
+        else:
+            terms = self.robust(made, step, step * self.micro_steps + self._calls % self.micro_steps)
         if self.retain is not None and self.make_retain_step is not None:
-            terms["retain"] = self.alpha * self.make_retain_step(next(self.retain)).ordinary_loss()
+            kept = self.make_retain_step(next(self.retain))
+            terms["retain"] = self.alpha * (kept.distilled_loss() if self.distilled else kept.ordinary_loss())
         self._calls += 1
         if self.barrier is not None and self._calls % self.micro_steps == 0:
             terms["protection"] = self.micro_steps * self.barrier.compute_protection_loss()
@@ -203,7 +220,7 @@ class Unlearner:
         if objective.samples_from_model:
             shape = denoiser.latent_shape(resolution)
             self.sampler = PartialSampler(denoiser, shape, options.guidance_scale, options.num_inference_steps)
-        if "reference" in objective.needs:
+        if objective.reads_reference(options) or options.retain_target == "base":
             self.reference = FrozenReference(barrier.model, barrier.trainable_parameters())
         self.seconds_setup = 0.0
 
@@ -219,7 +236,8 @@ class Unlearner:
         start = time.perf_counter()
         if self.config.protected and self.trainer.checkpoint:
             self.barrier.remove()
-            self.barrier = Barrier.from_pretrained(self.trainer.checkpoint / "barrier", self.barrier.model)
+            folder, trained = self.trainer.checkpoint / "barrier", self.config.trained_weights
+            self.barrier = Barrier.from_pretrained(folder, self.barrier.model, trained)
         elif self.config.protected:
             self._fit_barrier(data, dict(retain_inputs or {}))
         self.seconds_setup = time.perf_counter() - start
@@ -290,7 +308,9 @@ class Unlearner:
             ),
             forget=forget,
             alpha=options.alpha,
-            make_retain_step=StepMaker(model, self.denoiser, share=share),
+            robust=self._robust_terms(data.forget),
+            distilled=options.retain_target == "base",
+            make_retain_step=StepMaker(model, self.denoiser, reference=self.reference, share=share),
             retain=retain[0] if retain else None,
             barrier=barrier if config.protected else None,
             micro_steps=config.gradient_accumulation_steps,
@@ -305,7 +325,7 @@ class Unlearner:
 
         freeze_normalisation(model)
         with compiled(network, config.compile_backend if config.compile else None):
-            seconds = trainer.fit(terms, barrier=terms.barrier, after_step=after_step, names=UnlearningTerms.NAMES)
+            seconds = trainer.fit(terms, barrier=terms.barrier, after_step=after_step, names=terms.names)
         if mask is not None:
             mask.detach()
         return {
@@ -314,6 +334,22 @@ class Unlearner:
             "seconds_training": seconds,
             "seconds_setup": round(self.seconds_setup, 2),
         }
+
+    def _robust_terms(self, forget: Any) -> RobustTerms | None:
+        """What the settings ask for beyond the objective; None if that is nothing."""
+        config, relearner = self.config, None
+        if not config.robust.parts:
+            return None
+        if config.robust.meta_steps:
+            relearner = Relearner(
+                config.robust,
+                self.denoiser,
+                self.barrier.model,
+                parameters=self.barrier.trainable_parameters(),
+                images=forget,
+                seed=config.seed,
+            )
+        return RobustTerms(config.robust, self.objective, relearner)
 
     def _attach_mask(self, optimizer: Any, forget: Any) -> SaliencyMask:
         """Let only the share `saliency_mask` of the trained entries move; a checkpoint has the mask itself."""
@@ -331,7 +367,8 @@ class Unlearner:
         if self.trainer.checkpoint is None:
             share_random_state(accelerator)
             with accelerator.autocast():
-                mask.choose(saliency_scores(barrier.maps, steps, accelerator.reduce), fraction)
+                scores = saliency_scores(barrier.maps, barrier.trainable_parameters(), steps, accelerator.reduce)
+            mask.choose(scores, fraction)
         mask.attach(optimizer)
         self.trainer.checkpoints.states["saliency_mask"] = mask
         return mask

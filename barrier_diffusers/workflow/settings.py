@@ -57,6 +57,11 @@ class UnlearnConfig(ConceptConfig, DiffusionUnlearningConfig):  # jsonargparse r
         DiffusionUnlearningConfig.__post_init__(self)
         if self.merge_adapter and self.rank == 0:
             raise ValueError("merge_adapter needs an adapter: set rank above 0")
+        if self.trained_weights == "all" and self.rank:
+            raise ValueError(
+                "trained_weights 'all' trains the weights themselves, not an adapter: set rank to 0, or let "
+                "barrier.targets name every map that is to get one (Linear, Conv2d)"
+            )
         if self.needs_retain and not self.has_retain_rows:
             raise ValueError(
                 "alpha > 0, use_actual_bounds, residual_source and a projection need retain data: set retain_prompts"
@@ -76,7 +81,8 @@ class UnlearnConfig(ConceptConfig, DiffusionUnlearningConfig):  # jsonargparse r
         data = self.source or self.forget_data_dir or f"images made of {len(self.forget_prompts)} prompts"
         return (
             f"unlearning {' and '.join(self.concepts)} in {self.pretrained_model_name_or_path}: {self.objective.name} "
-            f"trains {weights} of {where} on {data}; {self.protection}"
+            f"trains {'all weights' if self.trained_weights == 'all' else f'{weights} of {where}'} on {data}; "
+            f"{self.protection}{self.robust.summary}"
         )
 
     @property
@@ -99,6 +105,8 @@ def chosen_objective(config: UnlearnConfig) -> Objective:
             "rank": config.rank > 0,
             "learning_rates": bool(config.learning_rates),
             "saliency_mask": config.saliency_mask is not None,
+            "trained_weights": config.trained_weights != "targets",
+            **{f"robust.{part}": True for part in config.robust.parts},
             "resume_from_checkpoint": config.resume_from_checkpoint is not None,
         }
         for name in (name for name, given in trains.items() if given):
@@ -134,7 +142,7 @@ def data_needs(config: UnlearnConfig, objective: Objective, prompts_suffice: boo
 
     `prompts_suffice` says that text embeddings are all the retain statistics of all maps need.
     """
-    forget_images = not objective.samples_from_model or config.saliency_mask is not None
+    forget_images = not objective.samples_from_model or config.reads_forget_images
     recorded = config.needs_retain and not objective.samples_from_model and not prompts_suffice
     retain_images = config.objective.alpha > 0 or recorded
     return DataNeeds(

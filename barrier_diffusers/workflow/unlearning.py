@@ -188,7 +188,7 @@ def make_ready(run: Run, pipeline: Any, erased: list[ErasedConcepts]) -> LoadedM
     hashes = module_hashes(pipeline)
     if config.rank:
         add_adapter(network, config.barrier, config.rank)
-    barrier = Barrier(network, config.barrier)
+    barrier = Barrier(network, config.barrier, config.trained_weights)
     rates_of_maps(barrier.maps, config.learning_rates)  # an error now, not after the data is read
     if run.objective.check_maps is not None:
         run.objective.check_maps(barrier.maps)

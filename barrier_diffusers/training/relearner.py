@@ -1,0 +1,238 @@
+"""A fine-tuning attacker that robust training meets: relearning tried out on the weights as they are, and taken back.
+
+Shapes: B batch, O output features, D input features, R LoRA rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from barrier_diffusers.models.denoiser import Denoiser
+from barrier_diffusers.objectives import DiffusionStep
+from barrier_diffusers.protection.targets import ProtectedMap, resolve_targets
+from barrier_diffusers.training.robust_config import RobustConfig
+from barrier_diffusers.utils.run_records import fingerprint
+
+LOSS_SCALE = 2.0**8  # keeps small gradients above half precision's smallest number; divided out again
+
+ValueT = TypeVar("ValueT")
+
+
+def seeded(seed: int, what: str, number: int) -> torch.Generator:
+    """Random numbers for the `number`-th use: the same in all processes and after a resume."""
+    return torch.Generator().manual_seed(int(fingerprint(seed, what, number)[:8], 16))
+
+
+def one_of(values: Sequence[ValueT], generator: torch.Generator) -> ValueT:
+    """One of the values, each as likely."""
+    return values[int(torch.randint(len(values), (), generator=generator))]
+
+
+def gradients_of(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The gradient for each parameter, zeros where there is none; .grad is left alone."""
+    found = torch.autograd.grad(loss * LOSS_SCALE, parameters, allow_unused=True)
+    full = [torch.zeros_like(one) if value is None else value for one, value in zip(parameters, found, strict=True)]
+    torch._foreach_div_(full, LOSS_SCALE)
+    return full
+
+
+class Adam:
+    """torch's Adam with its defaults, for gradients that are handed over: the parameters' .grad belongs to others."""
+
+    BETAS, EPS = (0.9, 0.999), 1e-8
+
+    def __init__(self, parameters: Sequence[Tensor], learning_rate: float):
+        self.parameters, self.learning_rate, self.num_steps = list(parameters), learning_rate, 0
+        self._first = [torch.zeros_like(parameter) for parameter in self.parameters]
+        self._second = [torch.zeros_like(parameter) for parameter in self.parameters]
+
+    @torch.no_grad()
+    def step(self, gradients: list[Tensor]) -> None:
+        """Move the parameters, in place."""
+        (first, second), self.num_steps = self.BETAS, self.num_steps + 1
+        torch._foreach_lerp_(self._first, gradients, 1 - first)
+        torch._foreach_mul_(self._second, second)
+        torch._foreach_addcmul_(self._second, gradients, gradients, 1 - second)
+        divisors = torch._foreach_sqrt(self._second)
+        torch._foreach_div_(divisors, (1 - second**self.num_steps) ** 0.5)
+        torch._foreach_add_(divisors, self.EPS)
+        size = self.learning_rate / (1 - first**self.num_steps)
+        torch._foreach_addcdiv_(self.parameters, self._first, divisors, -size)
+
+
+@contextmanager
+def restored(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Whatever is written into the parameters in a block, they are afterwards as they were, to the bit."""
+    before = [parameter.detach().clone() for parameter in parameters]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(list(parameters), before)
+
+
+class AddedAdapter:
+    """LoRA factors added to maps by hooks while it is `on`: no module changes, and no weight is written.
+
+    It starts as peft's does with init_lora_weights="gaussian": B is 0, A normal with standard deviation 1 / rank, and
+    the scaling 1.
+
+    Args:
+        generator: draws A; on the CPU.
+    """
+
+    def __init__(self, maps: Sequence[ProtectedMap], rank: int, generator: torch.Generator):
+        self.maps, self.down, self.up = maps, [], []
+        for linear_map in maps:
+            layer = linear_map.layer
+            kernel = layer.weight.shape[2:] if isinstance(layer, nn.Conv2d) else ()
+            down = torch.randn(rank, layer.weight.shape[1], *kernel, generator=generator) / rank
+            self.down.append(down.to(layer.weight.device).requires_grad_())
+            up = torch.zeros(layer.weight.shape[0], rank, *(1 for _ in kernel), device=layer.weight.device)
+            self.up.append(up.requires_grad_())
+        self._is_on = True
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The factors."""
+        return [*self.down, *self.up]
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """The maps' outputs have the adapter's added, for the duration of a block."""
+        hooks = [
+            linear_map.module.register_forward_hook(self._hook(linear_map, down, up))
+            for linear_map, down, up in zip(self.maps, self.down, self.up, strict=True)
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """The network as it is without the adapter, within a block of `on`."""
+        self._is_on = False
+        try:
+            yield
+        finally:
+            self._is_on = True
+
+    def _hook(self, linear_map: ProtectedMap, down: Tensor, up: Tensor) -> Any:
+        layer = linear_map.layer
+
+        def add(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            if not self._is_on:
+                return None
+            x = inputs[0]
+            if isinstance(layer, nn.Conv2d):
+                inner = F.conv2d(x, down.to(x.dtype), None, layer.stride, layer.padding, layer.dilation)  # type: ignore[arg-type]
+                return output + F.conv2d(inner, up.to(x.dtype)).to(output.dtype)
+            return output + F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype)).to(output.dtype)
+
+        return add
+
+
+def adapted_maps(network: nn.Module, targets: Sequence[str]) -> list[ProtectedMap]:
+    """The maps that a relearner's adapter is on.
+
+    Raises:
+        ValueError: a target that names nothing, or a grouped convolution or an embedding.
+    """
+    maps = resolve_targets(network, targets)
+    for linear_map in maps:
+        if linear_map.is_table or getattr(linear_map.layer, "groups", 1) > 1:
+            raise ValueError(
+                f"robust.meta_adapter_targets names {linear_map.name}, a grouped convolution or an embedding, and no "
+                "LoRA goes on it: leave it out"
+            )
+    return maps
+
+
+class Relearner:
+    """Fine-tunes the network on a few forget images with the loss it was trained with, for the time of a block.
+
+    How often, how fast, and what moves is drawn anew each time, from random numbers that all processes share: each of
+    them does the whole of it.
+
+    Args:
+        network: the bare one, not what wraps it for several processes.
+        parameters: those that train.
+        images: rows of the forget data, with "moments".
+    """
+
+    def __init__(
+        self,
+        config: RobustConfig,
+        denoiser: Denoiser,
+        network: nn.Module,
+        *,
+        parameters: Sequence[nn.Parameter],
+        images: Any,
+        seed: int,
+    ):
+        self.config, self.denoiser, self.network = config, denoiser, network
+        self.parameters, self.images, self.seed = list(parameters), images, seed
+        self.maps = adapted_maps(network, config.meta_adapter_targets) if config.has_adapter else []
+        self._adapter: AddedAdapter | None = None  # that is on
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
+        """The network's prediction, as it is in a block of `relearned`."""
+        return self.denoiser.predict(self.network, noisy, timesteps, condition)
+
+    @contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """In a block of `relearned`, the network without the adapter that it may have been given."""
+        if self._adapter is None:
+            yield
+        else:
+            with self._adapter.off():
+                yield
+
+    @contextmanager
+    def relearned(self, number: int) -> Iterator[None]:
+        """The network after the `number`-th relearning, for the duration of a block; then it is as it was."""
+        config, generator = self.config, seeded(self.seed, "relearner", number)
+        num_steps = one_of(config.meta_steps, generator)
+        kinds = ["trained", "adapter"] if config.meta_weights == "either" else [config.meta_weights]
+        if one_of(kinds, generator) == "trained":
+            rate = one_of(config.meta_learning_rates, generator)
+            with restored(self.parameters):
+                self._train(self.parameters, rate, num_steps, generator)
+                yield
+            return
+        rate = one_of(config.meta_adapter_learning_rates, generator)
+        self._adapter = AddedAdapter(self.maps, config.meta_adapter_rank, generator)
+        try:
+            with self._adapter.on():
+                self._train(self._adapter.parameters, rate, num_steps, generator)
+                yield
+        finally:
+            self._adapter = None
+
+    def _train(
+        self, parameters: Sequence[Tensor], learning_rate: float, num_steps: int, generator: torch.Generator
+    ) -> None:
+        batch, optimizer = self.few_images(generator), Adam(parameters, learning_rate)
+        for _ in range(num_steps):
+            optimizer.step(gradients_of(self.noised(batch, generator).ordinary_loss(), parameters))
+
+    def few_images(self, generator: torch.Generator) -> dict[str, Any]:
+        """A batch of forget images, drawn without replacement, on the CPU."""
+        rows = torch.randperm(len(self.images), generator=generator)[: self.config.meta_num_images]
+        return default_collate([self.images[int(row)] for row in rows])
+
+    def noised(self, batch: dict[str, Any], generator: torch.Generator) -> DiffusionStep:
+        """The batch at a new draw of noise and timesteps, on the network's device."""
+        drawn, device = self.denoiser.noised(batch["moments"], generator), self.parameters[0].device
+        noisy, timesteps, target = (value.to(device) for value in (drawn.noisy, drawn.timesteps, drawn.target))
+        condition = {key: value.to(device) for key, value in batch["condition"].items()}
+        return DiffusionStep(self.predict, noisy, timesteps=timesteps, target=target, condition=condition)
