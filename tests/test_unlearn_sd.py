@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from short_runs import BASE, ROOT, flags, main, run
 
@@ -94,6 +95,10 @@ def test_launched_as_users_launch_it(tmp_path):
     assert np.isfinite(sample(load(output))).all()
     card = (output / "README.md").read_text()
     assert card.startswith("---\n") and "license: mit\n" in card
+    results = ModelCard.load(output / "README.md").data.eval_results
+    listed = {result.metric_type: result.metric_value for result in results}
+    assert listed["unlearning_accuracy"] == metrics["unlearning_accuracy"]
+    assert listed["retain_accuracy_after"] == metrics["retain_accuracy_after"]
     assert "without sneaker" in card and "unlearning accuracy" in card
     assert "applies to these weights too: mit." in card
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, ModelCard, ModelCardData, create_repo, upload_folder
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, create_repo, upload_folder
 
 from barrier_diffusers.models.architectures import components, get_architecture
 from barrier_diffusers.utils.files import save_whole, written_whole
@@ -162,11 +162,28 @@ class ModelCardFacts:
     absent: Sequence[str] = ()  # parts of the pipeline that load as None
 
 
+def hub_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
+    """The summary percentages in the form of the hub's model-index."""
+    asked = {
+        "task_type": "text-to-image",
+        "task_name": "unlearning",
+        "dataset_type": "generated-images",
+        "dataset_name": f"{metrics.get('num_images', 0)} images generated from the evaluation prompts",
+    }
+    return [
+        EvalResult(**asked, metric_type=name, metric_name=f"{name.replace('_', ' ')}, percent", metric_value=value)
+        for name, value in metrics.items()
+        if isinstance(value, float) and "accuracy" in name
+    ]
+
+
 def save_model_card(output: Path, facts: ModelCardFacts) -> None:
     """Write README.md with the metadata the hub reads and the numbers of this run."""
     base, metrics = facts.base, facts.metrics
     licence = licence_of(base)
     data = ModelCardData(
+        model_name=Path(facts.where).name,
+        eval_results=hub_results(metrics) or None,
         license=licence,
         base_model=base if not Path(base).exists() else None,
         library_name="diffusers",
