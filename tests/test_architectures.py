@@ -4,6 +4,7 @@ import inspect
 import re
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPAGPipeline
@@ -11,80 +12,204 @@ from pipelines import BUILDERS, build
 from short_runs import ROOT
 
 from barrier_diffusers import Barrier, BarrierConfig, register_architecture
-from barrier_diffusers.data.encoding import encode_prompts
-from barrier_diffusers.models.architectures import get_architecture, image_ids, pack, unpack
+from barrier_diffusers.data.encoding import encode_prompts, posteriors
+from barrier_diffusers.models.architectures import get_architecture, sampling_arguments
+from barrier_diffusers.models.autoencoders import arranged
 from barrier_diffusers.models.denoiser import PipelineDenoiser
+from barrier_diffusers.models.rows.base import pack, unpack
+from barrier_diffusers.models.rows.flux import image_ids
 from barrier_diffusers.objectives import ObjectiveConfig, load_objective
 from barrier_diffusers.training.steps import StepMaker
 
 PROMPTS = ["a photo of a red boot", "a sneaker"]
 
 
+class Stop(Exception):
+    """Enough was seen of a pipeline at work."""
+
+
+def as_latents(pipeline, value, height, width):
+    """What the pipeline hands its denoiser or scheduler, as latents (B, c, h, w), by the pipeline's own functions."""
+    if isinstance(value, list):
+        return torch.stack(value).squeeze(2)
+    if value.ndim == 4:
+        return value
+    if hasattr(pipeline, "_unpack_latents_with_ids"):
+        side = 2 * pipeline.vae_scale_factor
+        ids = pipeline._prepare_latent_ids(torch.zeros(len(value), 1, height // side, width // side))
+        return pipeline._unpack_latents_with_ids(value, ids)
+    unpacked = pipeline._unpack_latents(value, height, width, pipeline.vae_scale_factor)
+    return unpacked.squeeze(2) if unpacked.ndim == 5 else unpacked
+
+
+def flat(values, prefix=""):
+    """Nested dictionaries and lists as one level; nothing that is None or empty."""
+    if isinstance(values, (dict, list, tuple)):
+        pairs = values.items() if isinstance(values, dict) else enumerate(values)
+        return {key: leaf for name, value in pairs for key, leaf in flat(value, f"{prefix}.{name}").items()}
+    return {} if values is None else {prefix: values}
+
+
 def captured_call(network, run):
-    """Arguments by name of the denoiser's first call in `run`, nothing that is None or empty, and its output."""
+    """Arguments by name of the denoiser's first call in `run`."""
     calls = []
 
-    def hook(module, args, kwargs, output):
+    def hook(module, args, kwargs):
         bound = inspect.signature(type(network).forward).bind(network, *args, **kwargs).arguments
-        used = {k: v for k, v in bound.items() if v is not None and not (isinstance(v, dict) and not v)}
-        calls.append(({k: v for k, v in used.items() if k not in ("self", "return_dict")}, output[0]))
+        calls.append({key: value for key, value in bound.items() if key not in ("self", "return_dict")})
 
-    handle = network.register_forward_hook(hook, with_kwargs=True)
+    handle = network.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         run()
+    except Stop:
+        pass
     finally:
         handle.remove()
     return calls[0]
 
 
-def flat(arguments):
-    """Nested dicts as one level."""
-    result = {}
-    for key, value in arguments.items():
-        result.update({f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value})
-    return result
+def sides(name):
+    """Height and width in pixels at which a tiny pipeline is run."""
+    return (32, 32) if name == "hidream" else (32, 64)  # which makes 4096 tokens of what is not square
+
+
+def settings_of(name, pipeline, guidance=1.0):
+    """Arguments of the pipeline for PROMPTS; guidance 1 (Z-Image: 0) is none, so there is no unconditional half."""
+    guidance = 0.0 if name == "z_image" else guidance
+    pipeline.set_progress_bar_config(disable=True)
+    if name == "hidream":
+        pipeline.default_sample_size = 8  # it scales every size to this one
+    height, width = sides(name)
+    asked = sampling_arguments(pipeline, PROMPTS, guidance)
+    return asked | {"generator": torch.Generator().manual_seed(0), "height": height, "width": width}
+
+
+def first_step(name, pipeline, guidance):
+    """(denoiser's arguments, prediction, timestep) of the first of a pipeline's 50 sampling steps."""
+    seen = []
+
+    def step(prediction, timestep, sample, **_):
+        seen.extend([prediction, timestep])
+        raise Stop
+
+    pipeline.scheduler.step = step
+    denoiser = getattr(pipeline, get_architecture(type(pipeline).__name__).denoiser)
+    settings = settings_of(name, pipeline, guidance)
+    arguments = captured_call(denoiser, lambda: pipeline(**settings, num_inference_steps=50, output_type="latent"))
+    del pipeline.scheduler.step
+    return arguments, *seen
 
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_training_calls_the_denoiser_as_the_pipeline_does(name):
     pipeline = build(name)
-    pipeline.set_progress_bar_config(disable=True)
     denoiser = PipelineDenoiser(pipeline, guidance_scale=2.5)
-    guidance = 2.5 if name == "flux" else 1.0  # 1: no classifier-free guidance, so no unconditional half
-    settings = {
-        "num_inference_steps": 2,
-        "height": 32,
-        "width": 48,
-        "guidance_scale": guidance,
-        "output_type": "latent",
-    }
-
-    def run_pipeline():
-        pipeline(PROMPTS, generator=torch.Generator().manual_seed(0), **settings)
-
-    wanted, output = captured_call(denoiser.network, run_pipeline)
-    first = next(iter(wanted))
-    noisy, timestep = wanted[first], wanted["timestep"]
-    if isinstance(pipeline, FluxPipeline):
-        noisy, timestep = FluxPipeline._unpack_latents(noisy, 32, 48, 4), timestep * 1000
-    timesteps = timestep.expand(len(noisy))
+    guidance = denoiser.context.guidance or 1.0
+    wanted, output, timestep = first_step(name, pipeline, guidance)
+    noisy = as_latents(pipeline, next(iter(wanted.values())), *sides(name))
+    assert noisy.shape[1:] == (
+        denoiser.latent_channels,
+        *(side // denoiser.context.vae_scale_factor for side in sides(name)),
+    )
     predictions = []
 
     @torch.no_grad()
     def run_training():
         condition = encode_prompts(pipeline, PROMPTS)
-        predictions.append(denoiser.predict(denoiser.network, noisy, timesteps, condition))
+        predictions.append(denoiser.predict(denoiser.network, noisy, timestep.expand(len(noisy)), condition))
 
-    got, _ = captured_call(denoiser.network, run_training)
-    got, wanted = flat(got), flat(wanted)
+    got, wanted = flat(captured_call(denoiser.network, run_training)), flat(wanted)
     assert set(got) == set(wanted)
     for key, value in wanted.items():
-        value = value.expand(len(noisy)) if key == "timestep" else value
+        if not isinstance(value, torch.Tensor):
+            assert got[key] == value, key
+            continue
+        value = value.expand(len(noisy)) if key == ".timestep" else value
         assert got[key].shape == value.shape, key
         torch.testing.assert_close(got[key], value, rtol=1e-5, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
-    if isinstance(pipeline, FluxPipeline):
-        output = FluxPipeline._unpack_latents(output, 32, 48, 4)
-    torch.testing.assert_close(predictions[0], output, rtol=1e-4, atol=1e-5)
+    output = as_latents(pipeline, output, *sides(name))
+    torch.testing.assert_close(predictions[0], output, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_latents_are_the_ones_the_pipeline_decodes(name):
+    """The VAE's own latents, normalised as for training, are those that the sampler arrives at."""
+    pipeline, decoded = build(name), []
+    denoiser, settings = PipelineDenoiser(pipeline), settings_of(name, pipeline)
+    step = pipeline.scheduler.step
+    sampled = []
+
+    def last_step(*args, **kwargs):
+        result = step(*args, **kwargs)
+        sampled.append(result[0])
+        return result
+
+    def decode(latents, *_, **__):
+        decoded.append(latents)
+        raise Stop
+
+    pipeline.scheduler.step, pipeline.vae.decode = last_step, decode
+    with pytest.raises(Stop):
+        pipeline(**settings, num_inference_steps=2, output_type="np")
+    latents = (arranged(pipeline.vae, decoded[0]) - denoiser.shift) * denoiser.scale
+    torch.testing.assert_close(latents, as_latents(pipeline, sampled[-1], *sides(name)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_images_are_encoded_into_what_the_denoiser_sees(name):
+    """Mean and log-variance of each image, whatever the VAE: with frames, patches, or without a posterior."""
+    pipeline = build(name)
+    denoiser = PipelineDenoiser(pipeline)
+    pixels = torch.rand(2, 3, 32, 64) * 2 - 1
+    mean, log_variance = posteriors(pipeline.vae, [pixels[:1], pixels[1:]]).chunk(2, dim=1)
+    side = denoiser.context.vae_scale_factor
+    assert mean.shape == log_variance.shape == (2, denoiser.latent_channels, 32 // side, 64 // side)
+    if name == "sana":
+        own = pipeline.vae.encode(pixels).latent
+    else:
+        frames = pixels.unsqueeze(2) if name == "qwen_image" else pixels
+        own = pipeline.vae.encode(frames).latent_dist.mode()
+    own = own.squeeze(2) if name == "qwen_image" else own
+    own = pipeline._patchify_latents(own) if name.startswith("flux2") else own
+    torch.testing.assert_close(mean, own.detach(), rtol=1e-4, atol=1e-5)
+    assert (log_variance == -30).all() == (name == "sana")
+
+
+# the positions in [0, 1] at which a pipeline takes N steps, before the scheduler shifts them
+STEPS = {
+    "sd3": lambda scheduler, steps: np.linspace(1, scheduler.sigma_min, steps),
+    "sana": lambda scheduler, steps: (1 - np.linspace(1, 1 / 1000, steps + 1))[:0:-1],
+    "hidream": lambda scheduler, steps: np.linspace(1, 1 / 1000, steps + 1)[:-1],
+    "cogview4": lambda scheduler, steps: np.linspace(1000, 1, steps).astype(int) / 1000,
+}
+STEPS |= {"sd3_plain": STEPS["sd3"], "auraflow": STEPS["sd3"]}
+FLOWS = [
+    name
+    for name in BUILDERS
+    if not name.startswith(("sd_", "sdxl", "pixart", "hunyuan_dit", "kolors")) and name != "sd"
+]
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_noise_is_that_of_the_pipelines_own_steps(name):
+    """At each of the 50 sigmas that the pipeline samples at, noise and time are the same in training."""
+    pipeline = build(name)
+    denoiser = PipelineDenoiser(pipeline)
+    first_step(name, pipeline, 1.0)
+    scheduler = pipeline.scheduler
+    steps = STEPS.get(name, lambda _, count: np.linspace(1, 1 / count, count))(scheduler, 50)
+    height, width = (side // denoiser.context.vae_scale_factor for side in sides(name))
+    positions = torch.arange(1000)
+    latents, noise = torch.full((1000, denoiser.latent_channels, height, width), 2.0), torch.full((1,), 5.0)
+    drawn = denoiser.noising.at(latents, noise.expand_as(latents), positions)
+    sigmas = (drawn.noisy[:, 0, 0, 0] - 2) / 3
+    at = {key: np.interp(steps, 1 - positions.flip(0) / 1000, value.flip(0)) for key, value in
+          {"sigma": sigmas, "time": drawn.timesteps}.items()}  # fmt: skip
+    terminal = 0.03 if scheduler.config.get("shift_terminal") else 0  # stretched by its last step, which is not ours
+    np.testing.assert_allclose(at["sigma"], scheduler.sigmas[:-1], rtol=2e-3, atol=terminal + 1e-4)
+    whole = 1 if name in ("sana", "hidream") else 0  # these schedulers cut times to whole numbers
+    np.testing.assert_allclose(at["time"], scheduler.timesteps, rtol=2e-3, atol=1000 * terminal + whole + 0.1)
+    assert (drawn.target == 3).all()
 
 
 def test_a_row_of_the_users_own(tmp_path):
@@ -120,7 +245,7 @@ def test_packing_is_the_pipelines_own():
 
 def test_classes_without_a_row_are_named():
     with pytest.raises(
-        ValueError, match="a StableDiffusionImg2ImgPipeline cannot be unlearned; known pipelines are Flux"
+        ValueError, match="a StableDiffusionImg2ImgPipeline cannot be unlearned; known pipelines are Aura"
     ):
         PipelineDenoiser(StableDiffusionImg2ImgPipeline(**build("sd").components, requires_safety_checker=False))
     with pytest.raises(ValueError, match="must be a multiple of 8 for this FluxPipeline"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from pipelines import FASHION
+from tiny_encoders import FASHION
 
 from barrier_diffusers.data.concepts import ConceptConfig, DataNeeds, concepts_of, load_concepts
 from barrier_diffusers.data.erased_concepts import (

@@ -13,9 +13,9 @@ from barrier_diffusers.data.concepts import ConceptConfig
 from barrier_diffusers.data.encoding import EncodedImages, NoisedBatches, cached_tensors, to_pixels
 from barrier_diffusers.data.generated_images import write_image_folder
 from barrier_diffusers.data.readers import load_image_text, split_concepts, take_evenly
+from barrier_diffusers.models.autoencoders import sample_latents
 from barrier_diffusers.models.denoiser import PipelineDenoiser
 from barrier_diffusers.models.loading import load_pipeline
-from barrier_diffusers.models.noising import sample_latents
 
 ROOT = Path(__file__).resolve().parent.parent
 FASHION = ROOT / "assets" / "fashion_sd"

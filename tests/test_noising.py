@@ -6,8 +6,9 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from pipelines import build
 
+from barrier_diffusers.models.autoencoders import latent_normalisation, sample_latents
 from barrier_diffusers.models.denoiser import PipelineDenoiser
-from barrier_diffusers.models.noising import DiffusionNoising, FlowNoising, latent_normalisation, sample_latents
+from barrier_diffusers.models.noising import DiffusionNoising, FlowNoising
 
 
 def seeded():

@@ -12,8 +12,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
-from pipelines import FASHION
 from safetensors.torch import save_file
+from tiny_encoders import FASHION
 
 from barrier_diffusers.models.loading import load_pipeline
 from barrier_diffusers.utils.command_line import parse_config

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from pipelines import FASHION
+from tiny_encoders import FASHION
 
 from barrier_diffusers import Barrier, BarrierConfig
 from barrier_diffusers.data.encoding import encode_prompts

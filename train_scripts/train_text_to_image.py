@@ -29,8 +29,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from barrier_diffusers.data.captions import labels_in_texts
 from barrier_diffusers.data.encoding import cached_tensors, encode_moments, image_batches, tensors_hash, tokenize
 from barrier_diffusers.data.readers import load_image_text, rows_hash
+from barrier_diffusers.models.autoencoders import sample_latents
 from barrier_diffusers.models.loading import module_hash
-from barrier_diffusers.models.noising import sample_latents
 from barrier_diffusers.models.publishing import load_in_float32
 from barrier_diffusers.models.vocabulary import cut_clip_vocabulary, find_clip_vocabulary
 from barrier_diffusers.training.run_config import RunConfig, StageConfig

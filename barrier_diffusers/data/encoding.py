@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from barrier_diffusers.data.pixels import as_rgb
 from barrier_diffusers.data.readers import unreadable_image
 from barrier_diffusers.models.architectures import count_cut, get_architecture
+from barrier_diffusers.models.autoencoders import posterior_parameters
 from barrier_diffusers.models.denoiser import Denoiser
 from barrier_diffusers.models.generation import fitting_batch
 from barrier_diffusers.objectives.base import Condition
@@ -124,14 +125,15 @@ def encode_moments(
 @torch.no_grad()
 def posteriors(vae: Any, batches: Iterable[Tensor]) -> Tensor:
     """VAE posteriors (N, 2 c, h, w) in float32 of batches of pixels (B, 3, H, W) in [-1, 1]."""
-    upcast = vae.dtype == torch.float16 and vae.config.force_upcast  # its activations overflow, as SDXL's do
+    upcast = vae.dtype == torch.float16 and vae.config.get(
+        "force_upcast", False
+    )  # its activations overflow, as SDXL's do
     if upcast:
         vae.to(torch.float32)
     chunks = []
     for pixels in batches:
         # in one order of memory, whatever the reader's: another one is computed with other roundings
-        posterior = vae.encode(pixels.to(vae.device, vae.dtype).contiguous()).latent_dist
-        chunks.append(posterior.parameters.float().cpu())
+        chunks.append(posterior_parameters(vae, pixels.to(vae.device, vae.dtype).contiguous()).float().cpu())
     if upcast:
         vae.to(torch.float16)
     return torch.cat(chunks)
@@ -176,7 +178,18 @@ def encode_prompts(pipeline: Any, prompts: Sequence[str], batch_size: int = 64) 
             chunks.append({key: value.float().cpu() for key, value in encoded.items()})
     if cut:
         warnings.warn(f"of {len(prompts)} prompts, some are too long: {', '.join(cut)}", stacklevel=2)
-    return {key: torch.cat([chunk[key] for chunk in chunks]) for key in chunks[0]}
+    return {key: cat_padded([chunk[key] for chunk in chunks]) for key in chunks[0]}
+
+
+def cat_padded(chunks: Sequence[Tensor]) -> Tensor:
+    """Tensors (P_i, L_i, ...) one after the other, (P, L, ...), with zeros where one has fewer tokens than another."""
+    longest = max((chunk.shape[1] for chunk in chunks if chunk.ndim > 1), default=0)
+
+    def pad(chunk: Tensor) -> Tensor:
+        missing = longest - chunk.shape[1] if chunk.ndim > 1 else 0
+        return torch.cat([chunk, chunk.new_zeros(len(chunk), missing, *chunk.shape[2:])], 1) if missing else chunk
+
+    return torch.cat([pad(chunk) for chunk in chunks])
 
 
 @dataclass

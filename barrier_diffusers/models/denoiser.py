@@ -11,14 +11,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from barrier_diffusers.models.architectures import CallContext, get_architecture
-from barrier_diffusers.models.noising import (
-    Noised,
-    Noising,
-    latent_normalisation,
-    sample_latents,
-)
+from barrier_diffusers.models.architectures import CallContext, default_side, get_architecture
+from barrier_diffusers.models.autoencoders import latent_channels, latent_normalisation, patch_side, sample_latents
+from barrier_diffusers.models.noising import Noised, Noising
 from barrier_diffusers.objectives.base import Condition
+
+# what configurations call the width of the text embeddings that the denoiser reads, the first one that is set
+TEXT_WIDTHS = (
+    "encoder_hid_dim",
+    "caption_channels",
+    "cap_feat_dim",
+    "text_embed_dim",
+    "cross_attention_dim",
+    "joint_attention_dim",
+)
 
 
 class PipelineDenoiser:
@@ -29,19 +35,22 @@ class PipelineDenoiser:
         guidance_scale: fed to a denoiser with a guidance embedding.
 
     Raises:
-        ValueError: a pipeline class without a row, or a prediction type that nothing here trains.
+        ValueError: a pipeline class without a row, or a pipeline that nothing here trains.
     """
 
     def __init__(self, pipeline: Any, guidance_scale: float = 3.5):
         self.architecture = get_architecture(type(pipeline).__name__)
+        self.architecture.check(pipeline)
         self.network: Any = getattr(pipeline, self.architecture.denoiser)
         config = self.network.config
         guidance = guidance_scale if config.get("guidance_embeds") else None
-        self.context = CallContext(pipeline.vae_scale_factor, guidance)
+        patch = patch_side(pipeline.vae)
+        self.context = CallContext(pipeline.vae_scale_factor * patch, guidance, config)
         self.shift, self.scale = latent_normalisation(pipeline.vae)
-        self.default_sample_size: int | None = getattr(pipeline, "default_sample_size", None)  # in latent positions
-        self.latent_channels: int = pipeline.vae.config.latent_channels
-        self.tokens_side = self.architecture.packing * (config.get("patch_size") or 1)
+        self.default_side = default_side(pipeline)
+        self.latent_channels = latent_channels(pipeline.vae)
+        token = config.get("patch_size") or 1
+        self.tokens_side = self.architecture.packing * (token if isinstance(token, int) else token[0])
         self.noising = self.architecture.noising(pipeline.scheduler, self.tokens_side)
 
     @property
@@ -51,11 +60,10 @@ class PipelineDenoiser:
         Raises:
             ValueError: the configuration does not say.
         """
-        side = self.default_sample_size or self.network.config.get("sample_size")
-        if not isinstance(side, int):
+        if self.default_side is None:
             name = self.architecture.pipeline_class.__name__
             raise ValueError(f"the configuration of this {name} names no image size: set resolution")
-        return side * self.context.vae_scale_factor
+        return self.default_side
 
     def checked_resolution(self, resolution: int | None) -> int:
         """Side in pixels of the images that are read: the given one, or without one the model's own.
@@ -73,7 +81,7 @@ class PipelineDenoiser:
     def check_text_encoder(self, pipeline: Any) -> None:
         """A ValueError if the prompts' embeddings are not as wide as the denoiser's attention reads them."""
         config = self.network.config
-        wanted = config.get("cross_attention_dim") or config.get("joint_attention_dim")
+        wanted = next((config[name] for name in TEXT_WIDTHS if config.get(name)), None)
         with torch.no_grad():
             embeddings = self.architecture.encode(pipeline, [""]).get("encoder_hidden_states")
         if isinstance(wanted, int) and embeddings is not None and embeddings.shape[-1] != wanted:

@@ -12,7 +12,12 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from barrier_diffusers.models.architectures import get_architecture
+from barrier_diffusers.models.architectures import (
+    ARCHITECTURES,
+    default_side,
+    get_architecture,
+    sampling_arguments,
+)
 from barrier_diffusers.utils.checks import SEED, Checked, at_least, rules
 
 PIXELS_AT_ONCE = 2**21  # of a batch: with them Stable Diffusion and SDXL stay below 24 GB at 512 and 1024 pixels
@@ -43,9 +48,7 @@ def side_of(pipeline: Any, sampling: SamplingConfig) -> int:
         return sampling.resolution
     if getattr(pipeline, "vae", None) is None:
         return pipeline.resolution
-    network = getattr(pipeline, get_architecture(type(pipeline).__name__).denoiser)
-    side = getattr(pipeline, "default_sample_size", None) or network.config.get("sample_size")
-    return side * pipeline.vae_scale_factor if isinstance(side, int) else 1024
+    return default_side(pipeline) or 1024
 
 
 @dataclass
@@ -138,13 +141,16 @@ def sample(
     """
     pipeline.set_progress_bar_config(disable=True)
     size = {} if sampling.resolution is None else {"height": sampling.resolution, "width": sampling.resolution}
+    if type(pipeline).__name__ in ARCHITECTURES:
+        asked = sampling_arguments(pipeline, prompts, guidance_scale)
+    else:  # one of our own, which is asked for labels
+        asked = {"labels": list(prompts), "guidance_scale": guidance_scale}
     vae, side = getattr(pipeline, "vae", None), side_of(pipeline, sampling)
     with autocast_denoiser(pipeline), without_postprocessing(pipeline), sliced_vae(vae, side):
         result = pipeline(
-            list(prompts),
+            **asked,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             num_inference_steps=sampling.num_inference_steps,
-            guidance_scale=guidance_scale,
             output_type="np",
             **size,
         ).images

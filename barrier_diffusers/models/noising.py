@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
@@ -69,6 +69,7 @@ VARIANCE_PRESERVING = (
     "UniPCMultistepScheduler",
 )
 FLOW_MATCHING = ("FlowMatchEulerDiscreteScheduler",)  # the same for `FlowNoising`
+FLOW_SIGMAS = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")  # and with use_flow_sigmas (SANA, HiDream)
 
 
 def require_scheduler(scheduler: Any, known: tuple[str, ...]) -> None:
@@ -129,49 +130,83 @@ class DiffusionNoising:
         return scheduler
 
 
+Shift = Callable[[Any, tuple[int, int, int], int], float]  # (scheduler's configuration, (c, h, w), tokens_side) -> mu
+
+
+def shift_by_tokens(config: Any, latent_shape: tuple[int, int, int], tokens_side: int) -> float:
+    """mu of dynamic shifting, linear in the number of image tokens (Flux)."""
+    num_tokens = latent_shape[1] * latent_shape[2] // tokens_side**2
+    return calculate_shift(
+        num_tokens,
+        base_seq_len=config.get("base_image_seq_len", 256),
+        max_seq_len=config.get("max_image_seq_len", 4096),
+        base_shift=config.get("base_shift", 0.5),
+        max_shift=config.get("max_shift", 1.15),
+    )
+
+
+def as_flow_matching(scheduler: Any) -> Any:
+    """A FlowMatchEulerDiscreteScheduler with the sigmas of this one.
+
+    Raises:
+        ValueError: none is known to have them.
+    """
+    if type(scheduler).__name__ not in FLOW_SIGMAS:
+        require_scheduler(scheduler, FLOW_MATCHING)
+        return scheduler
+    config = scheduler.config
+    wanted = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "use_dynamic_shifting": False}
+    wrong = [f"{name} {config.get(name)}" for name, value in wanted.items() if (config.get(name) or False) != value]
+    if wrong:
+        raise ValueError(
+            f"scheduler {type(scheduler).__name__} with {', '.join(wrong)} noises in a way that is not known here, so "
+            f"training would be wrong: save the pipeline with one of {', '.join(FLOW_MATCHING)}"
+        )
+    return FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=config.num_train_timesteps, shift=config.get("flow_shift") or 1.0
+    )
+
+
 class FlowNoising:
     """x_t = (1 - sigma) x_0 + sigma noise with target noise - x_0 (flow matching, SD3: arXiv 2403.03206).
 
     The sigmas are the scheduler's own table of T steps, shifted as it shifts them when it samples: by its constant, or
-    (dynamic shifting, Flux) by the number of image tokens. The position in the table is logit-normal, T * sigmoid(n)
-    with n standard normal, counted from the noisy end.
+    (dynamic shifting) by what the pipeline makes of the number of image tokens. The position in the table is
+    logit-normal, T * sigmoid(n) with n standard normal, counted from the noisy end.
 
     Args:
-        scheduler: a FlowMatchEulerDiscreteScheduler.
+        scheduler: a FlowMatchEulerDiscreteScheduler, or a multistep solver with the sigmas of one.
         tokens_side: side of the square of latent positions that makes one token of the transformer.
+        shift: the mu that the pipeline gives a scheduler with dynamic shifting.
+        shifted_timesteps: whether the network is told the shifted sigma, as almost all are; if not, the one before it
+            is shifted (CogView4).
 
     Raises:
         ValueError: another scheduler.
     """
 
-    def __init__(self, scheduler: Any, tokens_side: int):
-        require_scheduler(scheduler, FLOW_MATCHING)
-        self.scheduler, self.tokens_side = scheduler, tokens_side
-        self._tables: dict[int, tuple[Tensor, Tensor]] = {}
+    def __init__(
+        self, scheduler: Any, tokens_side: int, *, shift: Shift = shift_by_tokens, shifted_timesteps: bool = True
+    ):
+        self.scheduler, self.tokens_side = as_flow_matching(scheduler), tokens_side
+        self.shift, self.shifted_timesteps = shift, shifted_timesteps
+        self._tables: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
 
-    def table(self, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """(sigmas, timesteps), both (T,), for images of `num_tokens` tokens."""
-        if num_tokens not in self._tables:
-            steps = self._steps(self.scheduler.config.num_train_timesteps, num_tokens)
-            self._tables[num_tokens] = (steps.sigmas[:-1].clone(), steps.timesteps.clone())
-        return self._tables[num_tokens]
-
-    def _steps(self, num_steps: int, num_tokens: int) -> Any:
-        """A copy of the scheduler with this many steps, shifted for images of `num_tokens` tokens."""
-        config, scheduler = self.scheduler.config, copy.deepcopy(self.scheduler)
-        shape = {
-            "base_seq_len": config.get("base_image_seq_len", 256),
-            "max_seq_len": config.get("max_image_seq_len", 4096),
-            "base_shift": config.get("base_shift", 0.5),
-            "max_shift": config.get("max_shift", 1.15),
-        }
-        mu = calculate_shift(num_tokens, **shape) if config.use_dynamic_shifting else None
-        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / num_steps, num_steps).tolist(), mu=mu)
-        return scheduler
+    def table(self, latent_shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+        """(sigmas, timesteps), both (T,), for latents (c, h, w)."""
+        if latent_shape not in self._tables:
+            steps = self.sampler(self.scheduler.config.num_train_timesteps, latent_shape)
+            self._tables[latent_shape] = (steps.sigmas[:-1].clone(), steps.timesteps.clone())
+        return self._tables[latent_shape]
 
     def sampler(self, num_steps: int, latent_shape: tuple[int, int, int]) -> Any:
         """Euler steps at sigmas 1 ... 1 / num_steps, shifted as the scheduler shifts them; see `Noising`."""
-        return self._steps(num_steps, latent_shape[1] * latent_shape[2] // self.tokens_side**2)
+        config, scheduler = self.scheduler.config, copy.deepcopy(self.scheduler)
+        sigmas = np.linspace(1, 1 / num_steps, num_steps)
+        mu = self.shift(config, latent_shape, self.tokens_side) if config.use_dynamic_shifting else None
+        unshifted = None if self.shifted_timesteps else (sigmas * config.num_train_timesteps).tolist()
+        scheduler.set_timesteps(sigmas=sigmas.tolist(), mu=mu, timesteps=unshifted)
+        return scheduler
 
     def __call__(self, latents: Tensor, generator: torch.Generator | None = None) -> Noised:
         noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
@@ -181,7 +216,8 @@ class FlowNoising:
 
     def at(self, latents: Tensor, noise: Tensor, positions: Tensor) -> Noised:
         """A position is a row of the table, the noisiest first; see `Noising`."""
-        sigmas, timesteps = self.table(latents.shape[-2] * latents.shape[-1] // self.tokens_side**2)
+        channels, height, width = latents.shape[1:]
+        sigmas, timesteps = self.table((channels, height, width))
         sigma = sigmas.to(latents)[positions].view(-1, 1, 1, 1)
         noisy = (1 - sigma) * latents + sigma * noise
         return Noised(noisy, timesteps.to(latents)[positions], noise - latents)
@@ -193,26 +229,3 @@ class FlowNoising:
 
 
 MakeNoising = Callable[[Any, int], Noising]  # (scheduler, tokens_side)
-
-
-def latent_normalisation(vae: Any) -> tuple[Tensor, Tensor]:
-    """(shift, scale), each broadcastable to (B, c, h, w): the denoiser sees (latents - shift) * scale.
-
-    The scale is the VAE's scaling_factor, the shift its shift_factor (SD3, Flux); a VAE with latents_mean and
-    latents_std per channel (some SDXL ones) is normalised by these too.
-    """
-    config = vae.config
-    mean, std = config.get("latents_mean"), config.get("latents_std")
-    if mean is not None and std is not None:
-        shift, divisor = (torch.tensor(value).view(1, -1, 1, 1) for value in (mean, std))
-        return shift, config.scaling_factor / divisor
-    return torch.tensor(config.get("shift_factor") or 0.0), torch.tensor(config.scaling_factor)
-
-
-def sample_latents(
-    moments: Tensor, scale: float | Tensor, generator: torch.Generator | None = None, shift: float | Tensor = 0.0
-) -> Tensor:
-    """Draw normalised latents (B, c, h, w) from cached posteriors (B, 2 c, h, w)."""
-    mean, log_variance = moments.chunk(2, dim=1)
-    noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-    return (mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise - shift) * scale

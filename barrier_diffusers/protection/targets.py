@@ -408,7 +408,11 @@ def at_snapshot(maps: Sequence[ProtectedMap], snapshots: Snapshots) -> Iterator[
 STAGES = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}  # forward order; UNets register the middle last
 
 
-TRANSFORMER_BLOCK = re.compile(r"(^|\.)(single_)?transformer_blocks\.\d+$")
+TRANSFORMER_BLOCK = re.compile(r"(^|\.)(single_|joint_)?transformer_blocks\.\d+$")
+
+
+# of a transformer that calls them otherwise: HiDream; Z-Image and Lumina 2; Hunyuan-DiT
+OTHER_BLOCK = re.compile(r"^((double|single)_stream_blocks|layers|blocks)\.\d+$")
 
 
 ATTENTION = re.compile(r"(^|\.)attentions\.\d+$")  # of a UNet without transformer blocks, such as a DDPM's
@@ -419,14 +423,16 @@ def numbered_blocks(model: nn.Module, prefix: str = "") -> list[str]:
 
     In a UNet these are its transformer blocks from the first down block over the middle to the last up block
     (Stable Diffusion 1.x has 16), or its attentions where it has no transformer blocks. In a transformer they are
-    `transformer_blocks`, so that a number is the index there; `single_transformer_blocks` continue the count.
+    `transformer_blocks`, so that a number is the index there; `single_transformer_blocks` continue the count. Those
+    that call them otherwise have `layers`, `blocks` or `double_stream_blocks` and `single_stream_blocks`.
 
     Args:
         prefix: start of every module path, left out of the names.
     """
     names = [path.removeprefix(prefix) for path, _ in model.named_modules()]
     found = [name for name in names if TRANSFORMER_BLOCK.search(name)]
-    found = found or [name for name in names if ATTENTION.search(name)]
+    for pattern in (ATTENTION, OTHER_BLOCK):
+        found = found or [name for name in names if pattern.search(name)]
     return sorted(found, key=lambda name: STAGES.get(name.partition(".")[0], 0))
 
 

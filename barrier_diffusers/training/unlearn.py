@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from barrier_diffusers.data.concepts import ConceptData
 from barrier_diffusers.data.encoding import NoisedBatches, encode_prompts
+from barrier_diffusers.models.architectures import get_architecture
 from barrier_diffusers.models.denoiser import Denoiser, PipelineDenoiser
 from barrier_diffusers.models.partial_sampler import PartialSampler, SampledBatches, Share
 from barrier_diffusers.objectives import DiffusionStep, Objective, ObjectiveConfig, PromptEdit
@@ -120,9 +121,21 @@ def maps_of_prompts(config: Any, denoiser: PipelineDenoiser) -> list[str]:
     return targets
 
 
+@torch.no_grad()
+def text_inputs(pipeline: Any, prompts: Sequence[str]) -> Tensor:
+    """What the maps that read the prompt alone get for each prompt (P, L, D), padding included, on the CPU."""
+    row = get_architecture(type(pipeline).__name__)
+    network = getattr(pipeline, row.denoiser)
+    condition = encode_prompts(pipeline, prompts)
+    device, half = network.device, network.dtype in (torch.float16, torch.bfloat16)
+    with torch.autocast(device.type, network.dtype if half else torch.bfloat16, enabled=half):
+        read = row.prompt_input(network, {name: value.to(device) for name, value in condition.items()})
+    return read.float().cpu()
+
+
 def prompt_inputs(targets: Sequence[str], pipeline: Any, prompts: Sequence[str]) -> dict[str, list[Tensor]]:
-    """What reaches these targets on the prompts, padding included, in the form `Barrier.setup_protection` takes."""
-    embeddings = list(encode_prompts(pipeline, prompts)["encoder_hidden_states"].split(64))
+    """What reaches these targets on the prompts, in the form `Barrier.setup_protection` takes."""
+    embeddings = list(text_inputs(pipeline, prompts).split(64))
     return {target: embeddings for target in targets}
 
 
@@ -146,7 +159,7 @@ def apply_edit(
             pairs=list(zip(forget, anchors, strict=True)),
             preserve=retain,
             tokenize=tokenize,
-            embed=lambda prompts: encode_prompts(pipeline, prompts)["encoder_hidden_states"],
+            embed=lambda prompts: text_inputs(pipeline, prompts),
             options=options,
         )
     )

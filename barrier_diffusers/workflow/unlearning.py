@@ -29,7 +29,7 @@ from barrier_diffusers.evaluation.erasure import (
 )
 from barrier_diffusers.evaluation.pictures import before_after_grid, loss_curves, strip
 from barrier_diffusers.evaluation.tables import print_metrics
-from barrier_diffusers.models.architectures import components, get_architecture
+from barrier_diffusers.models.architectures import Architecture, components, get_architecture
 from barrier_diffusers.models.denoiser import PipelineDenoiser
 from barrier_diffusers.models.generation import generate
 from barrier_diffusers.models.loading import (
@@ -164,6 +164,25 @@ def load_base(config: UnlearnConfig) -> Any:
     )
 
 
+def check_row(config: UnlearnConfig, objective: Objective, row: Architecture) -> None:
+    """Refuse what a pipeline class cannot do.
+
+    Raises:
+        ValueError: an adapter where diffusers saves and loads none, or a closed-form edit of tokens that are not where
+            the tokenizer puts them.
+    """
+    if config.rank and not row.has_adapters:
+        raise ValueError(
+            f"rank is {config.rank}, but diffusers saves and loads no LoRA adapter for a {row.name}: "
+            "set rank to 0, which trains the chosen weights themselves"
+        )
+    if objective.edit is not None and not row.aligned_tokens:
+        raise ValueError(
+            f"objective {objective.name!r} pairs the tokens of two prompts, but the denoiser of a {row.name} does not "
+            "read them where the tokenizer puts them: choose another objective"
+        )
+
+
 def make_ready(run: Run, pipeline: Any, erased: list[ErasedConcepts]) -> LoadedModel:
     """Move the pipeline to the run's device, add what the settings ask for, and freeze all but the targets.
 
@@ -174,6 +193,7 @@ def make_ready(run: Run, pipeline: Any, erased: list[ErasedConcepts]) -> LoadedM
     denoiser = PipelineDenoiser(pipeline, config.guidance_scale)
     config.resolution = denoiser.checked_resolution(config.resolution)
     denoiser.check_text_encoder(pipeline)
+    check_row(config, run.objective, denoiser.architecture)
     config.barrier.targets = config.barrier.targets or list(denoiser.architecture.targets)
     network = denoiser.network
     if config.enable_xformers_memory_efficient_attention:
