@@ -742,9 +742,9 @@ def test_a_concept_behind_the_token_limit_is_refused(load, tmp_path, capsys, unp
 
 def test_one_tokenizer_that_reads_the_concept_is_enough():
     pipeline = build("sd3")  # its T5 reads 256 tokens, its CLIPs 24
-    require_names_within_limit(pipeline, [LONG + "sneaker"], ["sneaker"])
+    require_names_within_limit(pipeline, [LONG + "sneaker"], [["sneaker"]])
     with pytest.raises(ValueError, match="only behind the tokens"):
-        require_names_within_limit(build("sd3_plain"), [LONG + "sneaker"], ["sneaker"])
+        require_names_within_limit(build("sd3_plain"), [LONG + "sneaker"], [["sneaker"]])
 
 
 def test_an_anchor_that_says_the_same_stops_the_run_before_training(load, fashion, tmp_path, capsys, unprinted):

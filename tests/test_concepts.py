@@ -25,6 +25,8 @@ from barrier_diffusers.evaluation.erasure import (
     make_evaluation_prompts,
 )
 from barrier_diffusers.models.generation import SamplingConfig
+from barrier_diffusers.objectives import ObjectiveConfig
+from barrier_diffusers.utils.words import mentions
 
 SKETCHES = ErasedConcepts(["pencil sketch"], ["a pencil sketch of a red bag", "a pencil sketch of a red boot"])
 IMAGES = FASHION.parent / "fashion_images"
@@ -100,8 +102,50 @@ def test_prompts_alone(load, tmp_path):
 
 
 def test_which_concept_a_prompt_is_about():
-    assert concepts_of(["anything"], ["bag"]) == ["bag"]
-    assert concepts_of(["a Bag", "two t-shirt"], ["bag", "shirt", "t-shirt"]) == ["bag", "t-shirt"]
+    assert concepts_of(["anything"], {"bag": ["bag"]}) == ["bag"]
+    names = {"bag": ["bag", "purse"], "shirt": ["shirt"], "t-shirt": ["t-shirt"]}
+    assert concepts_of(["a Bag", "two t-shirt", "a purse"], names) == ["bag", "t-shirt", "bag"]
+
+
+def test_synonyms_are_forgotten_left_out_and_exchanged_like_the_name(load):
+    names = ["sneaker", "gym shoe", "boot"]
+    data = load(concept="sneaker", concept_synonyms=names[1:], train_data_dir=str(IMAGES), **FEW)
+    assert len(data.forget) == 144
+    for row, text in enumerate(data.forget["text"]):
+        assert mentions(text, names[row % 3]), (row, text)
+    assert not any(mentions(text, "boot") for text in data.retain["text"])  # another class of the data
+    assert all(mentions(text, "bag") for text in data.anchors("bag", None, 0))
+    assert data.config.names == {"sneaker": names}
+    erased = ErasedConcepts(["sneaker"], [], data.config.synonyms)
+    assert erased.is_named_by(["two gym shoes", "a shoe"]) == [True, False]
+    assert as_json([erased, ErasedConcepts(["bag"], [])])[1] == {"concepts": ["bag"], "captions": []}
+
+
+def test_without_data_the_prompts_are_all_names_of_the_concept():
+    names = {"concept": ["sneaker", "bag"], "concept_synonyms": {"sneaker": ["gym shoe"]}}
+    config = ConceptConfig(**names, retain_prompts=["a boot"])
+    assert config.forget_prompts == ["sneaker", "gym shoe", "bag"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"concept_synonyms": ["Sneakers"]}, "names 'Sneakers', which is already there as 'sneaker'"),
+        ({"concept_synonyms": ["gym shoe", "gym-shoe"]}, "already there as 'gym shoe'"),
+        ({"concept_synonyms": {"boot": ["wellington"]}}, "words for 'boot', which concept does not name"),
+        ({"concept": ["sneaker", "bag"], "concept_synonyms": ["purse"]}, "but there are several concepts"),
+        ({"concept_synonyms": [" "]}, "has an empty name"),
+        ({"concept_synonyms": ["gym shoe"], "retain_prompts": ["a gym shoe"]}, "names 'gym shoe', which is to be"),
+    ],
+)
+def test_synonyms_that_contradict_something_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ConceptConfig(**{"concept": "sneaker", **changes})
+
+
+def test_an_anchor_that_is_a_synonym_is_refused():
+    with pytest.raises(ValueError, match="is to be forgotten itself, as it names 'gym shoe'"):
+        ObjectiveConfig(anchor="gym shoes").anchors_of(["sneaker"], ["gym shoe"])
 
 
 def test_what_was_erased_before_is_retained_as_the_model_shows_it_now(load):

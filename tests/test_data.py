@@ -85,7 +85,7 @@ def test_swap_concept_respects_word_borders():
 
 
 def test_anchor_captions():
-    captions, concepts = ["a cat", "a big cat"] * 20, ["cat"] * 40
+    captions, concepts = ["a cat", "a big cat"] * 20, [["cat"]] * 40
     assert anchor_captions(captions, concepts, None, "an animal", [], 0) == ["an animal"] * 40
     assert anchor_captions(captions, concepts, "dog", None, [], 0)[:2] == ["a dog", "a big dog"]
     drawn = anchor_captions(captions, concepts, None, None, ["dog", "cow"], 0)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, Value, concatenate_datasets
 
-from barrier_diffusers.data.captions import anchor_captions, cycle, labels_in_texts, swap_concept
+from barrier_diffusers.data.captions import anchor_captions, concepts_in_texts, cycle, swap_concept
 from barrier_diffusers.data.columns import with_texts
 from barrier_diffusers.data.erased_concepts import ErasedConcepts, captions_of, rows_about_others
 from barrier_diffusers.data.folders import announce
@@ -18,7 +18,7 @@ from barrier_diffusers.data.prompt_checks import require_names_within_limit
 from barrier_diffusers.data.readers import read_rows, split_concepts, take_evenly
 from barrier_diffusers.models.generation import SamplingConfig
 from barrier_diffusers.utils.checks import DATA, FILE_OR_FOLDER, as_list, at_least, check_settings, rules
-from barrier_diffusers.utils.words import as_compared, mentions, same_name
+from barrier_diffusers.utils.words import as_compared, mentions, replace_names, same_name
 
 
 @dataclass(kw_only=True)
@@ -30,6 +30,9 @@ class ConceptConfig:
     """
 
     concept: str | list[str]  # values of concept_column to forget; with prompts: the words that name the concept
+    # other words for the concept, or concept -> its other words: forgotten, left out of what is retained, and
+    # exchanged for the anchor's as its name is
+    concept_synonyms: list[str] | dict[str, list[str]] = field(default_factory=list)
     concept_column: str = "class"  # column whose values name what an image shows
     train_data_dir: str | None = None  # folder with an image and a caption column, readable by `datasets`
     dataset_name: str | None = None  # or a hub name
@@ -65,6 +68,18 @@ class ConceptConfig:
         return as_list(self.concept)
 
     @property
+    def names(self) -> dict[str, list[str]]:
+        """Concept -> all words that name it, its own first."""
+        others = self.concept_synonyms
+        by_concept = others if isinstance(others, dict) else dict.fromkeys(self.concepts[:1], others)
+        return {concept: [concept, *by_concept.get(concept, [])] for concept in self.concepts}
+
+    @property
+    def synonyms(self) -> list[str]:
+        """Other words of all concepts."""
+        return [name for names in self.names.values() for name in names[1:]]
+
+    @property
     def source(self) -> str | None:
         """The data folder or name; None if there is none with a concept column."""
         return self.train_data_dir or self.dataset_name
@@ -83,6 +98,7 @@ class ConceptConfig:
             twice = next((other for other in self.concepts[:index] if same_name(name, other)), None)
             if twice is not None:
                 raise ValueError(f"concept names {name!r} twice, also as {twice!r}: name each concept once")
+        self._check_synonyms()
         if self.train_data_dir and self.dataset_name:
             raise ValueError("set train_data_dir or dataset_name, not both")
         own = ("forget_data_dir", "retain_data_dir", "forget_prompts", "retain_prompts")
@@ -95,8 +111,8 @@ class ConceptConfig:
         if self.retain_concepts is not None and self.source is None:
             raise ValueError("retain_concepts are values of a concept column: set train_data_dir or dataset_name")
         if self.source is None:
-            self.forget_prompts = self.forget_prompts or list(self.concepts)
-            concepts_of(self.forget_prompts, self.concepts)
+            self.forget_prompts = self.forget_prompts or [name for names in self.names.values() for name in names]
+            concepts_of(self.forget_prompts, self.names)
         check_settings(self)
         if not all(prompt.strip() for prompt in self.forget_prompts):  # the empty prompt may be retained
             raise ValueError("forget_prompts holds an empty prompt: leave it out")
@@ -104,23 +120,45 @@ class ConceptConfig:
         if both:
             raise ValueError(f"{both.pop()!r} stands in forget_prompts and in retain_prompts: leave one out")
         for prompt in self.retain_prompts:
-            named = next((concept for concept in self.concepts if mentions(prompt, concept)), None)
+            named = next((name for names in self.names.values() for name in names if mentions(prompt, name)), None)
             if named is not None:
                 raise ValueError(
                     f"retain prompt {prompt!r} names {named!r}, which is to be forgotten: the two would train against "
                     "each other; leave it out"
                 )
 
+    def _check_synonyms(self) -> None:
+        others = self.concept_synonyms
+        if isinstance(others, list) and others and len(self.concepts) > 1:
+            raise ValueError(
+                "concept_synonyms is a list, but there are several concepts: write {CONCEPT: [other words]}"
+            )
+        unknown = [concept for concept in others if concept not in self.concepts] if isinstance(others, dict) else []
+        if unknown:
+            raise ValueError(f"concept_synonyms has words for {unknown[0]!r}, which concept does not name")
+        seen: list[str] = list(self.concepts)
+        for name in self.synonyms:
+            if not name.strip():
+                raise ValueError("concept_synonyms has an empty name: leave it out")
+            same = next((other for other in seen if same_name(name, other)), None)
+            if same is not None:
+                raise ValueError(f"concept_synonyms names {name!r}, which is already there as {same!r}: leave it out")
+            seen.append(name)
 
-def concepts_of(prompts: Sequence[str], concepts: Sequence[str]) -> list[str]:
+
+def concepts_of(prompts: Sequence[str], names: Mapping[str, Sequence[str]]) -> list[str]:
     """The concept each prompt is about: the only one there is, or the one it names.
+
+    Args:
+        names: concept -> its names.
 
     Raises:
         ValueError: a prompt that names none of several concepts.
     """
+    concepts = list(names)
     if len(concepts) == 1:
         return [concepts[0]] * len(prompts)
-    named = labels_in_texts(prompts, concepts)
+    named = concepts_in_texts(prompts, names)
     for prompt, concept in zip(prompts, named, strict=True):
         if concept is None:
             raise ValueError(f"forget prompt {prompt!r} names none of the concepts {', '.join(concepts)}")
@@ -156,11 +194,13 @@ class ConceptData:
 
     def anchors(self, anchor: str | list[str] | None, anchor_prompt: str | None, seed: int) -> list[str]:
         """The anchor prompt of every forget row."""
-        captions = list(self.forget[self.config.caption_column])
+        captions, names = list(self.forget[self.config.caption_column]), self.config.names
         if isinstance(anchor, list):
             words = dict(zip(self.config.concepts, anchor, strict=True))
-            return [swap_concept(text, own, words[own]) for text, own in zip(captions, self.concepts, strict=True)]
-        return anchor_captions(captions, self.concepts, anchor, anchor_prompt, self.labels, seed)
+            rows = zip(captions, self.concepts, strict=True)
+            return [swap_concept(text, names[own], words[own]) for text, own in rows]
+        of_rows = [names[own] for own in self.concepts]
+        return anchor_captions(captions, of_rows, anchor, anchor_prompt, self.labels, seed)
 
 
 def load_concepts(
@@ -194,22 +234,27 @@ def load_concepts(
     if config.source is None:
         if config.forget_data_dir is None:  # before any image is made
             require_names_within_limit(
-                pipeline, config.forget_prompts, concepts_of(config.forget_prompts, config.concepts)
+                pipeline, config.forget_prompts, names_of(config, concepts_of(config.forget_prompts, config.names))
             )
         forget, retain = rows_of_prompts(config, illustrator, needs.images)
-        concepts = concepts_of(list(forget[caption]), config.concepts)
+        concepts = concepts_of(list(forget[caption]), config.names)
     else:
         dataset = load_concept_rows(config, config.train_split)
         forget, retain = split_concepts(dataset, config.concept_column, config.concepts)
         concepts = list(forget[config.concept_column])
+        if config.synonyms:
+            written = zip(forget[caption], concepts, range(len(forget)), strict=True)
+            renamed = [under_another_name(text, config.names[own], row) for text, own, row in written]
+            forget = forget.remove_columns([caption]).add_column(caption, renamed)
+            retain = without_concept(config, retain, config.source, config.synonyms)
     retain = retain.select(rows_about_others(list(retain[caption]), erased))
     if config.source is not None:
         labels = sorted(set(retain[config.concept_column]))
         if config.retain_concepts is not None:
             retain, _ = split_concepts(retain, config.concept_column, config.retain_concepts, "retain")
-    replayed = captions_of(erased, ErasedConcepts(config.concepts, list(forget[caption])))
+    replayed = captions_of(erased, ErasedConcepts(config.concepts, list(forget[caption]), config.synonyms))
     retain_captions = sorted({*retain[caption], *replayed})
-    require_names_within_limit(pipeline, list(forget[caption]), concepts)
+    require_names_within_limit(pipeline, list(forget[caption]), names_of(config, concepts))
     kept = take_evenly(range(len(forget)), config.max_forget_images, seed)
     forget, concepts = forget.select(kept), [concepts[index] for index in kept]
     retain = retain.select(take_evenly(range(len(retain)), config.max_retain_images, seed))
@@ -285,8 +330,29 @@ def rows_of_folder(config: ConceptConfig, folder: str, prompts: Sequence[str], r
         found = found.add_column(caption, cycle(prompts, len(found)))
     found = found.select_columns([image, caption])
     if role == "retain":
-        others = rows_about_others(list(found[caption]), [ErasedConcepts(config.concepts, [])])
-        if len(others) < len(found):
-            announce(f"{folder}: {len(found) - len(others)} of {len(found)} captions name the concept; left out")
-            found = found.select(others)
+        return without_concept(config, found, folder, [*config.concepts, *config.synonyms])
     return found
+
+
+def names_of(config: ConceptConfig, concepts: Sequence[str]) -> list[list[str]]:
+    """The names of the concept of each row."""
+    return [config.names[concept] for concept in concepts]
+
+
+def under_another_name(caption: str, names: Sequence[str], row: int) -> str:
+    """The caption with one of the names in place of the concept's words, each of them in turn over the rows; one that
+    names the concept by none is left as it is.
+
+    >>> [under_another_name("a red sneaker", ["sneaker", "gym shoe"], row) for row in range(3)]
+    ['a red sneaker', 'a red gym shoe', 'a red sneaker']
+    """
+    return replace_names(caption, names, names[row % len(names)]) or caption
+
+
+def without_concept(config: ConceptConfig, rows: Dataset, where: str, names: Sequence[str]) -> Dataset:
+    """The retain rows whose captions have none of the names; a line says how many are left out."""
+    others = rows_about_others(list(rows[config.caption_column]), [ErasedConcepts(list(names), [])])
+    if len(others) == len(rows):
+        return rows
+    announce(f"{where}: {len(rows) - len(others)} of {len(rows)} captions name the concept; left out")
+    return rows.select(others)

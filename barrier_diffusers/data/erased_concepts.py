@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
@@ -22,10 +22,11 @@ class ErasedConcepts:
 
     concepts: list[str]
     captions: list[str]  # distinct ones that were to be forgotten
+    synonyms: list[str] = field(default_factory=list)  # other names of the concepts
 
     def is_named_by(self, texts: Sequence[str]) -> list[bool]:
         """Whether each text is one of the captions or names one of the concepts."""
-        known, named = set(map(as_compared, self.captions)), labels_in_texts(texts, self.concepts)
+        known, named = set(map(as_compared, self.captions)), labels_in_texts(texts, [*self.concepts, *self.synonyms])
         return [as_compared(text) in known or concept is not None for text, concept in zip(texts, named, strict=True)]
 
 
@@ -50,8 +51,8 @@ def read_erased(pipeline: str, revision: str | None = None) -> list[ErasedConcep
 
 
 def as_json(erased: Sequence[ErasedConcepts]) -> list[dict[str, list[str]]]:
-    """Plain values, as they stand in the file."""
-    return [asdict(erasure) for erasure in erased]
+    """Plain values, as they stand in the file; without synonyms where there are none, as earlier versions read it."""
+    return [{key: value for key, value in asdict(erasure).items() if value or key != "synonyms"} for erasure in erased]
 
 
 def captions_of(erased: Sequence[ErasedConcepts], now: ErasedConcepts | None = None) -> list[str]:

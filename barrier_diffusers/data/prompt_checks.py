@@ -14,19 +14,19 @@ from barrier_diffusers.objectives.base import Condition
 from barrier_diffusers.utils.words import find_names
 
 
-def require_names_within_limit(pipeline: Any, captions: Sequence[str], concepts: Sequence[str]) -> None:
+def require_names_within_limit(pipeline: Any, captions: Sequence[str], names: Sequence[Sequence[str]]) -> None:
     """Refuse forget captions none of whose words for the concept is among the tokens that the pipeline keeps.
 
     Args:
-        concepts: what each caption is to be forgotten for; captions that do not name it in words count for nothing.
+        names: of what each caption is to be forgotten for; captions that do not name it in words count for nothing.
 
     Raises:
         ValueError: every caption that names its concept does so behind the limit of every tokenizer. Where some do,
             one line says how many.
     """
     heads = {}  # caption -> its beginning, to the end of the first of these words
-    for caption, concept in zip(captions, concepts, strict=True):
-        found = find_names(caption, [concept])
+    for caption, own in zip(captions, names, strict=True):
+        found = find_names(caption, own)
         if found:
             heads[caption] = caption[: found[0][2]]
     if not heads:

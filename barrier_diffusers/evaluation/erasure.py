@@ -80,7 +80,7 @@ def make_evaluation_prompts(
     """
     if config.source is None:
         groups = {"everything else": list(config.retain_prompts)}
-        owners = concepts_of(config.forget_prompts, config.concepts)
+        owners = concepts_of(config.forget_prompts, config.names)
         for concept, prompt in zip(owners, config.forget_prompts, strict=True):
             groups.setdefault(concept, []).append(prompt)
         for earlier in erased:
@@ -153,6 +153,10 @@ def evaluate_erasure(
     classifier = evaluation.source.load(asked.forgotten)
     attribute = attribute_of(classifier.attributes, asked.forgotten)
     wanted = {name: labels_in_texts(asked.prompts, labels) for name, labels in classifier.attributes.items()}
+    wanted[attribute] = [  # a prompt may ask for the concept by another name
+        label if named is None and label in asked.forgotten else named
+        for label, named in zip(asked.labels, wanted[attribute], strict=True)
+    ]
     images = {"before": before, "after": after}
     answers = {when: Answers.of(classifier, shown) for when, shown in images.items() if shown is not None}
     metrics = erasure_metrics(

@@ -164,7 +164,7 @@ class ModelCardFacts:
 
 def hub_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
     """The summary percentages in the form of the hub's model-index."""
-    asked = {
+    asked: dict[str, Any] = {
         "task_type": "text-to-image",
         "task_name": "unlearning",
         "dataset_type": "generated-images",

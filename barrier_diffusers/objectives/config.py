@@ -63,10 +63,13 @@ class ObjectiveConfig(UceSettings, EsdSettings, KlSettings, RlSettings, SharedSe
             if is_dataclass(part) and not issubclass(part, ObjectiveConfig):
                 part(**{item.name: getattr(self, item.name) for item in fields(part)})
 
-    def anchors_of(self, concepts: Sequence[str], labels: bool = False) -> list[str | None]:
+    def anchors_of(
+        self, concepts: Sequence[str], synonyms: Sequence[str] = (), labels: bool = False
+    ) -> list[str | None]:
         """`anchor` for each of these concepts.
 
         Args:
+            synonyms: other names of the concepts, which no anchor may have.
             labels: the concepts are labels of a model that reads no words, so that only an equal label is the same.
 
         Raises:
@@ -79,7 +82,8 @@ class ObjectiveConfig(UceSettings, EsdSettings, KlSettings, RlSettings, SharedSe
             for text in texts:
                 if text is None:
                     continue
-                named = next((word for word in concepts if text == word or not labels and mentions(text, word)), None)
+                known = [*concepts, *synonyms]
+                named = next((word for word in known if text == word or not labels and mentions(text, word)), None)
                 if named is not None:
                     raise ValueError(
                         f"objective.{setting} {text!r} is to be forgotten itself, as it names {named!r}: choose "

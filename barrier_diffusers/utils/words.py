@@ -178,18 +178,19 @@ def _extent(text: str) -> tuple[int, int]:
     return len(text) - len(text.lstrip()), len(text.rstrip())
 
 
-def replace_name(text: str, name: str, replacement: str) -> str | None:
-    """The text with other words wherever it names something, in the plural where the text has it; None: it does not.
+def replace_names(text: str, names: Sequence[str], replacement: str) -> str | None:
+    """The text with other words wherever it names something by one of its names, in the plural where the text has it;
+    None: it does not.
 
-    >>> replace_name("two red sneakers", "sneaker", "boot")
+    >>> replace_names("two red sneakers", ["sneaker", "gym shoe"], "boot")
     'two red boots'
     """
-    spans = find_names(text, [name])
+    spans = find_names(text, names)
     if not spans:
         return None
-    last_word = re.split("[ -]", as_compared(name))[-1]
     parts, position = [], 0
-    for _, start, end in spans:
+    for number, start, end in spans:
+        last_word = re.split("[ -]", as_compared(names[number]))[-1]
         shown = re.split("[ -]", as_compared(text[start:end]))[-1]
         many = shown.endswith(plural(last_word)) and not shown.endswith(last_word)
         parts += [text[position:start], _in_plural(replacement) if many else replacement]

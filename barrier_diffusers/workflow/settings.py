@@ -129,12 +129,13 @@ def check_anchors(config: UnlearnConfig) -> None:
             label, or words that a forget prompt does not name.
     """
     anchor, concepts = config.objective.anchor, config.concepts
-    config.objective.anchors_of(concepts)
+    config.objective.anchors_of(concepts, config.synonyms)
     if config.source is None and anchor is None and config.objective.anchor_prompt is None:
         raise ValueError("without a concept column there is no other label: set objective.anchor or anchor_prompt")
     if config.source is None and config.forget_data_dir is None and anchor is not None:
-        for prompt, concept in zip(config.forget_prompts, concepts_of(config.forget_prompts, concepts), strict=True):
-            swap_concept(prompt, concept, "")
+        about = concepts_of(config.forget_prompts, config.names)
+        for prompt, concept in zip(config.forget_prompts, about, strict=True):
+            swap_concept(prompt, config.names[concept], "")
 
 
 def data_needs(config: UnlearnConfig, objective: Objective, prompts_suffice: bool = False) -> DataNeeds:

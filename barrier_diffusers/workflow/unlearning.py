@@ -123,7 +123,8 @@ class RunData:
     def forgotten(self) -> ErasedConcepts:
         """What this run erases."""
         config = self.concepts.config
-        return ErasedConcepts(config.concepts, sorted(set(self.concepts.forget[config.caption_column])))
+        captions = sorted(set(self.concepts.forget[config.caption_column]))
+        return ErasedConcepts(config.concepts, captions, config.synonyms)
 
 
 @dataclass

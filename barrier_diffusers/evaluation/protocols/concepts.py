@@ -200,7 +200,14 @@ def erased_besides(config: EvaluateConfig) -> list[ErasedConcepts]:
     saved = config.lora_weights or config.pretrained_model_name_or_path
     mine = set(config.concept_config.concepts)
     found = read_erased(saved) if saved else []
-    others = [ErasedConcepts([name for name in run.concepts if name not in mine], run.captions) for run in found]
+    others = [
+        ErasedConcepts(
+            [name for name in run.concepts if name not in mine],
+            run.captions,
+            [] if mine & set(run.concepts) else run.synonyms,
+        )
+        for run in found
+    ]
     return [run for run in others if run.concepts]
 
 
