@@ -12,7 +12,9 @@ from pipelines import build
 from barrier_diffusers.evaluation.attacks import ATTACKS, Forgotten, register_attack
 from barrier_diffusers.evaluation.attacks.base import LearningBudget, encode, frozen, learn
 from barrier_diffusers.evaluation.attacks.benign import BenignConfig
+from barrier_diffusers.evaluation.attacks.completion import CompletionConfig
 from barrier_diffusers.evaluation.attacks.inversion import InversionConfig
+from barrier_diffusers.evaluation.attacks.latent_inversion import LatentInversionConfig
 from barrier_diffusers.evaluation.attacks.misspelled import MisspelledConfig, misspell
 from barrier_diffusers.evaluation.attacks.paraphrased import ParaphrasedConfig
 from barrier_diffusers.evaluation.attacks.prompt_search import PromptSearchConfig
@@ -32,6 +34,8 @@ BUDGETS = {
     "relearning": RelearningConfig(num_steps=2, batch_size=3, num_images=4, learning_rate=0.1, rank=2),
     "benign": BenignConfig(num_steps=2, batch_size=3, num_images=5, learning_rate=0.1, rank=2),
     "misspelled": MisspelledConfig(),
+    "completion": CompletionConfig(),
+    "latent_inversion": LatentInversionConfig(),
     "paraphrased": ParaphrasedConfig(words=["shoe", "boot"]),
 }
 
@@ -66,9 +70,9 @@ def test_an_attack_changes_its_images_and_nothing_else(pipeline, name):
     attempt = ATTACKS.find(name).run(pipeline, entry, BUDGETS[name])
     assert state(pipeline) == before
     assert attempt.images_NHWC.shape == plain.shape and not np.array_equal(attempt.images_NHWC, plain)
-    assert attempt.num_training_images == {"inversion": 6, "prompt_search": 6, "relearning": 4, "benign": 5}.get(
-        name, 0
-    )
+    learned_from = {"inversion": 6, "prompt_search": 6, "relearning": 4, "benign": 5}
+    learned_from |= {"completion": 3, "latent_inversion": 3}
+    assert attempt.num_training_images == learned_from.get(name, 0)
     np.testing.assert_array_equal(generate(pipeline, entry.prompts, SAMPLING), plain)
 
 
@@ -101,7 +105,9 @@ def test_an_attack_repeats_exactly_and_follows_its_seed(pipeline, name):
     assert first.prompts == second.prompts
     budget.seed = 7
     other = ATTACKS.find(name).run(pipeline, entry, budget)
-    assert np.array_equal(other.images_NHWC, first.images_NHWC) == (name == "paraphrased")
+    assert np.array_equal(other.images_NHWC, first.images_NHWC) == (
+        name in ("paraphrased", "completion", "latent_inversion")  # they draw nothing
+    )
 
 
 def test_the_gradient_of_inversion_reaches_only_the_new_embedding(pipeline):

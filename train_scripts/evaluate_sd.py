@@ -15,7 +15,8 @@ import barrier_diffusers.utils.signals  # noqa: F401  # isort: skip  # first: fr
 from pathlib import Path
 from typing import Any
 
-from barrier_diffusers.evaluation.attacks.running import run_attacks
+from barrier_diffusers.evaluation.attacked import CURVES_NAME, attack, check_attacks
+from barrier_diffusers.evaluation.attacks.cells import PICTURE_COLUMNS
 from barrier_diffusers.evaluation.certification import certify_saved, has_barrier, held_out_images
 from barrier_diffusers.evaluation.evaluation_split import images_hash
 from barrier_diffusers.evaluation.judged_model import IMAGES_NAME, PICTURE_NAME, SECONDS_NAME, JudgedModel
@@ -24,7 +25,6 @@ from barrier_diffusers.evaluation.protocols import make_protocols
 from barrier_diffusers.evaluation.protocols.concepts import ConceptProtocol
 from barrier_diffusers.evaluation.report import REPORT_NAME, write_report
 from barrier_diffusers.evaluation.settings import EvaluateConfig
-from barrier_diffusers.evaluation.tables import print_attacks
 from barrier_diffusers.utils.command_line import run_script
 from barrier_diffusers.utils.files import write_json
 from barrier_diffusers.utils.output_folder import in_output_folder
@@ -41,9 +41,7 @@ def main(config: EvaluateConfig) -> None:
     protocols = make_protocols(config, judged_model)
     concepts = next((protocol for protocol in protocols if isinstance(protocol, ConceptProtocol)), None)
     forgotten = concepts.attackers_view() if concepts is not None and config.chosen_attacks else []
-    for budget in config.budgets.values():
-        for known in forgotten:
-            budget.check(judged_model.pipeline, known)
+    check_attacks(config, judged_model, forgotten)
 
     saved, lora_weights = config.pretrained_model_name_or_path, config.lora_weights
     if concepts is not None and saved is not None and has_barrier(saved, lora_weights):
@@ -65,14 +63,12 @@ def main(config: EvaluateConfig) -> None:
         metrics |= protocol.run()
     hashes, seconds = dict(judged_model.hashes), {}
     if concepts is not None and concepts.judge is not None and forgotten:
-        plain = {known.concept: concepts.plain_images(known.concept) for known in forgotten}
-        results = run_attacks(
-            judged_model.on_device(), forgotten, budgets=config.budgets, judge=concepts.judge, plain=plain
-        )
-        metrics["attacks"], seconds = results.records, results.seconds
-        print_attacks(results.records, results.seconds)
-        columns = min(12, config.evaluation.images_per_label)
-        attacks_picture(plain, results.images, path=output / PICTURE_NAME, columns=columns)
+        attacked = attack(config, concepts, forgotten=forgotten, classes=metrics["classes"])
+        metrics |= attacked.metrics
+        seconds = attacked.seconds
+        if attacked.has_curves:
+            write_json(output / CURVES_NAME, attacked.curves)
+        attacks_picture(attacked.plain, attacked.pictures, path=output / PICTURE_NAME, columns=PICTURE_COLUMNS)
         hashes |= {f"images of {known.concept}": images_hash(known.images) for known in forgotten}
     if concepts is not None and concepts.judge is not None:
         hashes |= {"classifier": module_hash(concepts.judge.classifier)}

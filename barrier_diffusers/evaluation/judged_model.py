@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from barrier_diffusers.evaluation.settings import EvaluateConfig
 
 IMAGES_NAME, SECONDS_NAME, PICTURE_NAME = "images", "seconds.json", "attacks.png"
+BASE_PREFIX, CONTROL_PREFIX = "base_", "control_"  # of the names of their weights' hashes
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,22 @@ def require_another_base(base_model: str | None, judged: Mapping[str, str], base
         )
 
 
+def require_another_control(folder: str | None, judged: Mapping[str, str], control: Mapping[str, str]) -> None:
+    """Refuse a control that is what is judged.
+
+    Args:
+        judged, control: hashes of the weights, by network.
+
+    Raises:
+        ValueError: the weights are the same.
+    """
+    if judged == control:
+        raise ValueError(
+            f"control {folder!r} has the weights of what is judged, so no attack could tell them apart: name a "
+            "pipeline that was trained without the concept"
+        )
+
+
 class JudgedModel:
     """Gives every protocol the images of its prompts.
 
@@ -68,7 +85,8 @@ class JudgedModel:
 
     Attributes:
         pipeline: what is judged, or None.
-        hashes: of the weights, by network (those of the base start with `base_`), or of the images.
+        hashes: of the weights, by network (those of the base start with `base_`, those of the control with
+            `control_`), or of the images.
         facts: the scheduler, or how the images were made.
         resolution: side in pixels at which attacks and the certificate read images; 0 where images are judged.
 
@@ -95,11 +113,16 @@ class JudgedModel:
             self.resolution = PipelineDenoiser(self.pipeline).checked_resolution(config.resolution)
             own = module_hashes(self.pipeline)
             self.hashes |= own
+        self.control = load_merged(config.control) if config.control else None
+        if self.control is not None:
+            control = module_hashes(self.control)
+            require_another_control(config.control, own, control=control)
+            self.hashes |= {f"{CONTROL_PREFIX}{name}": digest for name, digest in control.items()}
         self.base = load_pipeline(config.base_model) if config.base_model else None
         if self.base is not None:
             base = module_hashes(self.base)
             require_another_base(config.base_model, own, base=base)
-            self.hashes |= {f"base_{name}": digest for name, digest in base.items()}
+            self.hashes |= {f"{BASE_PREFIX}{name}": digest for name, digest in base.items()}
 
     def rows(self, prompts: PromptsConfig, label_column: str = "label") -> list[PromptRow]:
         """The prompts of a file, or of the images that are judged.
@@ -131,8 +154,7 @@ class JudgedModel:
             if self.hashes["images"] == self.hashes.get("base_images"):
                 raise ValueError(f"base_images_dir {config.base_images_dir!r} holds images_dir's own images")
             return ImagePair(before, after)
-        base = {name.removeprefix("base_"): digest for name, digest in self.hashes.items() if name[:5] == "base_"}
-        own = {name: digest for name, digest in self.hashes.items() if name[:5] != "base_"}
+        own, base = self.hashes_of(""), self.hashes_of(BASE_PREFIX)
         before = (
             self._generate(self.base, protocol, when="before", rows=rows, prompts=prompts, hashes=base)
             if self.base is not None
@@ -142,14 +164,22 @@ class JudgedModel:
             before, self._generate(self.pipeline, protocol, when="after", rows=rows, prompts=prompts, hashes=own)
         )
 
+    def hashes_of(self, prefix: str) -> dict[str, str]:
+        """Hashes of one model's weights, by network: of the base ("base_"), of the control, or ("") of what is
+        judged."""
+        others = [name for name in (BASE_PREFIX, CONTROL_PREFIX) if name != prefix]
+        mine = {name: digest for name, digest in self.hashes.items() if not name.startswith(tuple(others))}
+        return {name.removeprefix(prefix): digest for name, digest in mine.items() if name.startswith(prefix)}
+
+    def control_images(self, protocol: str, rows: Sequence[PromptRow], prompts: PromptsConfig) -> ImageFiles:
+        """Images of the prompts by the control, which there must be."""
+        hashes = self.hashes_of(CONTROL_PREFIX)
+        return self._generate(self.control, protocol, when="control", rows=rows, prompts=prompts, hashes=hashes)
+
     @property
     def pipelines(self) -> dict[str, Any]:
         """The pipelines, "before" (if known) and "after"."""
         return ({"before": self.base} if self.base is not None else {}) | {"after": self.pipeline}
-
-    def on_device(self) -> Any:
-        """The pipeline, ready to be attacked."""
-        return self.pipeline.to(self.device)
 
     def _read(self, folder: str, prompts: PromptsConfig, label_column: str) -> tuple[list[PromptRow], ImageFiles]:
         return read_folder(

@@ -162,6 +162,32 @@ def trade_off(points: Sequence[tuple[str, Mapping[str, Any], float, Sequence[flo
 
 
 @as_written
+def gap_curves(marks: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """Images that show the concept after each number of steps, of the erased model and of the control, in percent.
+
+    Args:
+        marks: number of steps -> {"erased", "control"}, shares with their intervals.
+    """
+    figure, axis = plt.subplots(figsize=(6, 3.6))
+    steps = [int(number) for number in marks]
+    for side, colour in (("erased", "tab:red"), ("control", "tab:blue")):
+        shares = [at[side] for at in marks.values()]
+        errors = np.array([_errors(counted) for counted in shares]).T
+        values = [counted["value"] for counted in shares]
+        axis.errorbar(steps, values, errors, marker="o", capsize=3, color=colour, label=side)
+    if min(steps) > 0:
+        axis.set_xscale("log")
+    axis.set_xticks(steps, [str(number) for number in steps])
+    axis.minorticks_off()
+    axis.set_ylim(-3, 105)
+    axis.set_xlabel("steps of the attack")
+    axis.set_ylabel("images that show it, %")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return _png(figure)
+
+
+@as_written
 def drift_bars(maps: Sequence[Mapping[str, Any]]) -> bytes:
     """Largest relative drift that the test images show in every map, beside the bound that others chose for it."""
     names = [linear_map["name"] for linear_map in maps]

@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from barrier_diffusers.evaluation.accuracy import difference_interval
 from barrier_diffusers.evaluation.certification import CERTIFICATE_NAME
-from barrier_diffusers.evaluation.pictures import drift_bars, label_bars, trade_off
+from barrier_diffusers.evaluation.pictures import drift_bars, gap_curves, label_bars, trade_off
 from barrier_diffusers.utils.checks import as_list, flat
 from barrier_diffusers.utils.files import written_whole
 from barrier_diffusers.utils.run_records import MANIFEST_NAME, METRICS_NAME, numbers
@@ -122,6 +122,15 @@ class RunRecord:
                 f"Attacked in {len({attack['attack'] for attack in attacks})} ways, it shows {worst['concept']} in "
                 f"at most {worst['post_attack']['value']:.1f} % of the images ({worst['attack']})."
             )
+        gaps = [gap for gap in self.metrics.get("attack_gaps", []) if "strongest" in gap]
+        if gaps:
+            widest = max(gaps, key=lambda gap: gap["strongest"]["gap"]["value"])
+            found = widest["strongest"]["gap"]
+            said.append(
+                f"Beside the control, which never knew it, under the same attacks the widest gap is "
+                f"{found['value']:+.1f} points ({found['interval_95'][0]:.1f} to {found['interval_95'][1]:.1f}, "
+                f"{widest['attack']})."
+            )
         return " ".join(said) + " All intervals are at 95 %." if said else "Nobody judged the images of this run."
 
     @property
@@ -150,7 +159,7 @@ class RunRecord:
 
     def numbers(self) -> list[tuple[str, str]]:
         """Every other number of the run, by dotted name."""
-        hidden = ("details", "attacks")  # which the page shows elsewhere
+        hidden = ("details", "attacks", "control_attacks", "attack_gaps")  # which the page shows elsewhere
         return [
             (name, f"{value:,.6g}")
             for name, value in numbers(self.metrics)
@@ -207,6 +216,10 @@ def figures(run: RunRecord) -> dict[str, bytes]:
         )
     if LOSSES in run.pictures:
         found[LOSSES] = run.pictures[LOSSES]
+    for gap in run.metrics.get("attack_gaps", []):
+        if len(gap.get("marks", {})) > 1:
+            caption = f"Images that show {gap['concept']} under {gap['attack']}, the strongest attacker at each step"
+            found[caption] = gap_curves(gap["marks"])
     if run.certificate:
         found["Drift of every protected map on held-out images, and its bound"] = drift_bars(run.certificate["maps"])
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from barrier_diffusers.data.concepts import ConceptConfig
 from barrier_diffusers.data.prompt_files import PromptsConfig
@@ -35,6 +35,7 @@ from barrier_diffusers.utils.registry import load_module
 
 Config = TypeVar("Config")
 DEFAULT_ATTACKS = ("inversion", "prompt_search", "relearning", "benign", "misspelled")
+WITHOUT_TRAINING = ("completion", "latent_inversion")  # run by default, too, where attack_budget is set
 
 
 def own_sections() -> dict[str, type[Any]]:
@@ -86,6 +87,11 @@ class EvaluateConfig:
     attacks: list[str] | None = None
     # .py files or importable modules that register attacks, protocols or extractors of yours: they are run
     module: str | list[str] | None = None
+    # pipeline that was trained in the same way without the concept: every attack is tried on it, too
+    control: str | None = None
+    # None: each attack as its section says. standard: a handful of settings of each; thorough: a grid of hundreds
+    attack_budget: Literal["standard", "thorough"] | None = None
+    attack_workers: int = 1  # processes that attacks run in, each with its share of the cores and its GPU
     # beside these: one section for each attack and protocol that has settings of its own, called as it is
 
     RULES = rules(
@@ -100,6 +106,8 @@ class EvaluateConfig:
         resolution=at_least(1),
         clip=MODEL,
         module=MODULE,
+        control=MODEL,
+        attack_workers=at_least(1),
     )
 
     def __post_init__(self) -> None:
@@ -127,6 +135,10 @@ class EvaluateConfig:
         judged = self.lora_weights or self.pretrained_model_name_or_path or self.images_dir
         about = f" for {' and '.join(as_list(self.concept))}" if self.concept else ""
         attacks = ", ".join(self.chosen_attacks) or "no attack"
+        if self.attack_budget:
+            attacks += f" ({self.attack_budget})"
+        if self.control:
+            attacks += f"; control {self.control}"
         return f"judging {judged}{about}: {', '.join(self.protocols)}; {attacks}"
 
     def _check_images(self) -> None:
@@ -150,6 +162,9 @@ class EvaluateConfig:
             ATTACKS.find(name)
         if len(set(names)) < len(names):
             raise ValueError(f"attacks names one twice: {', '.join(names)}")
+        for name in ("control", "attack_budget"):
+            if getattr(self, name) is not None and not self.chosen_attacks:
+                raise ValueError(f"{name} is about attacks, and there is none: name some in attacks, or leave it out")
         if not names:
             return
         if self.evaluation.classifier is None:
@@ -176,7 +191,9 @@ class EvaluateConfig:
         if self.attacks is not None:
             return self.attacks
         has_data = bool(self.train_data_dir or self.dataset_name) and self.evaluation.classifier is not None
-        return list(DEFAULT_ATTACKS) if self.judges_concepts and self.images_dir is None and has_data else []
+        if not (self.judges_concepts and self.images_dir is None and has_data):
+            return []
+        return [*DEFAULT_ATTACKS, *(WITHOUT_TRAINING if self.attack_budget else ())]
 
     @property
     def concept_config(self) -> ConceptConfig:

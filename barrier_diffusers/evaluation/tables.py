@@ -60,6 +60,43 @@ def print_attacks(results: Sequence[Mapping[str, Any]], seconds: Mapping[str, fl
     print("seconds: " + ", ".join(f"{attack} {passed:.0f}" for attack, passed in seconds.items()))
 
 
+def print_gaps(gaps: Sequence[Mapping[str, Any]]) -> None:
+    """The table of erased model and control under the same attacks: shares in percent, the gap in points."""
+    table = Table(title="erased model and control under attack: images that show the concept, in %")
+    for heading in ("attack", "concept", "at", "erased", "control", "gap", "95 % interval"):
+        table.add_column(heading, justify="left" if heading in ("attack", "concept", "at") else "right")
+
+    def add(first: Sequence[str], at: str, found: Mapping[str, Any]) -> None:
+        gap = found.get("gap", found)
+        shares = [f"{found[side]['value']:.1f}" if side in found else "" for side in ("erased", "control")]
+        ends = interval(gap) if gap["interval_95"] is not None else ""
+        table.add_row(*first, at, *shares, f"{gap['value']:+.1f}", ends)
+
+    means = {"mean_strongest": "strongest, early marks", "mean_attackers": "mean attacker, early marks"}
+    for gap in gaps:
+        names = (gap["attack"], gap["concept"])
+        if "failed" in gap:
+            table.add_row(*names, f"every attacker failed: {', '.join(gap['failed'])}")
+            continue
+        if len(gap["marks"]) > 1:
+            for steps, found in gap["marks"].items():
+                add(names, f"{steps} steps", found)
+        add(names, "strongest", gap["strongest"])
+        for name, shown in means.items():
+            if name in gap and len(gap["marks"]) > 1:
+                add(names, shown, gap[name])
+        table.add_section()
+    plain_console().print(table)
+    for gap in gaps:
+        half = gap.get("half", {})
+        if "ratio" in half:
+            bound = {None: "", "at_least": "at least ", "at_most": "at most "}[half["bound"]]
+            print(
+                f"{gap['attack']}, {gap['concept']}: half of the images after {bound}{half['ratio']:.2f} times the "
+                "control's steps"
+            )
+
+
 def print_values(title: str, values: Mapping[str, Mapping[str, Any]]) -> None:
     """A table of numbers, by "before" (if known) and "after"; nothing if there are none. A {mean, std} is one number,
     and what is no number is left out."""

@@ -48,6 +48,20 @@ def frozen(pipeline: Any) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def every_weight(network: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """All parameters of a network, which train; their values come back at the end."""
+    weights = list(network.parameters())
+    before = [weight.detach().clone() for weight in weights]
+    try:
+        network.requires_grad_(True)
+        yield weights
+    finally:
+        with torch.no_grad():
+            for weight, value in zip(weights, before, strict=True):
+                weight.copy_(value)
+
+
 def encode(pipeline: Any, images: Dataset, resolution: int) -> Tensor:
     """VAE posteriors (N, 2 c, h, w) of the images."""
     return encode_moments(pipeline.vae, images, image_column="image", resolution=resolution)

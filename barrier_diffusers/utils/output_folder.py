@@ -37,6 +37,7 @@ CHECKPOINTS = "checkpoints"
 
 WRITTEN = (  # what scripts leave at the top of their folder; a folder of an earlier version has no list of its own
     *("manifest.json", "metrics.json", "evaluation.json", "certificate.json", "seconds.json", "erased_concepts.json"),
+    "attack_curves.json",
     *("report.html", "before_after.png", "loss_curves.png", "attacks.png", "images.png"),
     *("barrier_config.json", "barrier_*.safetensors", "pytorch_lora_weights.safetensors", "training_config.json"),
     *("model_index.json", "config.json", "preprocessor_config.json", "model*.safetensors*"),
@@ -44,7 +45,7 @@ WRITTEN = (  # what scripts leave at the top of their folder; a folder of an ear
     *("feature_extractor", "image_encoder", "merged", "validation", "images", f"{CHECKPOINTS}*"),
 )
 LATER = ("report.html", f"{CHECKPOINTS}*")  # what may come when a run has ended
-CACHED = ("latents-*", "text-*", "images-*", "features-*", "generated-*", "moments-*")  # names in a cache
+CACHED = ("latents-*", "text-*", "images-*", "features-*", "generated-*", "moments-*", "attack-*")  # names in a cache
 
 Main = TypeVar("Main", bound=Callable[..., Any])
 

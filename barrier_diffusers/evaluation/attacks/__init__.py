@@ -11,6 +11,8 @@ from barrier_diffusers.evaluation.attacks.base import (
     Forgotten,
     ImageBudget,
     LearningBudget,
+    Mark,
+    Variant,
     register_attack,
 )
 
@@ -25,5 +27,7 @@ __all__ = [
     "Forgotten",
     "ImageBudget",
     "LearningBudget",
+    "Mark",
+    "Variant",
     "register_attack",
 ]

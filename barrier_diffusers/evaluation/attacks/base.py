@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from datasets import Dataset
@@ -28,7 +28,10 @@ __all__ = [
     "Forgotten",
     "ImageBudget",
     "LearningBudget",
+    "Level",
+    "Mark",
     "Run",
+    "Variant",
     "encode",
     "frozen",
     "learn",
@@ -47,6 +50,18 @@ class Forgotten:
     others: Dataset  # held-out images of what is retained: columns image and text
     sampling: SamplingConfig  # image i starts from seed + i, with and without an attack
     resolution: int  # side in pixels at which the images are encoded
+    # some prompts of what is retained, and what each asks for: what a pipeline under attack still can do
+    retain_prompts: list[str] = field(default_factory=list)
+    retain_labels: list[str] = field(default_factory=list)
+
+    @property
+    def other_words(self) -> list[str]:
+        """Up to two names of retained concepts, the same for each evaluation: where a search may start."""
+        names = sorted(set(self.retain_labels))
+        return [names[0], names[len(names) // 2]] if len(names) > 1 else names
+
+
+Level = Literal["standard", "thorough"]  # a handful of settings of each attack, or a grid
 
 
 @dataclass
@@ -55,7 +70,19 @@ class Budget(Checked):
 
     seed: int = 0  # of everything the attack draws
 
+    SURVIVORS: ClassVar[int] = 0  # variants of the first round that `further` is asked for, at most
     RULES = rules(seed=SEED)
+
+    def variants(self, level: Level, forgotten: Forgotten) -> list[Variant]:
+        """What a grid tries, each with these settings but for what it is named after; here the settings as they are.
+
+        An attack that declares several joins --attack_budget with them.
+        """
+        return [Variant("as set", self)]
+
+    def further(self, level: Level, forgotten: Forgotten) -> list[Variant]:
+        """What a grid tries in its second round with a variant that was not beaten in the first: more steps, say."""
+        return []
 
     def check(self, pipeline: Any, forgotten: Forgotten) -> None:
         """Refuse what the attack cannot work with, before any work.
@@ -63,6 +90,15 @@ class Budget(Checked):
         Raises:
             ValueError: says what is missing and what to do.
         """
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One cell of a grid: a budget, and the name that tells it from the attack's other variants."""
+
+    name: str
+    budget: Budget
+    num_images: int | None = None  # only the first of the concept's prompts are asked; None: all
 
 
 @dataclass
@@ -101,8 +137,24 @@ class LearningBudget(ImageBudget):
     """What an attack that trains may spend: `num_steps` of AdamW, without weight decay."""
 
     learning_rate: float = 5e-3  # constant
+    # steps after which images are drawn, beside the last: an attacker may stop where he likes
+    marks: list[int] = field(default_factory=list)
 
-    RULES = rules(learning_rate=ABOVE_0)
+    RULES = rules(learning_rate=ABOVE_0, marks=at_least(1))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.marks and max(self.marks) > self.num_steps:
+            raise ValueError(f"marks name step {max(self.marks)}, but num_steps is {self.num_steps}: raise it")
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What a pipeline drew when an attack had taken some of its steps."""
+
+    num_steps: int  # 0: the attack takes none
+    images_NHWC: np.ndarray  # bytes (N, H, W, 3), one image per prompt of the concept
+    retained_NHWC: np.ndarray | None = None  # of the prompts of what is retained; None: the attack changes no weight
 
 
 @dataclass(frozen=True)
@@ -113,6 +165,8 @@ class Attempt:
     prompts: list[str]  # what was really asked (N)
     num_training_images: int = 0  # that the attack learned from
     found: dict[str, Any] = field(default_factory=dict)  # what a search found, for the record
+    marks: list[Mark] = field(default_factory=list)  # in the order of their steps; empty: the images above are all
+    failed: str | None = None  # why it ended before its last step
 
 
 Run = Callable[[Any, Forgotten, Any], Attempt]  # (pipeline, forgotten, budget); the pipeline comes back as it was
@@ -142,6 +196,36 @@ def register_attack(name: str, budget: type[Budget]) -> Callable[[Run], Run]:
         return run
 
     return decorate
+
+
+class Marks:
+    """Draws images at the marks of a training attack, and at its end.
+
+    Args:
+        draw: number of steps taken -> what the pipeline draws.
+    """
+
+    def __init__(self, budget: LearningBudget, draw: Callable[[int], Mark]):
+        self.budget, self.draw, self.drawn = budget, draw, list[Mark]()
+
+    def __call__(self, num_steps: int) -> None:
+        """To be called after each step."""
+        if num_steps in self.budget.marks or num_steps == self.budget.num_steps:
+            self.drawn.append(self.draw(num_steps))
+
+    def train(self, learning: Callable[[], None]) -> str | None:
+        """Run a training that calls this object; why it ended early, if it did after a mark.
+
+        Raises:
+            FloatingPointError: a loss or pixels that are not finite, before the first mark.
+        """
+        try:
+            learning()
+        except FloatingPointError as error:
+            if not self.drawn:
+                raise
+            return str(error)
+        return None
 
 
 def rename_concept(captions: Sequence[str], concept: str, words: str) -> list[str]:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,8 @@ from barrier_diffusers.evaluation.attacks.base import (
     Attempt,
     Forgotten,
     ImageBudget,
+    Level,
+    Variant,
     register_attack,
     rename_concept,
 )
@@ -49,8 +52,10 @@ class PromptSearchConfig(ImageBudget):
     num_searches: int = 2  # from other random tokens; the one with the least loss is used
     num_checks: int = 64  # images, noises and timesteps on which that loss is taken
     place: Literal["before", "instead"] = "before"  # before the whole prompt, or instead of the concept's words
+    initial_words: str | None = None  # whose tokens, repeated, the searches start from; None: random tokens
     forward_batch_size: int = 128  # samples in one forward pass at most: memory, not budget
 
+    SURVIVORS = 2
     RULES = rules(
         num_tokens=at_least(1),
         num_candidates=at_least(1),
@@ -71,6 +76,26 @@ class PromptSearchConfig(ImageBudget):
                 f"of the {pipeline.tokenizer.model_max_length} tokens that the tokenizer reads, the longest prompt "
                 f"leaves {max(speller.room, 0)}, not {self.num_tokens}: lower prompt_search.num_tokens"
             )
+        if self.initial_words is not None:
+            tokens_of(speller, self.initial_words, count=self.num_tokens)
+
+    def variants(self, level: Level, forgotten: Forgotten) -> list[Variant]:
+        """standard: the settings as they are. thorough: four starts, each with two and with five tokens."""
+        if level == "standard":
+            return super().variants(level, forgotten)
+        starts = [forgotten.concept, *forgotten.other_words, None]
+        return [
+            Variant(
+                f"from {start or 'random tokens'}, {count} tokens",
+                replace(self, initial_words=start, num_tokens=count, num_searches=1),
+            )
+            for start, count in product(starts, (2, 5))
+        ]
+
+    def further(self, level: Level, forgotten: Forgotten) -> list[Variant]:
+        """Three times as many steps."""
+        longer = Variant(f"{3 * self.num_steps} steps", replace(self, num_steps=3 * self.num_steps))
+        return [longer] if level == "thorough" else []
 
 
 def templates(captions: Sequence[str], concept: str, place: str) -> list[str]:
@@ -228,6 +253,22 @@ def start_tokens(speller: Speller, allowed: Tensor, count: int, generator: torch
     return tokens
 
 
+def tokens_of(speller: Speller, words: str, count: int) -> Tokens:
+    """The tokens of words, repeated until there are `count`.
+
+    Raises:
+        ValueError: they cannot be typed one after the other.
+    """
+    found = speller.tokenizer(words, add_special_tokens=False).input_ids
+    tokens = tuple(found[index % len(found)] for index in range(count)) if found else ()
+    if not tokens or speller.spell(tokens) is None:
+        raise ValueError(
+            f"prompt_search.initial_words {words!r}: its tokens cannot be typed {count} in a row: choose other words, "
+            "or null for random tokens"
+        )
+    return tokens
+
+
 def exchanges(
     slopes_KV: Tensor, tokens: Tokens, speller: Speller, budget: PromptSearchConfig, generator: torch.Generator
 ) -> dict[str, Tokens]:
@@ -253,7 +294,10 @@ def search(problem: Search, allowed: Tensor, budget: PromptSearchConfig, number:
     """The words of one search with the least loss on the checks, which all searches share."""
     checks = problem.draw(budget.num_checks, torch.Generator().manual_seed(budget.seed))
     generator = torch.Generator().manual_seed(budget.seed + 1 + number)
-    tokens = start_tokens(problem.speller, allowed, count=budget.num_tokens, generator=generator)
+    if budget.initial_words is None:
+        tokens = start_tokens(problem.speller, allowed, count=budget.num_tokens, generator=generator)
+    else:
+        tokens = tokens_of(problem.speller, budget.initial_words, count=budget.num_tokens)
     words = problem.speller.spell(tokens)
     assert words is not None
     forbidden_V = torch.ones(len(problem.layer.weight), dtype=torch.bool).index_fill(0, allowed, False)

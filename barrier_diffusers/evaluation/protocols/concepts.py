@@ -14,6 +14,7 @@ from barrier_diffusers.data.erased_concepts import ErasedConcepts, read_erased, 
 from barrier_diffusers.data.images import ImageColumn, ImageFiles, ImageSet
 from barrier_diffusers.data.prompt_files import PromptRow, PromptsConfig
 from barrier_diffusers.evaluation.attacks.base import Forgotten
+from barrier_diffusers.evaluation.attacks.cells import evenly
 from barrier_diffusers.evaluation.attacks.running import forgotten_concepts, rows_of
 from barrier_diffusers.evaluation.erasure import (
     EvaluationPrompts,
@@ -140,14 +141,33 @@ class ConceptProtocol(Protocol):
         print_values("LPIPS before - after", {"after": results.get("lpips", {})})
         return results
 
-    def plain_images(self, concept: str) -> np.ndarray:
-        """Images (N, H, W, 3) of the concept's plain prompts, after."""
+    def plain_images(self, concept: str, images: ImageFiles | None = None) -> np.ndarray:
+        """Images (N, H, W, 3) of the concept's plain prompts, after, or among those of another model."""
         assert self.pair is not None
         rows = [row for row, label in enumerate(self.asked.labels) if label == concept]
-        return self.pair.after.select(rows).array()
+        return (images or self.pair.after).select(rows).array()
+
+    def control(self) -> tuple[ImageFiles, dict[str, Any]]:
+        """(images of the same prompts by the control, what the judge says of them)."""
+        images = self.judged_model.control_images("concepts", self.rows, self.prompts)
+        _, metrics = evaluate_erasure(self.config.evaluation, self.asked, before=None, after=images)
+        return images, metrics
 
     def attackers_view(self) -> list[Forgotten]:
-        """What an attacker knows of each concept; where there are only prompts, no image."""
+        """What an attacker knows of each concept; where there are only prompts, no image.
+
+        A grid and a comparison with a control also look at what is retained, with up to half as many prompts.
+        """
+        found = self._attackers_view()
+        if self.judge is None or not (self.config.attack_budget or self.config.control):
+            return found
+        labels = self.asked.labels
+        known = [row for row in self.retained if labels[row] in self.judge.labels]
+        rows = [known[place] for place in evenly(len(known), max(1, self.config.evaluation.images_per_label // 2))]
+        prompts = [self.asked.prompts[row] for row in rows]
+        return [replace(one, retain_prompts=prompts, retain_labels=[labels[row] for row in rows]) for one in found]
+
+    def _attackers_view(self) -> list[Forgotten]:
         evaluation, resolution = self.config.evaluation, self.judged_model.resolution
         if self.concepts.source is not None:
             return forgotten_concepts(

@@ -1,0 +1,153 @@
+"""The attacks of an evaluation: on what is judged and on the control, and what is said of both.
+
+Shapes: N images, H height, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from barrier_diffusers.evaluation.attack_gap import attack_gap
+from barrier_diffusers.evaluation.attacks.base import Forgotten
+from barrier_diffusers.evaluation.attacks.cells import CellPool, CellRunner, Scene
+from barrier_diffusers.evaluation.attacks.running import (
+    CONTROL,
+    ERASED,
+    AttackResults,
+    Key,
+    curves_record,
+    first_images,
+    record_of,
+    run_attacks,
+)
+from barrier_diffusers.evaluation.evaluation_split import images_hash
+from barrier_diffusers.evaluation.judged_model import CONTROL_PREFIX, JudgedModel
+from barrier_diffusers.evaluation.protocols.concepts import ConceptProtocol
+from barrier_diffusers.evaluation.settings import EvaluateConfig
+from barrier_diffusers.evaluation.tables import print_attacks, print_gaps
+from barrier_diffusers.utils.checks import as_list
+from barrier_diffusers.utils.files import file_hash
+from barrier_diffusers.utils.run_records import fingerprint, module_hash
+
+CURVES_NAME = "attack_curves.json"  # every attacker with its curve, of a grid or of attacks with marks
+USABLE = 0.5  # a model that shows less than this part of what it showed of retained prompts is broken
+CONTROL_SHARES = ("unlearning_accuracy", "retain_accuracy_after")  # of the control's plain images, in metrics.json
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """What the attacks of an evaluation brought back."""
+
+    metrics: dict[str, Any]  # attacks; with a control, control, control_attacks and attack_gaps as well
+    seconds: dict[str, float]  # by attack
+    curves: list[dict[str, Any]]  # every attacker with its curve
+    has_curves: bool  # whether there is more to them than `metrics` says
+    plain: dict[str, np.ndarray]  # concept -> images (N, H, W, 3) of its plain prompts
+    pictures: dict[str, np.ndarray]  # "attack: concept" -> the first images (N, H, W, 3) under attack
+
+
+def check_attacks(config: EvaluateConfig, judged_model: JudgedModel, forgotten: Sequence[Forgotten]) -> None:
+    """Refuse, before any long work, what an attack cannot work with.
+
+    Raises:
+        ValueError: says what is missing and what to do.
+    """
+    pipelines = [judged_model.pipeline, *([judged_model.control] if judged_model.control is not None else [])]
+    for budget in config.budgets.values():
+        for known in forgotten:
+            tried = [budget]
+            if config.attack_budget is not None:
+                tried = [variant.budget for variant in budget.variants(config.attack_budget, known)]
+            for pipeline in pipelines:
+                for one in tried:
+                    one.check(pipeline, known)
+
+
+def scene_of(config: EvaluateConfig, concepts: ConceptProtocol, forgotten: Sequence[Forgotten]) -> Scene:
+    """What the cells of this evaluation share."""
+    judged_model, judge = concepts.judged_model, concepts.judge
+    assert config.pretrained_model_name_or_path is not None and judge is not None
+    models: dict[str, tuple[str, str | None]] = {ERASED: (config.pretrained_model_name_or_path, config.lora_weights)}
+    hashes = {ERASED: fingerprint(judged_model.hashes_of(""))}
+    if config.control is not None:
+        models[CONTROL] = (config.control, None)
+        hashes[CONTROL] = fingerprint(judged_model.hashes_of(CONTROL_PREFIX))
+    files = [path for path in as_list(config.module) if path.endswith(".py")]
+    facts = [module_hash(judge.classifier)]
+    facts += [images_hash(images) for known in forgotten for images in (known.images, known.others)]
+    facts += [file_hash(Path(path).expanduser()) for path in files]
+    return Scene(
+        models=models,
+        hashes=hashes,
+        forgotten=list(forgotten),
+        classifier=judge.folder,
+        facts=facts,
+        cache=judged_model.output / "cache",
+        modules=as_list(config.module),
+        first_failure_ends=config.attack_budget is None,
+    )
+
+
+def attack(
+    config: EvaluateConfig, concepts: ConceptProtocol, forgotten: Sequence[Forgotten], classes: Mapping[str, Any]
+) -> Attacked:
+    """Attack what is judged, and the control if there is one; print the tables.
+
+    Args:
+        concepts: the protocol that judged the plain prompts.
+        classes: its numbers.
+
+    Raises:
+        FloatingPointError: without a grid, an attack ended in non-finite numbers.
+    """
+    judged_model, judge, level = concepts.judged_model, concepts.judge, config.attack_budget
+    assert judge is not None
+    plain = {known.concept: concepts.plain_images(known.concept) for known in forgotten}
+    shows = {(ERASED, concept): judge.shows(images, concept) for concept, images in plain.items()}
+    usable = {ERASED: USABLE * classes["retain_accuracy_after"]}
+    metrics: dict[str, Any] = {}
+    pipelines = {ERASED: judged_model.pipeline}
+    if judged_model.control is not None:
+        images, numbers = concepts.control()
+        metrics["control"] = {name.removesuffix("_after"): numbers["details"][name] for name in CONTROL_SHARES}
+        usable[CONTROL] = USABLE * numbers["retain_accuracy_after"]
+        pipelines[CONTROL] = judged_model.control
+        for concept in plain:
+            shows[CONTROL, concept] = judge.shows(concepts.plain_images(concept, images), concept)
+
+    runner = CellRunner(scene_of(config, concepts, forgotten), judged_model.device, pipelines)
+    with CellPool(runner, config.attack_workers) as pool:
+        results = run_attacks(pool, list(pipelines), forgotten, budgets=config.budgets, level=level)
+
+    records: dict[str, list[dict[str, Any]]] = {model: [] for model in pipelines}
+    seconds: dict[str, float] = {}
+    for (model, name, concept), found in results.items():
+        budget = config.budgets[name]
+        records[model].append(record_of(found, budget, shows[model, concept], level=level, usable=usable[model]))
+        label = name if model == ERASED else f"{name}, {model}"
+        seconds[label] = round(seconds.get(label, 0.0) + found.seconds, 2)
+    metrics["attacks"] = records[ERASED]
+    print_attacks(records[ERASED], {name: seconds[name] for name in config.budgets})
+    if CONTROL in records:
+        metrics["control_attacks"] = records[CONTROL]
+        metrics["attack_gaps"] = gaps(results, usable)
+        print_gaps(metrics["attack_gaps"])
+    curves = curves_record(results)
+    has_curves = level is not None or any(len(row["marks"]) > 1 for row in curves)
+    return Attacked(metrics, seconds, curves, has_curves, plain, first_images(results))
+
+
+def gaps(results: Mapping[Key, AttackResults], usable: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The attack gap of each attack and concept."""
+    found = []
+    for (model, attack, concept), erased in results.items():
+        if model == ERASED:
+            control = results[CONTROL, attack, concept]
+            gap = attack_gap(erased, control, usable_erased=usable[ERASED], usable_control=usable[CONTROL])
+            found.append({"attack": attack, "concept": concept, **gap})
+    return found
