@@ -12,7 +12,7 @@ export TRANSFORMERS_VERBOSITY = error
 export DIFFUSERS_VERBOSITY = error
 
 .DEFAULT_GOAL := help
-.PHONY: help install unlearn unlearn-robust evaluate test test-slow table attack-table bench bench-gpu reference embedded-model unlearn-classifier classifier-table \
+.PHONY: help install unlearn unlearn-robust evaluate test test-slow table attack-table robustness-table bench bench-gpu reference embedded-model unlearn-classifier classifier-table \
 	embedded-resnet unlearn-ddpm ddpm-table embedded-ddpm retrained-ddpm quality style clean
 
 help: ## show this list
@@ -51,6 +51,9 @@ table: $(READY) ## all rows of the tables in docs/results.md; finished rows are 
 
 attack-table: $(READY) ## what attacks bring back after five ways to erase; finished rows are not run again
 	$(BIN)/python -m benchmarks.tables --tables attacks --workers 1 --output_dir runs/attack_table
+
+robustness-table: $(READY) ## the same beside a control that never knew, strongest attackers; finished rows are not run again
+	$(BIN)/python -m benchmarks.tables --tables robustness --workers 1 --output_dir runs/robustness_table
 
 BENCH = $(BIN)/python benchmarks/$(1).py --page docs/performance.md --json docs/tables/$(2).json $(3)
 

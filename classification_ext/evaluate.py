@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from barrier_diffusers.evaluation.judged_model import require_another_control
+from barrier_diffusers.evaluation.tables import print_gaps
 from barrier_diffusers.utils.command_line import run_script
 from barrier_diffusers.utils.files import write_json
 from barrier_diffusers.utils.output_folder import in_output_folder
@@ -20,6 +22,7 @@ from barrier_diffusers.utils.run_records import manifest, module_hash
 from classification_ext.data import load_split, make_splits
 from classification_ext.metrics import evaluate, print_table
 from classification_ext.models import load_classifier
+from classification_ext.relearning import relearning
 from classification_ext.settings import EvaluateConfig
 
 EVALUATION_NAME = "evaluation.json"
@@ -36,8 +39,18 @@ def main(config: EvaluateConfig) -> None:
     splits = make_splits(train, test, config=config)
     metrics = evaluate(model, splits, config=config.evaluation, seed=config.seed, device=device)
     hashes = {"model": module_hash(model), **splits.digests()}
+    if config.control is not None:
+        control = load_classifier(config.control).to(device)
+        if list(control.names) != list(model.names):
+            raise ValueError(f"control {config.control!r} has other labels than what is judged")
+        hashes["control"] = module_hash(control)
+        require_another_control(config.control, {"model": hashes["model"]}, control={"model": hashes["control"]})
+        metrics["relearning"] = relearning(model, control, splits, config=config, device=device)
     write_json(output / EVALUATION_NAME, manifest(config, hashes, metrics=metrics))
     print_table(None, metrics, title=config.pretrained_model_name_or_path)
+    if "relearning" in metrics:
+        what = " and ".join(config.classes) or "the forget images"
+        print_gaps([{"attack": "relearning", "concept": what, **metrics["relearning"]["gap"]}])
     print(f"numbers: {output / EVALUATION_NAME}")
 
 

@@ -103,6 +103,33 @@ class Recipe(Checked):
 
 
 @dataclass(kw_only=True)
+class RelearningConfig(Checked):
+    """What an attacker may spend who teaches the classifier again what it forgot, and as much of the rest."""
+
+    seed: int = 0  # which images, and their order
+    num_images: int = 10  # of what was forgotten, and as many others
+    batch_size: int = 20  # images per step, half of them of what was forgotten
+    learning_rates: list[float] = field(default_factory=lambda: [1e-3, 3e-3, 1e-2])  # of SGD, one attacker each
+    marks: list[int] = field(default_factory=lambda: [1, 2, 5, 10, 20, 40])  # steps after which it is judged
+
+    SECTION = "relearning."
+    RULES = rules(
+        seed=SEED,
+        num_images=at_least(1),
+        batch_size=at_least(2),
+        learning_rates=ABOVE_0,
+        marks=at_least(1),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.learning_rates or not self.marks or sorted(set(self.marks)) != self.marks:
+            raise ValueError(
+                "relearning needs learning_rates, and marks that rise: the steps after which the classifier is judged"
+            )
+
+
+@dataclass(kw_only=True)
 class ClassifierEvaluationConfig:
     """What is measured."""
 
@@ -215,8 +242,11 @@ class EvaluateConfig(ForgetConfig, DataConfig):
     overwrite_output_dir: bool = False  # an earlier evaluation in output_dir is deleted first
     seed: int = 0  # which samples the membership attack draws
     evaluation: ClassifierEvaluationConfig = field(default_factory=ClassifierEvaluationConfig)
+    # folder of a classifier that never saw the forget images: both are taught again, and compared
+    control: str | None = None
+    relearning: RelearningConfig = field(default_factory=RelearningConfig)  # how, where there is a control
 
-    RULES = rules(pretrained_model_name_or_path=MODEL, output_dir=OUTPUT, seed=SEED)
+    RULES = rules(pretrained_model_name_or_path=MODEL, output_dir=OUTPUT, control=MODEL, seed=SEED)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from barrier_diffusers.evaluation.attacks.base import LearningBudget
-from barrier_diffusers.evaluation.attacks.running import attack_record, rows_of
+from barrier_diffusers.evaluation.attack_gap import attack_gap
+from barrier_diffusers.evaluation.attacks.base import LearningBudget, Mark
+from barrier_diffusers.evaluation.attacks.cells import CellResult, seen_by
+from barrier_diffusers.evaluation.attacks.running import (
+    CONTROL,
+    ERASED,
+    AttackResults,
+    attack_record,
+    rows_of,
+    seen_record,
+)
 from barrier_diffusers.evaluation.judge import Judge, as_rgb
-from barrier_diffusers.evaluation.judged_model import PICTURE_NAME
+from barrier_diffusers.evaluation.judged_model import PICTURE_NAME, require_another_control
 from barrier_diffusers.evaluation.pictures import attacks_picture
-from barrier_diffusers.evaluation.tables import print_attacks
+from barrier_diffusers.evaluation.tables import print_attacks, print_gaps
 from barrier_diffusers.models.generation import SamplingConfig, generate
 from barrier_diffusers.models.learned_tokens import LearnedTokens
+from barrier_diffusers.models.loading import module_hashes
 from barrier_diffusers.objectives.base import Condition
-from barrier_diffusers.training.learning import frozen, learn
+from barrier_diffusers.training.learning import every_weight, frozen, learn
 from ddpm_ext.diffusion import LABELS, LabelDenoiser, draw
-from ddpm_ext.loading import load_rows
+from ddpm_ext.loading import load_pipeline, load_rows
 from ddpm_ext.metrics import EvaluationLabels
 from ddpm_ext.pipeline import ClassConditionalDDPMPipeline
 from ddpm_ext.settings import FineTuningConfig, LabelEvaluationConfig, LabelledDataConfig, RowInversionConfig
@@ -49,24 +59,16 @@ def learned_row(
         unet.class_embedding = table
 
 
-@contextmanager
-def every_weight(
+def whole_network(
     pipeline: ClassConditionalDDPMPipeline, label: int, budget: FineTuningConfig
-) -> Iterator[list[nn.Parameter]]:
+) -> AbstractContextManager[list[nn.Parameter]]:
     """What relearning trains: all weights of the UNet; they come back."""
-    weights = list(pipeline.unet.parameters())
-    before = [weight.detach().clone() for weight in weights]
-    try:
-        yield [weight.requires_grad_(True) for weight in weights]
-    finally:
-        with torch.no_grad():
-            for weight, value in zip(weights, before, strict=True):
-                weight.copy_(value)
+    return every_weight(pipeline.unet)
 
 
 ATTACKS: dict[str, Callable[..., AbstractContextManager[list[nn.Parameter]]]] = {
     "inversion": learned_row,
-    "relearning": every_weight,
+    "relearning": whole_network,
 }
 Images = dict[tuple[str, str], Tensor]  # (attack, label) -> bytes (N, C, S, S) that it learns from
 
@@ -88,6 +90,7 @@ def attack_images(
             f"inversion.initial_label {start!r} is no label of the pipeline: {', '.join(pipeline.labels)}"
         )
     found: Images = {}
+    load_control(config, pipeline)
     if config.attacks:
         rows = load_rows(data, pipeline, split=config.split)
         for name, label in product(config.attacks, forgotten):
@@ -101,6 +104,23 @@ def attack_images(
     return found
 
 
+def load_control(
+    config: LabelEvaluationConfig, pipeline: ClassConditionalDDPMPipeline
+) -> ClassConditionalDDPMPipeline | None:
+    """The pipeline that never saw the labels; None if none is named.
+
+    Raises:
+        ValueError: it has other labels than what is judged, or its weights.
+    """
+    if config.control is None:
+        return None
+    control = load_pipeline(config.control)
+    if control.labels != pipeline.labels:
+        raise ValueError(f"evaluation.control {config.control!r} has other labels than the pipeline that is judged")
+    require_another_control(config.control, module_hashes(pipeline), control=module_hashes(control))
+    return control
+
+
 def attack(
     name: str,
     pipeline: ClassConditionalDDPMPipeline,
@@ -110,11 +130,38 @@ def attack(
     labels: Sequence[str],
     sampling: SamplingConfig,
 ) -> np.ndarray:
-    """Byte images (N, S, S, C) of the labels (N) under an attack that learns from `images`.
+    """Byte images (N, S, S, C) of the labels (N) under an attack that learns from `images`, at its end.
 
     Raises:
         FloatingPointError: a loss that is not finite.
     """
+    marks = attack_marks(name, pipeline, label, images=images, budget=budget, labels=labels, sampling=sampling)
+    return marks[-1].images_NHWC
+
+
+def attack_marks(
+    name: str,
+    pipeline: ClassConditionalDDPMPipeline,
+    label: str,
+    images: Tensor,
+    budget: LearningBudget,
+    labels: Sequence[str],
+    sampling: SamplingConfig,
+) -> list[Mark]:
+    """Byte images (N, S, S, C) of the labels (N) at the marks of an attack that learns from `images`, and at its end.
+
+    Raises:
+        FloatingPointError: a loss that is not finite.
+    """
+    marks: list[Mark] = []
+
+    def look(num_steps: int) -> None:
+        marks.append(Mark(num_steps, generate(pipeline, labels, sampling=sampling, desc=f"images after {name}")))
+
+    def after_step(num_steps: int) -> None:
+        if num_steps in budget.marks and num_steps < budget.num_steps:
+            look(num_steps)
+
     number = pipeline.labels.index(label)
 
     def condition(rows: Tensor) -> Condition:
@@ -122,8 +169,17 @@ def attack(
 
     with frozen(pipeline), ATTACKS[name](pipeline, number, budget) as trained:
         denoiser = LabelDenoiser(pipeline)
-        learn(denoiser, images, condition=condition, parameters=trained, budget=budget, desc=f"{name} of {label}")
-        return generate(pipeline, labels, sampling=sampling, desc=f"images after {name}")
+        learn(
+            denoiser,
+            images,
+            condition=condition,
+            parameters=trained,
+            budget=budget,
+            desc=f"{name} of {label}",
+            after_step=after_step,
+        )
+        look(budget.num_steps)
+    return marks
 
 
 def run_attacks(
@@ -144,22 +200,58 @@ def run_attacks(
 
     Returns:
         attacks: per attack and label, shares of images recognised as the label before and after, and the budget.
-        seconds_attacks: attack -> seconds.
+        seconds_attacks: attack -> seconds, of the pipeline that is judged.
+        control_attacks, attack_gaps: with a control, the same of it, and how far apart the two are.
 
     Raises:
         FloatingPointError: an attack's loss that is not finite.
     """
-    rows_by_label = {label: rows_of(asked.labels, label) for label in asked.forgotten}
-    shown = {label: as_rgb(plain[rows]) for label, rows in rows_by_label.items()}
-    attacked: dict[str, np.ndarray] = {}
-    results: list[dict[str, Any]] = []
-    seconds: dict[str, float] = {}
+    judged = attack_model(ERASED, pipeline, config, images=images, judge=judge, asked=asked, plain=plain)
+    print_attacks(judged.records, judged.seconds)
+    shown = {label: as_rgb(plain[rows_of(asked.labels, label)]) for label in asked.forgotten}
+    attacks_picture(shown, judged.images, path=output / PICTURE_NAME, columns=min(12, config.images_per_label))
+    found: dict[str, Any] = {"attacks": judged.records, "seconds_attacks": judged.seconds}
+    control = load_control(config, pipeline)
+    if control is not None:
+        control = control.to(pipeline.device)
+        made = generate(control, asked.labels, sampling=config.sampling, desc="images of the control")
+        other = attack_model(CONTROL, control, config, images=images, judge=judge, asked=asked, plain=made)
+        gaps = [
+            {"attack": name, "concept": label, **attack_gap(results, other.results[name, label], 0.0, 0.0)}
+            for (name, label), results in judged.results.items()
+        ]
+        print_gaps(gaps)
+        found |= {"control_attacks": other.records, "attack_gaps": gaps}
+    return found
+
+
+@dataclass
+class AttackedModel:
+    """What the attacks brought out of one pipeline."""
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+    results: dict[tuple[str, str], AttackResults] = field(default_factory=dict)  # by attack and label
+    seconds: dict[str, float] = field(default_factory=dict)  # by attack
+    images: dict[str, np.ndarray] = field(default_factory=dict)  # "attack: label" -> bytes (N, H, W, 3), at the end
+
+
+def attack_model(
+    model: str,
+    pipeline: ClassConditionalDDPMPipeline,
+    config: LabelEvaluationConfig,
+    images: Images,
+    judge: Judge,
+    asked: EvaluationLabels,
+    plain: np.ndarray,
+) -> AttackedModel:
+    """Run the chosen attacks on every forgotten label of one pipeline; see `run_attacks`."""
+    found = AttackedModel()
     for name in config.attacks:
         budget, start = config.budget_of(name), time.perf_counter()
-        for label, rows in rows_by_label.items():
-            learned_from = images[name, label]
+        for label in asked.forgotten:
+            learned_from, rows = images[name, label], rows_of(asked.labels, label)
             sampling = replace(config.sampling, seed=config.sampling.seed + rows.start)
-            made = attack(
+            marks = attack_marks(
                 name,
                 pipeline,
                 label=label,
@@ -168,18 +260,20 @@ def run_attacks(
                 labels=asked.labels[rows],
                 sampling=sampling,
             )
-            attacked[f"{name}: {label}"] = as_rgb(made)
-            results.append(
-                attack_record(
-                    name,
-                    label,
-                    plain=judge.shows(plain[rows], label),
-                    attacked=judge.shows(made, label),
-                    budget=budget,
-                    num_images=len(learned_from),
-                )
+            seen = [seen_by(judge, mark.images_NHWC, label, num_steps=mark.num_steps) for mark in marks]
+            cell = CellResult(model, name, label, "as set", asdict(budget), 0.0, marks=seen)
+            record = attack_record(
+                name,
+                label,
+                plain=judge.shows(plain[rows], label),
+                attacked=seen[-1].shown,
+                budget=budget,
+                num_images=len(learned_from),
             )
-        seconds[name] = round(time.perf_counter() - start, 2)
-    print_attacks(results, seconds)
-    attacks_picture(shown, attacked, path=output / PICTURE_NAME, columns=min(12, config.images_per_label))
-    return {"attacks": results, "seconds_attacks": seconds}
+            if len(marks) > 1:
+                record["curve"] = {str(mark.num_steps): seen_record(mark) for mark in seen}
+            found.records.append(record)
+            found.results[name, label] = AttackResults([cell], [])
+            found.images[f"{name}: {label}"] = as_rgb(marks[-1].images_NHWC)
+        found.seconds[name] = round(time.perf_counter() - start, 2)
+    return found

@@ -186,12 +186,14 @@ class LabelEvaluationConfig:
     # what is tried to bring forgotten labels back, with images of the split: inversion (a new row of the class
     # embedding is learned), relearning (the whole network is fine-tuned)
     attacks: list[Literal["inversion", "relearning"]] = field(default_factory=list)
+    control: str | None = None  # folder of a pipeline that never saw the labels: attacks are tried on it, too
     inversion: RowInversionConfig = field(default_factory=RowInversionConfig)
     relearning: FineTuningConfig = field(default_factory=FineTuningConfig)
 
     SECTION = "evaluation."
     RULES = rules(
         judge=FOLDER,
+        control=FOLDER,
         images_per_label=at_least(1),
         images_per_retained_label=at_least(1),
         neighbours=at_least(1),
@@ -205,6 +207,14 @@ class LabelEvaluationConfig:
             raise ValueError(
                 "evaluation.attacks learn from evaluation.split and are scored by evaluation.judge: set both"
             )
+
+    def check_control(self, labels: list[str]) -> None:
+        """A ValueError if there is a control, but no attack, or one without the labels; it is not loaded."""
+        if self.control is None:
+            return
+        if not self.attacks:
+            raise ValueError("evaluation.control is about attacks, and there is none: name some in evaluation.attacks")
+        require_labels(self.control, "evaluation.control", labels)
 
     def check_judge(self, labels: list[str]) -> None:
         """A ValueError if there is a judge, but one that does not know the labels; it is not loaded."""
@@ -246,6 +256,7 @@ class EvaluateConfig:
     def check_inputs(self) -> None:
         """A ValueError for a judge that does not know the labels, or labels that the pipeline does not have."""
         self.evaluation.check_judge(self.concepts)
+        self.evaluation.check_control(self.concepts)
         require_labels(self.pretrained_model_name_or_path, "concept", self.concepts)
 
     @property
@@ -295,6 +306,7 @@ class UnlearnConfig(DiffusionUnlearningConfig):
     def check_inputs(self) -> None:
         """A ValueError for a judge that does not know the labels, or labels that the pipeline does not have."""
         self.evaluation.check_judge(self.concepts)
+        self.evaluation.check_control(self.concepts)
         require_labels(self.pretrained_model_name_or_path, "concept", self.concepts)
         require_labels(self.pretrained_model_name_or_path, "validation_prompt", self.validation_prompt)
 

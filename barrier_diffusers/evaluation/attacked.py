@@ -85,7 +85,7 @@ def scene_of(config: EvaluateConfig, concepts: ConceptProtocol, forgotten: Seque
         models=models,
         hashes=hashes,
         forgotten=list(forgotten),
-        classifier=judge.folder,
+        classifier=judge.source,
         facts=facts,
         cache=judged_model.output / "cache",
         modules=as_list(config.module),

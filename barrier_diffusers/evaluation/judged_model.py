@@ -72,7 +72,7 @@ def require_another_control(folder: str | None, judged: Mapping[str, str], contr
     if judged == control:
         raise ValueError(
             f"control {folder!r} has the weights of what is judged, so no attack could tell them apart: name a "
-            "pipeline that was trained without the concept"
+            "model that was trained without the concept"
         )
 
 

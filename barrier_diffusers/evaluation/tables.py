@@ -61,30 +61,28 @@ def print_attacks(results: Sequence[Mapping[str, Any]], seconds: Mapping[str, fl
 
 
 def print_gaps(gaps: Sequence[Mapping[str, Any]]) -> None:
-    """The table of erased model and control under the same attacks: shares in percent, the gap in points."""
+    """The table of erased model and control under the same attacks: shares in percent, the gap in points; "early" is
+    the mean over the early marks."""
     table = Table(title="erased model and control under attack: images that show the concept, in %")
     for heading in ("attack", "concept", "at", "erased", "control", "gap", "95 % interval"):
-        table.add_column(heading, justify="left" if heading in ("attack", "concept", "at") else "right")
-
-    def add(first: Sequence[str], at: str, found: Mapping[str, Any]) -> None:
-        gap = found.get("gap", found)
-        shares = [f"{found[side]['value']:.1f}" if side in found else "" for side in ("erased", "control")]
-        ends = interval(gap) if gap["interval_95"] is not None else ""
-        table.add_row(*first, at, *shares, f"{gap['value']:+.1f}", ends)
-
-    means = {"mean_strongest": "strongest, early marks", "mean_attackers": "mean attacker, early marks"}
+        justify: Literal["left", "right"] = "left" if heading in ("attack", "concept", "at") else "right"
+        table.add_column(heading, justify=justify, no_wrap=heading == "at")
     for gap in gaps:
-        names = (gap["attack"], gap["concept"])
+        names = [gap["attack"], gap["concept"]]
         if "failed" in gap:
-            table.add_row(*names, f"every attacker failed: {', '.join(gap['failed'])}")
+            table.add_row(*names, "failed", *("" if side in gap["failed"] else "-" for side in ("erased", "control")))
             continue
-        if len(gap["marks"]) > 1:
-            for steps, found in gap["marks"].items():
-                add(names, f"{steps} steps", found)
-        add(names, "strongest", gap["strongest"])
-        for name, shown in means.items():
-            if name in gap and len(gap["marks"]) > 1:
-                add(names, shown, gap[name])
+        several = len(gap["marks"]) > 1
+        rows = {f"{steps} steps": found for steps, found in gap["marks"].items() if several}
+        rows["strongest"] = gap["strongest"]
+        early = {"strongest, early": "mean_strongest", "mean, early": "mean_attackers"}
+        rows |= {shown: gap[name] for shown, name in early.items() if several and name in gap}
+        for at, found in rows.items():
+            points = found.get("gap", found)
+            shares = [f"{found[side]['value']:.1f}" if side in found else "" for side in ("erased", "control")]
+            ends = interval(points) if points["interval_95"] is not None else ""
+            table.add_row(*names, at, *shares, f"{points['value']:+.1f}", ends)
+            names = ["", ""]
         table.add_section()
     plain_console().print(table)
     for gap in gaps:

@@ -2,6 +2,7 @@
 
 from benchmarks.tables.classifier import classifier
 from benchmarks.tables.ddpm import ddpm
+from benchmarks.tables.robustness import robustness
 from benchmarks.tables.stable_diffusion import attacks, classes, concepts, objectives, projection
 
 TABLES = {  # name -> function that makes the table
@@ -10,6 +11,7 @@ TABLES = {  # name -> function that makes the table
     "projection": projection,
     "concepts": concepts,
     "attacks": attacks,
+    "robustness": robustness,
     "classifier": classifier,
     "ddpm": ddpm,
 }

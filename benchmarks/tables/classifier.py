@@ -174,7 +174,8 @@ class ClassifierTable(Table):
             settings = TRAIN.parse(self.config, flags)
             judged = output / "logs" / f"{row.name}.json"
             judged.parent.mkdir(parents=True, exist_ok=True)
-            values = {field.name: getattr(settings, field.name) for field in fields(EvaluateConfig)}
+            shared = [field.name for field in fields(EvaluateConfig) if hasattr(settings, field.name)]
+            values = {name: getattr(settings, name) for name in shared}
             write_json(judged, {**values, "evaluation": asdict(settings.evaluation)})
             EVALUATE.run(str(judged), {}, log_of(output, row.name))
             content = json.loads((folder / "evaluation.json").read_text())["metrics"]

@@ -99,9 +99,9 @@ class Table:
         return self.markdown(results)
 
 
-def words_of(config: Path | str, flags: Mapping[str, Any]) -> list[str]:
+def words_of(config: Path | str | None, flags: Mapping[str, Any]) -> list[str]:
     """A configuration file and the settings that differ from it, as words of a command line."""
-    words = ["--config", str(config)]
+    words = ["--config", str(config)] if config is not None else []
     for name, value in flags.items():
         words += [f"--{name}", "null" if value is None else str(value)]
     return words
@@ -114,12 +114,12 @@ class Script:
     module: str  # has `main`
     settings: str  # "module:class" of its dataclass
 
-    def parse(self, config: str, flags: Mapping[str, Any]) -> Any:
+    def parse(self, config: str | None, flags: Mapping[str, Any]) -> Any:
         """Its settings from a configuration file and the flags that differ."""
         module, name = self.settings.split(":")
         return parse_config(getattr(importlib.import_module(module), name), words_of(config, flags))
 
-    def run(self, config: str, flags: Mapping[str, Any], log: Path) -> None:
+    def run(self, config: str | None, flags: Mapping[str, Any], log: Path) -> None:
         """Run it; what it prints goes into a log file."""
         AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps the last run's precision
         log.parent.mkdir(parents=True, exist_ok=True)

@@ -27,6 +27,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from barrier_diffusers.evaluation.attacks.base import ATTACKS, Forgotten, Mark, Variant
+from barrier_diffusers.evaluation.classifier_source import ClassifierSource
 from barrier_diffusers.evaluation.image_folder import png_bytes, scheduler_facts
 from barrier_diffusers.evaluation.judge import Judge
 from barrier_diffusers.models.loading import load_merged
@@ -127,7 +128,7 @@ class Scene:
     models: dict[str, tuple[str, str | None]]  # model -> its folder or hub id, and the folder of its adapter
     hashes: dict[str, str]  # model -> fingerprint of its weights
     forgotten: list[Forgotten]
-    classifier: str  # folder of the judge
+    classifier: ClassifierSource  # of the judge
     facts: list[str]  # hashes of the judge, of images and of the user's modules
     cache: Path  # folder of the results
     modules: list[str] = field(default_factory=list)  # of the user, that register attacks
@@ -212,15 +213,20 @@ class CellRunner:
         )
 
     def _look(self, mark: Mark, known: Forgotten) -> Seen:
-        probabilities = self.judge.probabilities(self.judge.render(mark.images_NHWC))
-        shown = [label == known.concept for label in self.judge.recognise(probabilities)]
-        confidence = round(probabilities.amax(1).mean().item(), 4)
+        seen = seen_by(self.judge, mark.images_NHWC, known.concept, num_steps=mark.num_steps)
         if mark.retained_NHWC is None:
-            return Seen(mark.num_steps, shown, confidence)
+            return seen
         others = self.judge.probabilities(self.judge.render(mark.retained_NHWC))
         pairs = zip(self.judge.recognise(others), known.retain_labels, strict=True)
         right = [found == wanted for found, wanted in pairs]
-        return Seen(mark.num_steps, shown, confidence, right, round(others.amax(1).mean().item(), 4))
+        return replace(seen, retained=right, retained_confidence=round(others.amax(1).mean().item(), 4))
+
+
+def seen_by(judge: Judge, images_NHWC: np.ndarray, concept: str, num_steps: int) -> Seen:
+    """What the judge says of images (N, H, W, 1 or 3) that were asked for as the concept."""
+    probabilities = judge.probabilities(judge.render(images_NHWC))
+    shown = [label == concept for label in judge.recognise(probabilities)]
+    return Seen(num_steps, shown, round(probabilities.amax(1).mean().item(), 4))
 
 
 def evenly(length: int, count: int) -> list[int]:

@@ -1,0 +1,207 @@
+"""The robustness table: what attacks bring back after ways to erase, beside a control that never knew the class.
+
+Each row erases one class (or leaves the base model as it is), and attacks the result and the control of its class
+alike. A class whose control is not among the assets has it trained first, from the recipe's own data
+(`runs/fashion_mnist`, train_scripts/prepare_fashion_mnist.py); a control that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from barrier_diffusers.utils.run_records import METRICS_NAME
+from benchmarks.tables.stable_diffusion import (
+    ANCHORS,
+    CONFIG,
+    EVALUATE,
+    FID,
+    KEYS_AND_VALUES,
+    PROJECTION,
+    SHORT_LIST,
+    objective_row,
+    run_chain,
+    with_interval,
+)
+from benchmarks.tables.table import Metrics, Row, Script, Table, lines_of, log_of
+
+RECIPE = "barrier_diffusers.scripts.train_text_to_image"
+TRAIN = Script(RECIPE, f"{RECIPE}:TrainConfig")
+BASE = "assets/fashion_sd"
+ROBUST = "train_scripts/configs/fashion_robust.yaml"
+ADVERSARIAL = "train_scripts/configs/fashion_adversarial.yaml"  # a peer's recipe: an adversary's tokens in training
+CLASSES = SHORT_LIST
+TUNED_ON = ("sneaker", "dress")  # the classes that settings were chosen on
+NOTHING, NEVER_KNEW = "nothing", "control"
+WITHOUT_BARRIER = {"barrier.lambda_interval": 0.0, "barrier.use_actual_bounds": False}
+KEPT_GAPS = ("strongest", "mean_strongest", "mean_attackers", "half")
+ESD = {"objective.name": "esd", "objective.num_inference_steps": 10, "max_train_steps": 150}
+UCE = {"objective.name": "uce", "barrier.use_actual_bounds": False, **KEYS_AND_VALUES}
+
+# way to erase -> its configuration file, and the flags that differ from it
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "rl alone": (CONFIG, WITHOUT_BARRIER),
+    "BARRIER": (CONFIG, {}),  # as `make unlearn`
+    "projection": (CONFIG, PROJECTION),
+    "UCE": (CONFIG, objective_row("UCE", "none", UCE).flags),
+    "ESD": (CONFIG, objective_row("esd", "none", ESD).flags),
+    "SalUn mask 0.5": (CONFIG, {**WITHOUT_BARRIER, "saliency_mask": 0.5}),
+    "adversarial peer": (ADVERSARIAL, {}),
+    "robust without BARRIER": (ROBUST, WITHOUT_BARRIER),
+    "robust": (ROBUST, {}),
+}
+NO_ANCHOR = ("ESD",)  # ways that steer the class to nothing else
+
+
+def row_of(concept: str, way: str) -> Row:
+    """One class erased in one way."""
+    flags: dict[str, Any] = {}
+    if way in WAYS:
+        flags = {**WAYS[way][1], "concept": concept}
+        if way not in NO_ANCHOR:
+            flags["objective.anchor"] = ANCHORS[concept]
+    return Row({"erased by": way, "class": concept}, flags)
+
+
+def control_of(concept: str, output: Path) -> Path:
+    """The folder of the pipeline that never knew a class."""
+    embedded = Path(f"assets/control_{concept}")
+    return embedded if embedded.is_dir() else output / f"control_{concept}"
+
+
+def train_control(concept: str, output: Path) -> Path:
+    """The control of a class, trained now unless it is there."""
+    folder = control_of(concept, output)
+    if not (folder / "model_index.json").is_file():
+        flags = {
+            "exclude_concepts": f"[{concept}]",
+            "pretrained_vae": f"{BASE}/vae",
+            "output_dir": folder,
+            "work_dir": output / f"control_{concept}_work",
+            "unet.checkpointing_steps": 250,
+            "report_to": "none",
+        }
+        if any((output / f"control_{concept}_work").glob("*_training/checkpoints/step-*")):
+            flags["resume_from_checkpoint"] = "latest"
+        TRAIN.run(None, flags, log_of(output, folder.name))
+    return folder
+
+
+@dataclass(kw_only=True)
+class RobustnessTable(Table):
+    """One run of unlearn_sd.py and one of evaluate_sd.py per row, both sides under the same attacks."""
+
+    evaluation: ClassVar[str] = "train_scripts/configs/evaluate_fashion.yaml"
+    judged: dict[str, Any]  # what differs from `evaluation` in every row
+
+    def files(self, row: Row) -> list[str]:
+        """Both configuration files; the control's weights are named by its class."""
+        way = row.cells["erased by"]
+        return [*([WAYS[way][0]] if way in WAYS else []), self.evaluation]
+
+    def made_of(self, row: Row) -> dict[str, Any]:
+        """The evaluation's flags as well."""
+        return {**super().made_of(row), "judged": self.judged}
+
+    def run(self, chain: Sequence[Row], output: Path) -> list[Metrics]:
+        """Erase, then attack; a row that was stopped goes on with the attackers that are left."""
+        return [self._run(row, output) for row in chain]
+
+    def _run(self, row: Row, output: Path) -> Metrics:
+        way, concept = row.cells.values()
+        control, seconds = train_control(concept, output), None
+        flags: dict[str, Any] = {"concept": concept, "control": control, "base_model": BASE}
+        if way == NOTHING:
+            flags |= {"pretrained_model_name_or_path": BASE, "base_model": None}
+        elif way == NEVER_KNEW:
+            flags |= {"pretrained_model_name_or_path": control, "control": None}
+        else:
+            folder = output / row.name
+            flags["pretrained_model_name_or_path"] = folder
+            if not (folder / METRICS_NAME).is_file() or not (folder / "unet").is_dir():
+                run_chain([row], output, keep=True, config=WAYS[way][0])
+            seconds = json.loads((folder / METRICS_NAME).read_text())["seconds_training"]
+        judged = output / f"{row.name}-judged"
+        flags |= {"output_dir": judged, "overwrite_output_dir": True, **self.judged}
+        EVALUATE.run(self.evaluation, flags, log_of(output, judged.name))
+        record = json.loads((judged / METRICS_NAME).read_text())
+        return {**robustness_numbers(record), **({} if seconds is None else {"seconds_training": seconds})}
+
+    def markdown(self, results: Mapping[str, Any]) -> dict[str, str]:
+        """One line for each row: percentages and points, with 95 % intervals in brackets."""
+        headings = ["erased by", "class", "UA", "retain drop", "FID ratio", "inversion over the control's"]
+        headings += ["relearning over the control's: strongest", "mean attacker", "steps to half of the images"]
+        lines = []
+        for row in self.rows:
+            if row.name in results:
+                lines.append([*row.cells.values(), *cells_of(results[row.name]["metrics"])])
+        return {self.name: lines_of([*headings, "seconds"], 2, lines)}
+
+
+def robustness_numbers(record: Mapping[str, Any]) -> Metrics:
+    """The numbers of an evaluation that the table's JSON file keeps."""
+    classes = record["classes"]
+    fid = {when: values[FID] for when, values in record.get("fidelity", {}).items() if FID in values}
+    gaps = {
+        gap["attack"]: {name: gap[name] for name in KEPT_GAPS if name in gap} for gap in record.get("attack_gaps", [])
+    }
+    kept = ("post_attack", "variant", "steps", "curve", "num_cells", "num_failed", "num_broken_marks")
+    attacks = {
+        attack["attack"]: {name: attack[name] for name in kept if name in attack} for attack in record["attacks"]
+    }
+    return {
+        "unlearning_accuracy": classes["details"]["unlearning_accuracy"],
+        "retain_accuracy": classes["details"]["retain_accuracy_after"],
+        "retain_accuracy_drop": classes.get("retain_accuracy_drop"),
+        FID: fid,
+        "attacks": attacks,
+        "gaps": gaps,
+        "control": record.get("control"),
+    }
+
+
+def cells_of(numbers: Mapping[str, Any]) -> list[str]:
+    """The numbers of a row as the page shows them."""
+    drop, fid, gaps = numbers["retain_accuracy_drop"], numbers[FID], numbers["gaps"]
+    inversion, relearning = gaps.get("inversion", {}), gaps.get("relearning", {})
+    ratio = f"{fid['after'] / fid['before']:.2f}" if {"before", "after"} <= set(fid) else ""
+    half = relearning.get("half", {})
+    steps = ""
+    if "ratio" in half:
+        steps = {None: "", "at_least": "at least ", "at_most": "at most "}[half["bound"]] + f"{half['ratio']:.2f}"
+    seconds = numbers.get("seconds_training")
+    return [
+        with_interval(numbers["unlearning_accuracy"]),
+        "" if drop is None else f"{drop + 0.0:.1f}",
+        ratio,
+        points(inversion.get("strongest", {}).get("gap")),
+        points(relearning.get("mean_strongest")),
+        points(relearning.get("mean_attackers")),
+        steps,
+        "" if seconds is None else f"{seconds:.0f}",
+    ]
+
+
+def points(found: Mapping[str, Any] | None) -> str:
+    """ "+value (low - high)"."""
+    if found is None:
+        return ""
+    ends = found["interval_95"]
+    return f"{found['value']:+.1f}" + (f" ({ends[0]:.1f} - {ends[1]:.1f})" if ends else "")
+
+
+def robustness() -> RobustnessTable:
+    """Ways to erase whose configuration files there are, and the two ends: nothing erased, and never known."""
+    ways = [NOTHING, *(way for way, (config, _) in WAYS.items() if Path(config).is_file()), NEVER_KNEW]
+    chains = [[row_of(concept, way)] for concept in CLASSES for way in ways]
+    pages = tuple(page for page in ("docs/robustness.md",) if Path(page).is_file())
+    judged = {
+        "attack_budget": "standard",
+        "attacks": "[inversion,relearning]",
+        "evaluation.images_per_label": 60,
+        "fidelity.extractors": "[efficientnet_lite0]",
+    }
+    return RobustnessTable(name="robustness", chains=chains, judged=judged, pages=pages)
