@@ -237,7 +237,7 @@ def test_registry():
     assert set(ATTACKS) == set(BUDGETS)
     for name, attack in ATTACKS.items():
         assert EvaluateConfig.__dataclass_fields__[name].type is attack.budget
-    with pytest.raises(ValueError, match="unknown attack 'guess'; known are benign, inversion"):
+    with pytest.raises(ValueError, match="unknown attack 'guess'; known are benign, completion"):
         ATTACKS.find("guess")
     with pytest.raises(ValueError, match="registered already"):
         register_attack("inversion", InversionConfig)(lambda *_: None)

@@ -143,7 +143,7 @@ def test_metrics_and_table_without_before(capsys):
 
 
 BAD = {
-    "unknown attack": ({"attacks": "[guess]"}, "unknown attack 'guess'; known are benign, inversion"),
+    "unknown attack": ({"attacks": "[guess]"}, "unknown attack 'guess'; known are benign, completion"),
     "attack twice": ({"attacks": "[inversion, inversion]"}, "names one twice"),
     "no data": ({"train_data_dir": "null"}, "set train_data_dir or dataset_name"),
     "missing data": ({"train_data_dir": "/no/such/data"}, "does not exist"),
