@@ -49,6 +49,8 @@ def main(config: UnlearnConfig) -> None:
         metrics = judge(run, model, data, before, results)
         save_records(run, model, data, metrics, results)
         print(f"{'adapter' if config.rank else 'pipeline'}: {run.output}")
+        if config.merges_adapter and config.robust.parts:
+            print(f"give away {run.output / 'merged'} alone: an adapter can be taken off, and the concept is back")
         print(f"picture:  {run.output / 'before_after.png'}")
         print(f"report:   {write_report([run.output], run.output / REPORT_NAME)}")
         if run.repo_id is not None:

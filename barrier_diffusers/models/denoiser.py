@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from barrier_diffusers.models.architectures import CallContext, default_side, get_architecture
-from barrier_diffusers.models.autoencoders import latent_channels, latent_normalisation, patch_side, sample_latents
+from barrier_diffusers.models.autoencoders import (
+    NO_VARIANCE,
+    latent_channels,
+    latent_normalisation,
+    patch_side,
+    sample_latents,
+)
 from barrier_diffusers.models.noising import Noised, Noising
 from barrier_diffusers.objectives.base import Condition
 
@@ -99,6 +105,11 @@ class PipelineDenoiser:
         """Latents drawn from cached posteriors (B, 2 c, h, w), and noise and timesteps for them, in this order."""
         shift, scale = self.shift.to(moments.device), self.scale.to(moments.device)
         return self.noising(sample_latents(moments, scale, generator, shift), generator)
+
+    def exact_moments(self, latents: Tensor) -> Tensor:
+        """Posteriors (B, 2 c, h, w) from which `noised` draws these very latents (B, c, h, w), up to rounding."""
+        mean = latents / self.scale.to(latents.device) + self.shift.to(latents.device)
+        return torch.cat([mean, torch.full_like(mean, NO_VARIANCE)], dim=1)
 
     def predict(self, model: nn.Module, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """The prediction (B, c, h, w) of `model`, the denoiser or what wraps it."""

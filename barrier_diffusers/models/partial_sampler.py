@@ -77,14 +77,27 @@ class PartialSampler:
         x = torch.randn(share.total, *self.latent_shape)[share.own].to(device)
         if share.is_empty:
             return x, timesteps[stage].expand(size)
-        for timestep in timesteps[:stage]:
-            t_B = timestep.expand(size)
+        x = self._steps(x, scheduler, timesteps[:stage], condition=condition, unconditional=unconditional)
+        return x, timesteps[stage].expand(size)
+
+    @torch.no_grad()
+    def whole(self, condition: Condition, unconditional: Condition, noise: Tensor) -> Tensor:
+        """The latents (B, c, h, w) float32 that all N steps make of noise of variance 1."""
+        scheduler = self.denoiser.noising.sampler(self.num_inference_steps, self.latent_shape)
+        timesteps = scheduler.timesteps.to(noise.device)
+        return self._steps(noise, scheduler, timesteps, condition=condition, unconditional=unconditional)
+
+    def _steps(
+        self, x: Tensor, scheduler: Any, timesteps: Tensor, *, condition: Condition, unconditional: Condition
+    ) -> Tensor:
+        for timestep in timesteps:
+            t_B = timestep.expand(len(x))
             guided = self._predict(x, t_B, condition)
             if self.guidance_scale != 1:
                 empty = self._predict(x, t_B, unconditional)
                 guided = empty + self.guidance_scale * (guided - empty)
             x = scheduler.step(guided, timestep, x).prev_sample
-        return x, timesteps[stage].expand(size)
+        return x
 
 
 def own_rows(batch: dict[str, Any], share: Share) -> dict[str, Any]:

@@ -32,6 +32,6 @@ class RlSettings(Checked):
 @register_objective("rl", needs=("anchor",), settings=RlSettings)
 def random_label(step: DiffusionStep) -> Tensor:
     """MSE(eps(x_t, c), sg eps(x_t, c')): same x_t and timestep on both sides, no graph on the anchor's."""
-    from_base = step.options.reads_reference
+    from_base = getattr(step.options, "reads_reference", False)  # a step may have no settings
     anchored = step.reference_prediction(step.anchor) if from_base else step.fixed_prediction(step.anchor)
     return F.mse_loss(step.prediction().float(), anchored.float())

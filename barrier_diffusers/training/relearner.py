@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
@@ -18,21 +19,10 @@ from barrier_diffusers.models.denoiser import Denoiser
 from barrier_diffusers.objectives import DiffusionStep
 from barrier_diffusers.protection.targets import ProtectedMap, resolve_targets
 from barrier_diffusers.training.robust_config import RobustConfig
-from barrier_diffusers.utils.run_records import fingerprint
+from barrier_diffusers.training.seeds import one_of, seeded
+from barrier_diffusers.training.token_adversary import TokenAdversary
 
 LOSS_SCALE = 2.0**8  # keeps small gradients above half precision's smallest number; divided out again
-
-ValueT = TypeVar("ValueT")
-
-
-def seeded(seed: int, what: str, number: int) -> torch.Generator:
-    """Random numbers for the `number`-th use: the same in all processes and after a resume."""
-    return torch.Generator().manual_seed(int(fingerprint(seed, what, number)[:8], 16))
-
-
-def one_of(values: Sequence[ValueT], generator: torch.Generator) -> ValueT:
-    """One of the values, each as likely."""
-    return values[int(torch.randint(len(values), (), generator=generator))]
 
 
 def gradients_of(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -167,6 +157,7 @@ class Relearner:
         network: the bare one, not what wraps it for several processes.
         parameters: those that train.
         images: rows of the forget data, with "moments".
+        adversary: whose learned names may stand in the captions.
     """
 
     def __init__(
@@ -178,9 +169,10 @@ class Relearner:
         parameters: Sequence[nn.Parameter],
         images: Any,
         seed: int,
+        adversary: TokenAdversary | None = None,
     ):
         self.config, self.denoiser, self.network = config, denoiser, network
-        self.parameters, self.images, self.seed = list(parameters), images, seed
+        self.parameters, self.images, self.seed, self.adversary = list(parameters), images, seed, adversary
         self.maps = adapted_maps(network, config.meta_adapter_targets) if config.has_adapter else []
         self._adapter: AddedAdapter | None = None  # that is on
 
@@ -218,21 +210,39 @@ class Relearner:
         finally:
             self._adapter = None
 
+    @contextmanager
+    def ascended(self, number: int) -> Iterator[None]:
+        """The network one step of length `sharpness` towards the forget images, for the duration of a block."""
+        generator = seeded(self.seed, "sharpness", number)
+        loss = self.noised(self.few_images(generator), generator).ordinary_loss()
+        way = gradients_of(loss, self.parameters)
+        length = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(way)))
+        torch._foreach_mul_(way, -self.config.sharpness / length.clamp_min(torch.finfo(length.dtype).tiny))
+        with restored(self.parameters):
+            with torch.no_grad():
+                for parameter, move in zip(self.parameters, way, strict=True):
+                    parameter.add_(move)
+            yield
+
     def _train(
         self, parameters: Sequence[Tensor], learning_rate: float, num_steps: int, generator: torch.Generator
     ) -> None:
         batch, optimizer = self.few_images(generator), Adam(parameters, learning_rate)
+        if self.adversary is not None and self.adversary.tables:
+            is_named = torch.rand((), generator=generator) < self.config.meta_token_share
+            which = torch.randint(len(self.adversary.tables), (), generator=generator)
+            batch = self.adversary.named(batch, torch.where(is_named, which, -1).expand(len(batch["index"])))
         for _ in range(num_steps):
             optimizer.step(gradients_of(self.noised(batch, generator).ordinary_loss(), parameters))
 
     def few_images(self, generator: torch.Generator) -> dict[str, Any]:
-        """A batch of forget images, drawn without replacement, on the CPU."""
+        """A batch of forget images, drawn without replacement; "moments" stay on the CPU, the rest does not."""
         rows = torch.randperm(len(self.images), generator=generator)[: self.config.meta_num_images]
-        return default_collate([self.images[int(row)] for row in rows])
+        batch = default_collate([self.images[int(row)] for row in rows])
+        return {**send_to_device(batch, self.parameters[0].device), "moments": batch["moments"]}
 
     def noised(self, batch: dict[str, Any], generator: torch.Generator) -> DiffusionStep:
         """The batch at a new draw of noise and timesteps, on the network's device."""
         drawn, device = self.denoiser.noised(batch["moments"], generator), self.parameters[0].device
         noisy, timesteps, target = (value.to(device) for value in (drawn.noisy, drawn.timesteps, drawn.target))
-        condition = {key: value.to(device) for key, value in batch["condition"].items()}
-        return DiffusionStep(self.predict, noisy, timesteps=timesteps, target=target, condition=condition)
+        return DiffusionStep(self.predict, noisy, timesteps=timesteps, target=target, condition=batch["condition"])

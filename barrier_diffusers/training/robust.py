@@ -4,16 +4,19 @@ them (docs/method.md section 8)."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from barrier_diffusers.objectives import DiffusionStep, Objective
 from barrier_diffusers.objectives.base import Condition, Predict
-from barrier_diffusers.training.relearner import Relearner, gradients_of
+from barrier_diffusers.training.relearner import LOSS_SCALE, Relearner, gradients_of
 from barrier_diffusers.training.robust_config import RobustConfig
+from barrier_diffusers.training.token_adversary import TokenAdversary
 
 
 class _Given(torch.autograd.Function):
@@ -58,16 +61,34 @@ class RobustTerms:
     """The parts of the loss that come from a forget batch.
 
     Args:
+        predict: runs the bare network, not what wraps it for several processes.
         relearner: of the network that trains; None unless a setting asks for one.
+        adversary: the same.
     """
 
-    def __init__(self, config: RobustConfig, objective: Objective, relearner: Relearner | None):
-        self.config, self.objective, self.relearner = config, objective, relearner
+    def __init__(
+        self,
+        config: RobustConfig,
+        objective: Objective,
+        predict: Predict,
+        *,
+        relearner: Relearner | None = None,
+        adversary: TokenAdversary | None = None,
+    ):
+        self.config, self.objective, self.predict = config, objective, predict
+        self.relearner, self.adversary = relearner, adversary
 
     @property
     def names(self) -> list[str]:
         """Of the parts beside the objective's."""
         return ["meta"] if self.config.meta_steps else []
+
+    def named(self, batch: dict[str, Any], step: int, number: int) -> dict[str, Any]:
+        """The batch as the adversary asks for the concept, which first learns what is due."""
+        if self.adversary is None:
+            return batch
+        self.adversary.catch_up(step)
+        return self.adversary.exchange(batch, number)
 
     def __call__(self, made: DiffusionStep, step: int, number: int) -> dict[str, Tensor]:
         """The parts for one batch.
@@ -76,26 +97,75 @@ class RobustTerms:
             step: number of steps done.
             number: number of batches seen before, which decides about what is drawn here.
         """
+        config, parts = self.config, {}
         if made.reference is not None:
             made = replace(made, reference=Remembered(made.reference))
-        parts: dict[str, Tensor] = {}
-        if self.config.meta_steps and step % self.config.meta_every == 0:
-            parts["meta"] = self.config.meta_weight * self._after_relearning(made, number)
-        # last, as no graph of the weights may be alive when these are moved
+        if config.context_radius:
+            condition = worst_condition(self.objective, replace(made, predict=self.predict), config.context_radius)
+            made = replace(made, condition=condition)
+        # before the graph of the weights as they are, which cannot be moved while it is alive
+        if config.meta_steps and step % config.meta_every == 0:
+            assert self.relearner is not None
+            parts["meta"] = config.meta_weight * self._moved(made, self.relearner.relearned(number))
+        if config.sharpness:
+            assert self.relearner is not None
+            return {"objective": self._moved(made, self.relearner.ascended(number)), **parts}
         return {"objective": self.objective.loss_of(made), **parts}
 
-    def _after_relearning(self, made: DiffusionStep, number: int) -> Tensor:
-        relearner = self.relearner
+    def _moved(self, made: DiffusionStep, block: AbstractContextManager[None]) -> Tensor:
+        """The objective with the weights as they are in a block; its gradient is for the weights as they are now."""
+        relearner, reference = self.relearner, made.reference
         assert relearner is not None
-        reference = made.reference
 
         def frozen(noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
             assert reference is not None
             with relearner.without_adapter():
                 return reference(noisy, timesteps, condition)
 
-        there = replace(made, predict=relearner.predict, reference=frozen if reference else None)
-        with relearner.relearned(number):
+        there = replace(made, predict=self.predict, reference=frozen if reference else None)
+        with block:
             value = self.objective.loss_of(there)
             gradients = gradients_of(value, relearner.parameters)
         return with_gradient(value, relearner.parameters, gradients)
+
+
+PGD_STEPS = 2
+PGD_STEP = 0.75  # of the radius: two steps reach the ball's edge from any direction's start
+
+
+def worst_condition(objective: Objective, made: DiffusionStep, radius: float) -> Condition:
+    """The forget prompts' condition, moved against the objective by projected gradient ascent.
+
+    Each token embedding moves inside a ball of `radius` times its own length; what is no sequence of embeddings stays,
+    such as a pooled one.
+
+    Raises:
+        ValueError: the condition holds no sequence of embeddings.
+    """
+    own = {key: value for key, value in made.condition.items() if value.is_floating_point() and value.dim() == 3}
+    if not own:
+        raise ValueError("robust.context_radius moves token embeddings, but the model reads none: leave it at 0")
+    balls = {key: radius * value.norm(dim=-1, keepdim=True) for key, value in own.items()}
+    moves = {key: torch.zeros_like(value) for key, value in own.items()}
+    for _ in range(PGD_STEPS):
+        moves = {key: value.requires_grad_() for key, value in moves.items()}
+        condition = {**made.condition, **{key: own[key] + move for key, move in moves.items()}}
+        loss = objective.loss_of(replace(made, condition=condition))
+        ways = torch.autograd.grad(loss * LOSS_SCALE, list(moves.values()))
+        with torch.no_grad():
+            for (key, move), way in zip(list(moves.items()), ways, strict=True):
+                moved = move + PGD_STEP * balls[key] * F.normalize(way, dim=-1)
+                moves[key] = moved * (balls[key] / moved.norm(dim=-1, keepdim=True).clamp_min(1e-12)).clamp_max(1)
+    return {**made.condition, **{key: own[key] + move for key, move in moves.items()}}
+
+
+@torch.no_grad()
+def mix_in_fresh(network: Any, parameters: Sequence[nn.Parameter], share: float, seed: int) -> None:
+    """theta <- (1 - share) theta + share * a fresh initialisation of the same network, in place."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        fresh = dict(type(network).from_config(network.config).named_parameters())
+    trained = set(parameters)
+    for name, parameter in network.named_parameters():
+        if parameter in trained:
+            parameter.lerp_(fresh[name].to(parameter), share)

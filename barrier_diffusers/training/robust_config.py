@@ -4,9 +4,9 @@ Annotations are evaluated at once, as in run_config.py.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
-from barrier_diffusers.utils.checks import ABOVE_0, Checked, Range, at_least, rules
+from barrier_diffusers.utils.checks import ABOVE_0, SHARE, Checked, Range, at_least, rules
 
 
 @dataclass
@@ -28,6 +28,25 @@ class RobustConfig(Checked):
     # maps that the adapter is on, named as barrier.targets
     meta_adapter_targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
     meta_num_images: int = 10  # forget images that it learns from, drawn anew each time
+    meta_token_share: float = 0.0  # of the relearners whose captions have a learned token in place of the name
+    # new tokens are learned against the network as it is, once after every so many steps; forget prompts then have one
+    # of them, or the concept's name
+    token_rounds: int = 0  # tokens that are learned in all; 0: none
+    token_interval: int = 60  # steps from one to the next, and before the first
+    token_share: float = 0.5  # of the forget prompts that have a learned token
+    # where they start, in turn: name (the concept's), random (tokens of the vocabulary), or words of your own
+    token_starts: list[str] = field(default_factory=lambda: ["name", "random"])
+    token_count: int = 1  # new tokens that stand for the concept together
+    token_num_steps: int = 100  # of AdamW, that a round learns for
+    token_batch_size: int = 32  # forget images in each of them
+    token_learning_rate: float = 1e-2  # of the embeddings
+    # share of a fresh initialisation in the weights at the start, from where the base is distilled back; 0: none
+    fresh_share: float = 0.0
+    # the objective's gradient is taken at weights that lie this far (Euclidean distance over all that trains) towards
+    # the forget images; 0: at the weights themselves
+    sharpness: float = 0.0
+    # forget prompts are perturbed against the objective, by at most this share of each token embedding's length; 0: no
+    context_radius: float = 0.0
 
     SECTION = "robust."
     RULES = rules(
@@ -38,18 +57,35 @@ class RobustConfig(Checked):
         meta_adapter_learning_rates=ABOVE_0,
         meta_adapter_rank=Range(1, 4096),
         meta_num_images=at_least(1),
+        meta_token_share=SHARE,
+        token_rounds=at_least(0),
+        token_interval=at_least(1),
+        token_share=Range(0, 1, without_low=True),
+        token_count=at_least(1),
+        token_num_steps=at_least(1),
+        token_batch_size=at_least(1),
+        token_learning_rate=ABOVE_0,
+        fresh_share=SHARE,
+        sharpness=at_least(0),
+        context_radius=at_least(0),
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("meta_learning_rates", "meta_adapter_learning_rates", "meta_adapter_targets"):
+        for name in ("meta_learning_rates", "meta_adapter_learning_rates", "meta_adapter_targets", "token_starts"):
             if not getattr(self, name):
                 raise ValueError(f"robust.{name} is empty, but must hold at least one value")
+        if not all(start.strip() for start in self.token_starts):
+            raise ValueError("robust.token_starts holds empty words: write name, random, or some words")
+        if self.meta_token_share and not (self.meta_steps and self.token_rounds):
+            raise ValueError("robust.meta_token_share needs robust.meta_steps and robust.token_rounds")
+
+    PARTS: ClassVar = ("meta_steps", "token_rounds", "fresh_share", "sharpness", "context_radius")
 
     @property
     def parts(self) -> list[str]:
         """The settings that are switched on."""
-        return [name for name in ("meta_steps",) if getattr(self, name)]
+        return [name for name in self.PARTS if getattr(self, name)]
 
     @property
     def summary(self) -> str:
@@ -62,6 +98,11 @@ class RobustConfig(Checked):
         return bool(self.meta_steps) and self.meta_weights != "trained"
 
     @property
+    def learns_images(self) -> bool:
+        """Whether a part fine-tunes the network on forget images."""
+        return bool(self.meta_steps) or self.sharpness > 0
+
+    @property
     def reads_forget_images(self) -> bool:
         """Whether a part learns from forget images, also beside an objective that needs none."""
-        return bool(self.meta_steps)
+        return self.learns_images or self.token_rounds > 0

@@ -164,9 +164,22 @@ class DiffusionUnlearningConfig(UnlearningConfig):
                     "a relearner's adapter is hooked into the network, which a compiled one does not heed: set "
                     "robust.meta_weights to trained, or compile to false"
                 )
-        if self.saliency_mask is not None and self.robust.parts:
+        self._check_robust()
+
+    def _check_robust(self) -> None:
+        """A ValueError for parts of robust training that cannot work together."""
+        robust, parts = self.robust, self.robust.parts
+        if self.saliency_mask is not None and parts:
+            raise ValueError(f"saliency_mask would hold what robust.{parts[0]} moves as well: use one of the two")
+        if robust.fresh_share and (self.objective.retain_target != "base" or self.objective.alpha == 0):
             raise ValueError(
-                f"saliency_mask would hold the attackers of robust.{self.robust.parts[0]} as well: use one of the two"
+                "robust.fresh_share makes weights anew that the base has to teach: set objective.retain_target to "
+                "base and objective.alpha above 0"
+            )
+        if robust.fresh_share and self.protected:
+            raise ValueError(
+                "robust.fresh_share moves the weights away from the base, where the protection would hold them: set "
+                "barrier.lambda_interval to 0 and barrier.constraint to penalty"
             )
 
     @property

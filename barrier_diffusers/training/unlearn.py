@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
@@ -22,10 +23,12 @@ from barrier_diffusers.objectives import DiffusionStep, Objective, ObjectiveConf
 from barrier_diffusers.protection.barrier import Barrier
 from barrier_diffusers.protection.targets import ProtectedMap, matches
 from barrier_diffusers.training.relearner import Relearner
-from barrier_diffusers.training.robust import RobustTerms
+from barrier_diffusers.training.robust import RobustTerms, mix_in_fresh
 from barrier_diffusers.training.run_config import DiffusionUnlearningConfig
 from barrier_diffusers.training.saliency import SaliencyMask, saliency_scores
+from barrier_diffusers.training.settled import ErasureGauge
 from barrier_diffusers.training.steps import FrozenReference, StepMaker, compiled, freeze_normalisation
+from barrier_diffusers.training.token_adversary import TokenAdversary, Vocabulary
 from barrier_diffusers.training.trainer import Trainer, share_random_state
 
 MakeStep = Callable[[dict[str, Any]], DiffusionStep]
@@ -195,11 +198,12 @@ class UnlearningTerms:
         Args:
             step: number of steps done; only the robust parts heed it.
         """
-        made = self.make_step(next(self.forget))
         if self.robust is None:
-            terms = {"objective": self.objective.loss_of(made)}
+            terms = {"objective": self.objective.loss_of(self.make_step(next(self.forget)))}
         else:
-            terms = self.robust(made, step, step * self.micro_steps + self._calls % self.micro_steps)
+            number = step * self.micro_steps + self._calls % self.micro_steps
+            made = self.make_step(self.robust.named(next(self.forget), step, number))
+            terms = self.robust(made, step, number)
         if self.retain is not None and self.make_retain_step is not None:
             kept = self.make_retain_step(next(self.retain))
             terms["retain"] = self.alpha * (kept.distilled_loss() if self.distilled else kept.ordinary_loss())
@@ -216,17 +220,26 @@ class Unlearner:
         trainer: of the run, with settings for unlearning; a checkpoint that it found is gone on from.
         barrier: of the denoiser's network, with nothing fitted yet.
         resolution: side of the images in pixels.
+        vocabulary: what robust.token_rounds learns new names in; needed with them alone.
 
     Attributes:
         barrier: the fitted one; in a resumed run another than was given.
     """
 
     def __init__(
-        self, trainer: Trainer, *, objective: Objective, barrier: Barrier, denoiser: Denoiser, resolution: int
+        self,
+        trainer: Trainer,
+        *,
+        objective: Objective,
+        barrier: Barrier,
+        denoiser: Denoiser,
+        resolution: int,
+        vocabulary: Vocabulary | None = None,
     ):
         self.trainer, self.accelerator = trainer, trainer.accelerator
         self.config = cast(DiffusionUnlearningConfig, trainer.config)
         self.objective, self.barrier, self.denoiser = objective, barrier, denoiser
+        self.vocabulary = vocabulary
         self.sampler: PartialSampler | None = None  # of the model's own x_t, for an objective that trains on them
         self.reference: FrozenReference | None = None  # the model as it is now, for an objective that reads it
         options = self.config.objective
@@ -297,6 +310,9 @@ class Unlearner:
         """
         config, trainer, accelerator, barrier = self.config, self.trainer, self.accelerator, self.barrier
         network, options = barrier.model, config.objective
+        robust, gauge = self._robust_terms(data.forget), self._gauge(data.forget)
+        if config.robust.fresh_share and trainer.checkpoint is None:
+            mix_in_fresh(network, barrier.trainable_parameters(), config.robust.fresh_share, config.seed)
         groups = parameter_groups(barrier, config.learning_rate, config.learning_rates)
         optimizer: Any = adamw(config.use_8bit_adam)(groups, weight_decay=config.adam_weight_decay)
         mask = self._attach_mask(optimizer, data.forget) if config.saliency_mask is not None else None
@@ -308,7 +324,13 @@ class Unlearner:
         forget, *retain = trainer.prepare(
             models=[network], parameters=barrier.trainable_parameters(), optimizer=optimizer, loaders=loaders
         )
-        model, share = trainer.models[0], (accelerator.process_index, accelerator.num_processes)
+        model, share = trainer.models[0], self._share
+        if config.robust.token_rounds * config.robust.token_interval >= trainer.max_steps:
+            raise ValueError(
+                f"the last of robust.token_rounds is after step "
+                f"{config.robust.token_rounds * config.robust.token_interval}, but the run has {trainer.max_steps}: "
+                "lower robust.token_rounds or robust.token_interval"
+            )
         terms = UnlearningTerms(
             self.objective,
             StepMaker(
@@ -321,7 +343,7 @@ class Unlearner:
             ),
             forget=forget,
             alpha=options.alpha,
-            robust=self._robust_terms(data.forget),
+            robust=robust,
             distilled=options.retain_target == "base",
             make_retain_step=StepMaker(model, self.denoiser, reference=self.reference, share=share),
             retain=retain[0] if retain else None,
@@ -341,28 +363,62 @@ class Unlearner:
             seconds = trainer.fit(terms, barrier=terms.barrier, after_step=after_step, names=terms.names)
         if mask is not None:
             mask.detach()
+        erased: dict[str, Any] = {}
+        if robust is not None and gauge is not None:
+            with accelerator.autocast():
+                erased["erased"] = gauge.result(robust.adversary, warn=accelerator.is_main_process)
         return {
+            **erased,
             "history": trainer.history.values,
             "num_steps": trainer.max_steps,
             "seconds_training": seconds,
             "seconds_setup": round(self.seconds_setup, 2),
         }
 
+    @property
+    def _share(self) -> tuple[int, int]:
+        return self.accelerator.process_index, self.accelerator.num_processes
+
     def _robust_terms(self, forget: Any) -> RobustTerms | None:
-        """What the settings ask for beyond the objective; None if that is nothing."""
-        config, relearner = self.config, None
-        if not config.robust.parts:
+        """What the settings ask for beyond the objective; None if that is nothing. Its state travels along."""
+        config, robust, network = self.config, self.config.robust, self.barrier.model
+        if not robust.parts:
             return None
-        if config.robust.meta_steps:
+        adversary = relearner = None
+        if robust.token_rounds:
+            assert self.vocabulary is not None
+            adversary = TokenAdversary(
+                robust, self.vocabulary, seed=config.seed, share=self._share, device=self.accelerator.device
+            )
+            self.trainer.checkpoints.states["token_adversary"] = adversary
+        parameters = self.barrier.trainable_parameters()
+        if robust.learns_images:
             relearner = Relearner(
-                config.robust,
+                robust,
                 self.denoiser,
-                self.barrier.model,
-                parameters=self.barrier.trainable_parameters(),
+                network,
+                parameters=parameters,
                 images=forget,
                 seed=config.seed,
+                adversary=adversary,
             )
-        return RobustTerms(config.robust, self.objective, relearner)
+        predict = partial(self.denoiser.predict, network)
+        return RobustTerms(robust, self.objective, predict, relearner=relearner, adversary=adversary)
+
+    def _gauge(self, forget: Any) -> ErasureGauge | None:
+        """What tells whether robust training has erased, with the loss before it; None without any robust part."""
+        config = self.config
+        if not config.robust.parts:
+            return None
+        maker = StepMaker(
+            self.barrier.model, self.denoiser, options=config.objective, reference=self.reference, sampler=self.sampler
+        )
+        gauge = ErasureGauge(self.objective, maker, forget, device=self.accelerator.device, seed=config.seed)
+        if self.trainer.checkpoint is None:
+            with self.accelerator.autocast():
+                gauge.measure_before()
+        self.trainer.checkpoints.states["erasure_gauge"] = gauge
+        return gauge
 
     def _attach_mask(self, optimizer: Any, forget: Any) -> SaliencyMask:
         """Let only the share `saliency_mask` of the trained entries move; a checkpoint has the mask itself."""

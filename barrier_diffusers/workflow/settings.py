@@ -8,6 +8,7 @@ from typing import Literal
 
 from barrier_diffusers.data.captions import swap_concept
 from barrier_diffusers.data.concepts import ConceptConfig, DataNeeds, concepts_of
+from barrier_diffusers.data.drawn_latents import DrawnLatentsConfig
 from barrier_diffusers.evaluation.certification import CertificateConfig
 from barrier_diffusers.evaluation.erasure import ImageEvaluationConfig
 from barrier_diffusers.objectives import Objective, load_objective
@@ -40,6 +41,10 @@ class UnlearnConfig(ConceptConfig, DiffusionUnlearningConfig):  # jsonargparse r
     # what the protection knows of retain inputs: recorded from images, or (keys and values of cross-attention, which
     # read nothing else) the text embeddings of the retain captions and prompts; other maps are recorded either way
     retain_statistics: Literal["images", "prompts"] = "images"
+    # what the retain rows are: images, or latents that the pipeline itself draws for their captions before it changes
+    # (then no retain image is read), or both
+    retain_latents: Literal["images", "drawn", "both"] = "images"
+    drawn_latents: DrawnLatentsConfig = field(default_factory=DrawnLatentsConfig)
     evaluation: ImageEvaluationConfig = field(default_factory=ImageEvaluationConfig)
     certificate: CertificateConfig = field(default_factory=CertificateConfig)
 
@@ -62,12 +67,18 @@ class UnlearnConfig(ConceptConfig, DiffusionUnlearningConfig):  # jsonargparse r
                 "trained_weights 'all' trains the weights themselves, not an adapter: set rank to 0, or let "
                 "barrier.targets name every map that is to get one (Linear, Conv2d)"
             )
+        if self.robust.fresh_share and self.rank:
+            raise ValueError("robust.fresh_share is for the weights themselves: set rank to 0")
         if self.needs_retain and not self.has_retain_rows:
             raise ValueError(
                 "alpha > 0, use_actual_bounds, residual_source and a projection need retain data: set retain_prompts"
             )
         if self.retain_statistics == "prompts" and not self.barrier.needs_retain_data:
             raise ValueError("retain_statistics='prompts', but the protection reads no retain data")
+        if self.retain_latents != "images" and not self.needs_retain:
+            raise ValueError(
+                f"retain_latents is {self.retain_latents}, but nothing reads retain data: set objective.alpha above 0"
+            )
 
     def check_inputs(self) -> None:
         """A ValueError for a judge that does not know the concepts."""
@@ -84,6 +95,12 @@ class UnlearnConfig(ConceptConfig, DiffusionUnlearningConfig):  # jsonargparse r
             f"trains {'all weights' if self.trained_weights == 'all' else f'{weights} of {where}'} on {data}; "
             f"{self.protection}{self.robust.summary}"
         )
+
+    @property
+    def merges_adapter(self) -> bool:
+        """Whether the pipeline with the adapter in its weights is saved as well. It always is after robust training:
+        who has the adapter apart takes it off, and the concept is back."""
+        return self.merge_adapter or bool(self.rank and self.robust.parts)
 
     @property
     def repo_id(self) -> str:
@@ -145,7 +162,7 @@ def data_needs(config: UnlearnConfig, objective: Objective, prompts_suffice: boo
     """
     forget_images = not objective.samples_from_model or config.reads_forget_images
     recorded = config.needs_retain and not objective.samples_from_model and not prompts_suffice
-    retain_images = config.objective.alpha > 0 or recorded
+    retain_images = (config.objective.alpha > 0 or recorded) and config.retain_latents != "drawn"
     return DataNeeds(
         forget_images=forget_images and objective.edit is None,
         retain_images=retain_images,

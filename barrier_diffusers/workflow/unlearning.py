@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from barrier_diffusers.data.concepts import ConceptData, load_concepts
+from barrier_diffusers.data.drawn_latents import with_drawn_latents
 from barrier_diffusers.data.encoded_concepts import EncodedConcepts, encode_concepts
 from barrier_diffusers.data.erased_concepts import ERASED_NAME, ErasedConcepts, as_json
 from barrier_diffusers.data.readers import rows_hash
@@ -49,6 +50,7 @@ from barrier_diffusers.models.publishing import (
 from barrier_diffusers.objectives import Objective
 from barrier_diffusers.protection.barrier import Barrier
 from barrier_diffusers.training.checkpoints import SIZE
+from barrier_diffusers.training.token_adversary import PromptVocabulary
 from barrier_diffusers.training.trainer import Trainer, open_run
 from barrier_diffusers.training.unlearn import Unlearner, apply_edit, maps_of_prompts, prompt_inputs, rates_of_maps
 from barrier_diffusers.utils.files import write_json
@@ -251,6 +253,16 @@ def encode_data(run: Run, model: LoadedModel) -> RunData:
             needs=needs,
             vae_batch_size=config.vae_batch_size,
         )
+        if config.retain_latents != "images" and encoded.retain is not None:
+            with run.accelerator.autocast():
+                encoded.retain = with_drawn_latents(
+                    encoded.retain,
+                    config.drawn_latents,
+                    pipeline=model.pipeline,
+                    resolution=model.resolution,
+                    cache=run.cache,
+                    base_hash=model.made_by(config),
+                )
     return RunData(concepts, encoded, prompts, prompt_targets)
 
 
@@ -283,14 +295,25 @@ def look_before(run: Run, model: LoadedModel, data: RunData) -> Before:
 
 def protect(run: Run, model: LoadedModel, data: RunData) -> Unlearner:
     """Fit the barrier, or load a checkpoint's; what then trains the model."""
+    assert data.encoded is not None
+    vocabulary, robust = None, run.config.robust
+    if robust.token_rounds:
+        assert data.encoded.forget.moments is not None
+        vocabulary = PromptVocabulary(
+            model.pipeline,
+            data.encoded.forget.moments,
+            captions=list(data.concepts.forget[run.config.caption_column]),
+            concepts=data.concepts.concepts,
+            count=robust.token_count,
+        )
     unlearner = Unlearner(
         run.trainer,
         objective=run.objective,
         barrier=model.barrier,
         denoiser=model.denoiser,
         resolution=model.resolution,
+        vocabulary=vocabulary,
     )
-    assert data.encoded is not None
     inputs_of_run = {"base model": fingerprint(model.hashes), "data": data.digest(), SIZE: str(model.resolution)}
     run.trainer.checkpoints.inputs = inputs_of_run
     inputs = {}
@@ -366,7 +389,7 @@ def judge(run: Run, model: LoadedModel, data: RunData, before: Before, results: 
         resolution=model.resolution,
     )
     after = generate(model.pipeline, prompts.prompts, config.evaluation.sampling, desc="images after")
-    if config.merge_adapter:
+    if config.merges_adapter:
         save_merged(run, model, data)
     red = prompts.forgotten + prompts.erased_before
     before_after_grid(before.images, after, prompts.labels, red, output / "before_after.png")
