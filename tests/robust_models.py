@@ -10,6 +10,7 @@ from barrier_diffusers.data.encoding import EncodedImages, encode_prompts
 from barrier_diffusers.models.denoiser import PipelineDenoiser
 from barrier_diffusers.objectives import ObjectiveConfig
 from barrier_diffusers.training.steps import FrozenReference, StepMaker
+from barrier_diffusers.training.token_adversary import PromptVocabulary
 
 PROMPTS = ["a photo of a boot", "a photo of a red boot", "a photo of a sneaker"]
 
@@ -25,6 +26,7 @@ class Toy:
         generator = torch.Generator().manual_seed(1)
         moments = torch.randn(12, 8, 8, 8, generator=generator)
         captions = torch.tensor([0, 1] * 6)
+        self.captions = [PROMPTS[number] for number in captions]
         anchors = torch.full((12,), 2)
         self.rows = EncodedImages(moments, captions, anchors, encode_prompts(self.pipeline, PROMPTS))
         self.options = ObjectiveConfig(**options)
@@ -34,7 +36,21 @@ class Toy:
         """A step on some rows, at a draw of noise of its own."""
         torch.manual_seed(seed)
         maker = StepMaker(self.network, self.denoiser, self.options, self.reference)
-        return maker(default_collate([self.rows[row] for row in rows]))
+        return maker(self.batch(rows))
+
+    def predict(self, noisy, timesteps, condition):
+        """The network's prediction."""
+        return self.denoiser.predict(self.network, noisy, timesteps, condition)
+
+    def batch(self, rows=range(4)):
+        """Some rows."""
+        return default_collate([self.rows[row] for row in rows])
+
+    def vocabulary(self, count=1):
+        """What new names for the boot are learned in."""
+        return PromptVocabulary(
+            self.pipeline, self.rows.moments, captions=self.captions, concepts=["boot"] * 12, count=count
+        )
 
     def copy(self):
         """The network as it is now, apart."""

@@ -9,20 +9,32 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ddpm_models import Place
+from diffusers import DDIMScheduler
 from peft import LoraConfig
 from robust_models import Toy
 from short_runs import run_tiny
 from torch.utils.data import default_collate
 
 from barrier_diffusers import Barrier, BarrierConfig
+from barrier_diffusers.data.drawn_latents import DrawnLatentsConfig, with_drawn_latents
+from barrier_diffusers.data.encoding import EncodedImages, encode_prompts
+from barrier_diffusers.models.learned_tokens import learned_tokens
+from barrier_diffusers.models.noising import sample_latents
 from barrier_diffusers.objectives import ObjectiveConfig, get_objective
-from barrier_diffusers.training.relearner import Adam, AddedAdapter, Relearner, adapted_maps, one_of, seeded
-from barrier_diffusers.training.robust import RobustTerms
+from barrier_diffusers.training.relearner import Adam, AddedAdapter, Relearner, adapted_maps
+from barrier_diffusers.training.robust import RobustTerms, mix_in_fresh, worst_condition
 from barrier_diffusers.training.robust_config import RobustConfig
+from barrier_diffusers.training.seeds import one_of, seeded
+from barrier_diffusers.training.settled import ErasureGauge
+from barrier_diffusers.training.steps import StepMaker
+from barrier_diffusers.training.token_adversary import LearningPlan, PromptVocabulary, TokenAdversary
 from barrier_diffusers.utils.command_line import config_from
 from barrier_diffusers.workflow.settings import UnlearnConfig, chosen_objective
 
 META = {"robust.meta_steps": "[1,3]", "robust.meta_learning_rates": "[1e-3,1e-2]", "robust.meta_num_images": 3}
+TOKENS = {"robust.token_rounds": 2, "robust.token_interval": 1, "robust.token_num_steps": 2}
+TOKENS |= {"robust.token_starts": "[name,random]", "robust.token_batch_size": 2, "robust.meta_token_share": 0.5}
+DRAWN = {"retain_latents": "both", "drawn_latents.num": 4, "drawn_latents.num_inference_steps": 2}
 ROBUST = {**META, "objective.retain_target": "base", "objective.anchor_target": "base", "trained_weights": "all"}
 
 
@@ -67,7 +79,7 @@ def test_the_gradient_after_relearning_is_added_to_the_one_before(number):
     toy = Toy(anchor_target="base")
     config = RobustConfig(meta_steps=[1, 2, 4], meta_learning_rates=[1e-3, 1e-2], meta_num_images=3, meta_weight=0.5)
     before = [value.detach().clone() for value in toy.parameters]
-    terms = RobustTerms(config, get_objective("rl"), relearner(toy, config))
+    terms = RobustTerms(config, get_objective("rl"), toy.predict, relearner=relearner(toy, config))
     made = toy.step()
     parts = terms(made, step=0, number=number)
     assert all(torch.equal(now, then) for now, then in zip(toy.parameters, before, strict=True))
@@ -90,7 +102,7 @@ def test_the_gradient_after_relearning_is_added_to_the_one_before(number):
 def test_no_relearner_in_the_steps_between():
     toy = Toy(anchor_target="base")
     config = RobustConfig(meta_steps=[1], meta_every=2)
-    terms = RobustTerms(config, get_objective("rl"), relearner(toy, config))
+    terms = RobustTerms(config, get_objective("rl"), toy.predict, relearner=relearner(toy, config))
     assert [list(terms(toy.step(), step, step)) for step in range(3)] == [
         ["objective", "meta"],
         ["objective"],
@@ -138,7 +150,7 @@ def test_an_adapters_relearning_moves_no_weight_and_the_frozen_network_goes_with
         expected = torch.autograd.grad(loss, toy.parameters)
     assert not any(module._forward_hooks for module in toy.network.modules())
     torch.testing.assert_close(there, merged(made.noisy, made.timesteps, **made.condition).sample)
-    parts = RobustTerms(config, get_objective("rl"), them)(made, step=0, number=0)
+    parts = RobustTerms(config, get_objective("rl"), toy.predict, relearner=them)(made, step=0, number=0)
     torch.testing.assert_close(parts["meta"], loss)
     assert parts["meta"] != parts["objective"]
     found = torch.autograd.grad(parts["meta"], toy.parameters)
@@ -164,6 +176,198 @@ def test_distilled_retention_and_the_frozen_anchor():
     torch.testing.assert_close(
         objective.loss_of(drifting), F.mse_loss(now, toy.network(made.noisy, made.timesteps, **made.anchor).sample)
     )
+
+
+PLAN = LearningPlan(seed=3, num_steps=40, batch_size=8, learning_rate=0.05)
+
+
+def loss_of_names(toy, condition):
+    """The denoising loss of all rows by these conditions (12, ...), at fixed noise."""
+    made = toy.step(range(12))
+    return replace(made, condition=condition).ordinary_loss().item()
+
+
+@pytest.mark.parametrize("start", ["name", "random", "a bag"])
+def test_a_learned_token_lowers_the_loss_and_leaves_everything_as_it_was(start):
+    toy, names = Toy(), []
+    before = [value.clone() for value in [*toy.parameters, *toy.pipeline.text_encoder.parameters()]]
+    vocabulary = toy.vocabulary()
+    for num_steps in (0, 40):
+        vectors = vocabulary.learn(start, replace(PLAN, num_steps=num_steps))
+        table = vocabulary.conditions(vectors)
+        names.append({key: value[vocabulary.row_ids] for key, value in table.items()})
+    assert loss_of_names(toy, names[1]) < 0.999 * loss_of_names(toy, names[0])
+    now = [*toy.parameters, *toy.pipeline.text_encoder.parameters()]
+    assert all(torch.equal(one, other) for one, other in zip(now, before, strict=True))
+    assert all(value.requires_grad for value in toy.parameters) and toy.network.training
+
+
+def test_a_token_of_its_own_for_each_of_several_concepts():
+    toy = Toy()
+    captions = ["a photo of a boot", "a red sneaker"] * 6
+    vocabulary = PromptVocabulary(
+        toy.pipeline, toy.rows.moments, captions=captions, concepts=["boot", "sneaker"] * 6, count=2
+    )
+    vectors = vocabulary.learn("name", replace(PLAN, num_steps=2))
+    assert {name: [tuple(one.shape) for one in value] for name, value in vectors.items()} == {
+        "boot": [(2, 8)],
+        "sneaker": [(2, 8)],
+    }
+    table = vocabulary.conditions(vectors)["encoder_hidden_states"]
+    for concept, caption, row in (("boot", "a photo of a {}", 0), ("sneaker", "a red {}", 1)):
+        with torch.no_grad(), learned_tokens(toy.pipeline, "bag", 2) as new:
+            new.parameters[0].copy_(vectors[concept][0])
+            alone = encode_prompts(toy.pipeline, [caption.format(new.words)])["encoder_hidden_states"][0]
+        torch.testing.assert_close(table[vocabulary.row_ids[row]], alone)
+    with pytest.raises(ValueError, match="no token can stand in its place"):
+        PromptVocabulary(toy.pipeline, toy.rows.moments, captions=["a shoe"] * 12, concepts=["boot"] * 12)
+
+
+def test_forget_prompts_have_the_name_or_a_learned_token():
+    toy = Toy()
+    config = RobustConfig(token_rounds=2, token_interval=5, token_num_steps=2, token_share=0.5)
+    adversary = TokenAdversary(config, toy.vocabulary(), seed=0)
+    assert adversary.exchange(toy.batch(), 0)["condition"] is not None and not adversary.tables
+    learned = []
+    for step in range(14):
+        adversary.catch_up(step)
+        learned.append(len(adversary.tables))
+    assert learned == [0] * 5 + [1] * 5 + [2] * 4
+    own = {row: toy.rows[row]["condition"]["encoder_hidden_states"] for row in range(12)}
+    tokens = [table["encoder_hidden_states"] for table in adversary.tables]
+    seen = torch.zeros(3)
+    for number in range(40):
+        rows = [(number + place) % 12 for place in range(4)]
+        asked = adversary.exchange(toy.batch(rows), number)["condition"]["encoder_hidden_states"]
+        for row, value in zip(rows, asked, strict=True):
+            known = [own[row], *(table[adversary.vocabulary.row_ids[row]] for table in tokens)]
+            matches = [torch.equal(value, one) for one in known]
+            assert sum(matches) == 1
+            seen[matches.index(True)] += 1
+    assert 60 < seen[0] < 100 and (seen[1:] > 20).all()
+
+    again = TokenAdversary(config, toy.vocabulary(), seed=0)
+    again.load_state_dict(adversary.state_dict())
+    halves = [TokenAdversary(config, toy.vocabulary(), seed=0, share=(process, 2)) for process in range(2)]
+    whole = adversary.exchange(toy.batch(range(6)), 7)["condition"]["encoder_hidden_states"]
+    parts = []
+    for half, rows in zip(halves, (range(3), range(3, 6)), strict=True):
+        half.load_state_dict(adversary.state_dict())
+        parts.append(half.exchange(toy.batch(rows), 7)["condition"]["encoder_hidden_states"])
+    assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(again.exchange(toy.batch(range(6)), 7)["condition"]["encoder_hidden_states"], whole)
+
+
+def test_sharpness_takes_the_gradient_a_step_towards_the_forget_images():
+    toy = Toy(anchor_target="base")
+    config = RobustConfig(sharpness=0.3, meta_num_images=3)
+    made, plain, generator = toy.step(), toy.copy(), seeded(7, "sharpness", 4)
+    before = [value.detach().clone() for value in toy.parameters]
+    terms = RobustTerms(config, get_objective("rl"), toy.predict, relearner=relearner(toy, config))
+    terms(made, step=0, number=4)["objective"].backward()
+    assert all(torch.equal(now, then) for now, then in zip(toy.parameters, before, strict=True))
+
+    rows = torch.randperm(len(toy.rows), generator=generator)[:3]
+    batch = toy.batch(rows.tolist())
+    drawn = toy.denoiser.noised(batch["moments"], generator)
+    loss = F.mse_loss(plain(drawn.noisy, drawn.timesteps, **batch["condition"]).sample, drawn.target)
+    way = torch.autograd.grad(loss, plain.parameters())
+    length = torch.cat([value.flatten() for value in way]).norm()
+    with torch.no_grad():
+        for parameter, value in zip(plain.parameters(), way, strict=True):
+            parameter.sub_(0.3 * value / length)
+    target = toy.network(made.noisy, made.timesteps, **made.anchor).sample.detach()
+    expected = torch.autograd.grad(
+        F.mse_loss(plain(made.noisy, made.timesteps, **made.condition).sample, target), plain.parameters()
+    )
+    for parameter, gradient in zip(toy.parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_a_context_is_moved_against_the_objective_and_no_further_than_its_radius():
+    toy = Toy(anchor_target="base")
+    with torch.no_grad():
+        for parameter in toy.parameters:
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    made, objective = toy.step(), get_objective("rl")
+    moved = worst_condition(objective, made, 0.2)["encoder_hidden_states"]
+    own = made.condition["encoder_hidden_states"]
+    lengths = (moved - own).norm(dim=-1) / own.norm(dim=-1)
+    assert lengths.max() <= 0.2 + 1e-6 and lengths.max() > 0.15
+    worse = objective.loss_of(replace(made, condition={"encoder_hidden_states": moved}))
+    assert worse > objective.loss_of(made)
+    terms = RobustTerms(RobustConfig(context_radius=0.2), objective, toy.predict)
+    torch.testing.assert_close(terms(made, 0, 0)["objective"], worse)
+    with pytest.raises(ValueError, match="the model reads none"):
+        worst_condition(objective, replace(made, condition={"class_labels": torch.zeros(4).long()}), 0.2)
+
+
+def test_a_share_of_the_weights_is_fresh():
+    toy = Toy()
+    before = toy.copy()
+    state = torch.get_rng_state()
+    mix_in_fresh(toy.network, toy.parameters[2:], 0.25, seed=5)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(5)
+    fresh = type(toy.network).from_config(toy.network.config)
+    for number, (now, then, new) in enumerate(
+        zip(toy.parameters, before.parameters(), fresh.parameters(), strict=True)
+    ):
+        torch.testing.assert_close(now, 0.75 * then + 0.25 * new if number >= 2 else then)
+
+
+def test_a_run_that_did_not_erase_says_so(capsys):
+    toy = Toy(anchor_target="base")
+    maker = StepMaker(toy.network, toy.denoiser, toy.options, toy.reference)
+    gauge = ErasureGauge(get_objective("rl"), maker, toy.rows, device=torch.device("cpu"), seed=0)
+    gauge.measure_before()
+    state = torch.get_rng_state()
+    result = gauge.result(None)
+    assert result == {"loss_before": gauge.before, "loss_after": gauge.before, "token_losses": [], "unsettled": 1}
+    assert "warning: not erased: of 1 names" in capsys.readouterr().err
+    assert torch.equal(torch.get_rng_state(), state)
+    adversary = TokenAdversary(
+        RobustConfig(token_rounds=1, token_interval=1, token_num_steps=1), toy.vocabulary(), seed=0
+    )
+    adversary.catch_up(1)
+    with torch.no_grad():  # a network that reads no prompt answers every one like the anchor
+        for layer in (one for one in toy.network.modules() if isinstance(one, torch.nn.Linear)):
+            if layer.in_features == toy.network.config.cross_attention_dim:
+                layer.weight.zero_()
+    toy.options.anchor_target = "network"
+    result = gauge.result(adversary)
+    assert result["unsettled"] == 0 and len(result["token_losses"]) == 1 and max(result["token_losses"]) < 1e-6
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_latents_that_the_base_draws_stand_for_retain_images(tmp_path):
+    toy = Toy()
+    toy.network.eval()
+    ids = torch.tensor([2, 0])
+    retain = EncodedImages(None, ids, None, toy.rows.embeddings)
+    config = DrawnLatentsConfig(num=6, num_inference_steps=3, guidance_scales=[1.0, 2.0])
+    settings = {"pipeline": toy.pipeline, "resolution": 32, "cache": tmp_path, "base_hash": "a"}
+    drawn = with_drawn_latents(retain, config, **settings)
+    assert drawn.caption_ids.tolist() == [0, 2, 0, 2, 0, 2] and drawn.moments.shape == (6, 8, 8, 8)
+    noise = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    scheduler = DDIMScheduler.from_config(toy.pipeline.scheduler.config, clip_sample=False)
+    empty = encode_prompts(toy.pipeline, [""])["encoder_hidden_states"]
+    for row, scale in ((0, 1.0), (3, 2.0)):
+        scheduler.set_timesteps(3)
+        x, prompt = noise[row : row + 1], retain.condition(drawn.caption_ids[row : row + 1])["encoder_hidden_states"]
+        for timestep in scheduler.timesteps:
+            with torch.no_grad():
+                guided, bare = (toy.network(x, timestep, text).sample for text in (prompt, empty))
+            x = scheduler.step(bare + scale * (guided - bare), timestep, x).prev_sample
+        latents = sample_latents(drawn.moments[row : row + 1], toy.denoiser.scale, shift=toy.denoiser.shift)
+        torch.testing.assert_close(latents, x, rtol=1e-3, atol=1e-4)
+    with torch.no_grad():
+        toy.parameters[0].zero_()
+    again = with_drawn_latents(retain, config, **settings)
+    assert torch.equal(again.moments, drawn.moments)  # out of the cache
+    both = with_drawn_latents(replace(retain, moments=toy.rows.moments[:2]), config, **settings)
+    assert torch.equal(both.moments, torch.cat([toy.rows.moments[:2], drawn.moments]))
+    assert both.caption_ids.tolist() == [2, 0, *drawn.caption_ids.tolist()]
 
 
 def batches(toy):
@@ -209,9 +413,28 @@ def test_a_projection_holds_the_biases_of_its_maps():
 
 
 CONTRADICTIONS = {
+    "fresh weights and a bound": (
+        {"objective": {"retain_target": "base", "alpha": 1.0}, "robust": {"fresh_share": 0.5}},
+        "where the protection would hold them",
+    ),
+    "fresh weights that nobody teaches": ({"robust": {"fresh_share": 0.5}}, "that the base has to teach"),
+    "a fresh adapter": (
+        {
+            "objective": {"retain_target": "base", "alpha": 1.0},
+            "robust": {"fresh_share": 0.5},
+            "barrier": {"lambda_interval": 0},
+            "rank": 2,
+        },
+        "robust.fresh_share is for the weights themselves",
+    ),
+    "tokens that are not learned": ({"robust": {"meta_token_share": 0.5}}, "needs robust.meta_steps and robust.token"),
+    "latents that nobody reads": ({"retain_latents": "drawn"}, "retain_latents is drawn, but nothing reads"),
     "a distillation of nothing": ({"objective": {"retain_target": "base"}}, "objective.alpha is 0"),
     "all weights and an adapter": ({"trained_weights": "all", "rank": 2}, "set rank to 0"),
-    "a mask": ({"saliency_mask": 0.5, "robust": {"meta_steps": [1]}}, "would hold the attackers of robust.meta_steps"),
+    "a mask": (
+        {"saliency_mask": 0.5, "robust": {"meta_steps": [1]}},
+        "would hold what robust.meta_steps moves as well",
+    ),
     "a compiled network": (
         {"compile": True, "robust": {"meta_steps": [1], "meta_weights": "adapter"}},
         "set robust.meta_weights to trained",
@@ -251,7 +474,8 @@ def source(tmp_path_factory):
 
 def test_a_resumed_run_ends_with_the_same_bits(source, tmp_path):
     settings = {**ROBUST, "barrier.targets": "[Linear]", "max_train_steps": 4, "checkpointing_steps": 2}
-    settings |= {"cache_dir": tmp_path / "cache", "gradient_accumulation_steps": 2}
+    settings |= {"cache_dir": tmp_path / "cache", "gradient_accumulation_steps": 2, **TOKENS, **DRAWN}
+    settings |= {"robust.context_radius": 0.1, "robust.token_interval": 1, "robust.sharpness": 0.01}
     whole = run_tiny(source, tmp_path / "whole", **settings)
     assert set(whole["history"]) == {"objective", "retain", "protection", "meta"} and min(whole["history"]["meta"]) > 0
     shutil.copytree(tmp_path / "whole" / "checkpoints", tmp_path / "half" / "checkpoints")
@@ -264,11 +488,15 @@ def test_a_resumed_run_ends_with_the_same_bits(source, tmp_path):
 def test_every_objective_with_weights_and_with_an_adapter(name, rank, source, tmp_path):
     settings = {**META, "objective.name": name, "rank": rank, "objective.anchor": "null", "objective.alpha": 1.0}
     settings |= {"objective.retain_target": "base", "robust.meta_weights": "either", "cache_dir": tmp_path / "cache"}
+    settings |= {**TOKENS, **DRAWN, "retain_latents": "drawn"}
     if name == "concept":
         settings |= {"objective.anchor": "sneaker", "objective.anchor_target": "base"}
     if name == "esd":
         settings |= {"objective.num_inference_steps": 2}
-    history = run_tiny(source, tmp_path / "run", max_train_steps=3, **settings)["history"]
+    made = run_tiny(source, tmp_path / "run", max_train_steps=3, **settings)
+    history = made["history"]
+    assert len(made["erased"]["token_losses"]) == 2
+    assert (tmp_path / "run" / "merged" / "model_index.json").is_file() == (rank > 0)  # an adapter can be taken off
     assert all(abs(value) > 0 for value in history["meta"]) and history["retain"][0] < history["retain"][-1]
 
 
