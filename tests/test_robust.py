@@ -18,8 +18,8 @@ from torch.utils.data import default_collate
 from barrier_diffusers import Barrier, BarrierConfig
 from barrier_diffusers.data.drawn_latents import DrawnLatentsConfig, with_drawn_latents
 from barrier_diffusers.data.encoding import EncodedImages, encode_prompts
+from barrier_diffusers.models.autoencoders import sample_latents
 from barrier_diffusers.models.learned_tokens import learned_tokens
-from barrier_diffusers.models.noising import sample_latents
 from barrier_diffusers.objectives import ObjectiveConfig, get_objective
 from barrier_diffusers.training.relearner import Adam, AddedAdapter, Relearner, adapted_maps
 from barrier_diffusers.training.robust import RobustTerms, mix_in_fresh, worst_condition
