@@ -78,8 +78,7 @@ def main(config: TrainConfig) -> None:
         write_json(output / METRICS_NAME, {**scores, **facts})
         said = ", ".join(f"{name} {scores[f'{name}_accuracy']['value']:.2f} %" for name in ("train", "test"))
         print(f"accuracy: {said}; {seconds:.0f} s on {torch.get_num_threads()} threads\nclassifier: {output}")
-    trainer.finish()
-    accelerator.end_training()
+    trainer.end_run()
 
 
 if __name__ == "__main__":

@@ -276,8 +276,7 @@ def main(config: UnlearnConfig) -> None:
         save_records(run, before, facts=facts, results=results)
         output = Path(config.output_dir)
         print(f"classifier: {output}\nreport:     {write_report([output], output / REPORT_NAME)}")
-    run.trainer.finish()
-    run.accelerator.end_training()
+    run.trainer.end_run()
 
 
 if __name__ == "__main__":

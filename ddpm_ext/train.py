@@ -145,8 +145,7 @@ def main(config: TrainConfig) -> None:
         hashes = {"data": rows.digest(), **module_hashes(pipeline)}
         write_json(output / MANIFEST_NAME, manifest(config, hashes, **facts))
         print(f"pipeline: {output}")
-    trainer.finish()
-    accelerator.end_training()
+    trainer.end_run()
 
 
 if __name__ == "__main__":

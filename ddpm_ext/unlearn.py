@@ -27,8 +27,8 @@ from barrier_diffusers.evaluation.judge import Judge, as_rgb
 from barrier_diffusers.evaluation.pictures import before_after_grid, loss_curves, strip
 from barrier_diffusers.evaluation.report import REPORT_NAME, write_report
 from barrier_diffusers.evaluation.tables import print_metrics
-from barrier_diffusers.models.generation import generate
 from barrier_diffusers.models.loading import module_hashes
+from barrier_diffusers.models.shared_generation import generate_together, with_helpers
 from barrier_diffusers.objectives import Objective
 from barrier_diffusers.protection.targets import Snapshots, snapshot_of
 from barrier_diffusers.training.trainer import Trainer, open_run
@@ -158,21 +158,24 @@ def choose_labels(config: UnlearnConfig, labels: list[str]) -> Before:
 def look_before(config: UnlearnConfig, model: LoadedModel, before: Before, accelerator: Accelerator) -> None:
     """Let the pipeline answer before it changes; then every process gets random numbers of its own, the first those
     that a single one would have."""
-    pipeline, evaluation = model.pipeline, config.evaluation
-    if accelerator.is_main_process:
-        if before.judge is not None:
-            before.real = real_images(evaluation, config.data, pipeline=pipeline, forgotten=config.concepts)
-        before.attack_images = attack_images(evaluation, config.data, pipeline=pipeline, forgotten=config.concepts)
-        before.images = generate_cached(
-            pipeline,
-            before.asked.labels,
-            sampling=evaluation.sampling,
-            cache=cache_of(config),
-            model_hash=fingerprint(model.hashes),
-        )
+    with_helpers(model.pipeline, partial(_look, config, model, before))
     accelerator.wait_for_everyone()
     if accelerator.process_index:
         set_seed(config.seed + accelerator.process_index)
+
+
+def _look(config: UnlearnConfig, model: LoadedModel, before: Before) -> None:
+    pipeline, evaluation = model.pipeline, config.evaluation
+    if before.judge is not None:
+        before.real = real_images(evaluation, config.data, pipeline=pipeline, forgotten=config.concepts)
+    before.attack_images = attack_images(evaluation, config.data, pipeline=pipeline, forgotten=config.concepts)
+    before.images = generate_cached(
+        pipeline,
+        before.asked.labels,
+        sampling=evaluation.sampling,
+        cache=cache_of(config),
+        model_hash=fingerprint(model.hashes),
+    )
 
 
 def cache_of(config: UnlearnConfig) -> Path:
@@ -182,13 +185,18 @@ def cache_of(config: UnlearnConfig) -> Path:
 
 def validate(config: UnlearnConfig, pipeline: ClassConditionalDDPMPipeline, step: int) -> None:
     """Sample the validation labels as the pipeline is now."""
-    images = generate(pipeline, config.validation_prompt, sampling=config.evaluation.sampling, desc="validation")
-    strip(images, config.validation_prompt, Path(config.output_dir) / "validation" / f"step-{step:06d}.png")
+    with_helpers(pipeline, partial(_validate, config, pipeline, step))
+
+
+def _validate(config: UnlearnConfig, pipeline: ClassConditionalDDPMPipeline, step: int) -> None:
+    labels, sampling = config.validation_prompt, config.evaluation.sampling
+    images = generate_together(pipeline, labels, sampling, desc="validation")
+    strip(images, labels, Path(config.output_dir) / "validation" / f"step-{step:06d}.png")
 
 
 def save_weights(config: UnlearnConfig, model: LoadedModel, results: dict[str, Any]) -> dict[str, Any]:
     """Write the barrier and the pipeline; the results without the history, and what trained how far."""
-    output, barrier, unet = Path(config.output_dir), model.barrier, model.pipeline.unet.eval()
+    output, barrier, unet = Path(config.output_dir), model.barrier, model.pipeline.unet
     (barrier if config.protected else config.barrier).save_pretrained(output)
     trained, everything = barrier.num_trainable, sum(parameter.numel() for parameter in unet.parameters())
     facts = {key: value for key, value in results.items() if key != "history"}
@@ -205,7 +213,7 @@ def judge_after(
 ) -> None:
     """The same labels after, what the judge says of them, pictures, manifest, and at last the attacks."""
     output, pipeline, asked = Path(config.output_dir), model.pipeline, before.asked
-    after = generate(pipeline, asked.labels, sampling=config.evaluation.sampling, desc="images after")
+    after = generate_together(pipeline, asked.labels, config.evaluation.sampling, desc="images after")
     was, now = as_rgb(before.images), as_rgb(after)
     before_after_grid(was, now, asked.labels, asked.forgotten, output / "before_after.png")
     loss_curves(history, output / "loss_curves.png")
@@ -238,12 +246,21 @@ def judge_after(
     write_json(output / METRICS_NAME, metrics)  # last: without it nothing reports on the run
 
 
+def conclude(config: UnlearnConfig, model: LoadedModel, before: Before, results: dict[str, Any]) -> None:
+    """Save -> judge -> report, in the main process."""
+    output = Path(config.output_dir)
+    facts = save_weights(config, model, results)
+    judge_after(config, model, before, history=results["history"], facts=facts)
+    print(f"pipeline: {output}\npicture:  {output / 'before_after.png'}")
+    print(f"report:   {write_report([output], output / REPORT_NAME)}")
+
+
 @in_output_folder()
 def main(config: UnlearnConfig) -> None:
-    """Load -> encode -> protect -> train -> save -> judge."""
+    """Load -> encode -> protect -> train -> conclude."""
     objective = chosen_objective(config)
     trainer = Trainer(open_run(config), config)
-    accelerator, output = trainer.accelerator, Path(config.output_dir)
+    accelerator = trainer.accelerator
     set_seed(config.seed)
     model = load_model(config, accelerator.device)
     before = choose_labels(config, model.pipeline.labels)
@@ -261,13 +278,9 @@ def main(config: UnlearnConfig) -> None:
     unlearner.protect(rows)
     model.barrier = unlearner.barrier
     results = unlearner.train(rows, partial(validate, config, model.pipeline))
-    if accelerator.is_main_process:
-        facts = save_weights(config, model, results)
-        judge_after(config, model, before, history=results["history"], facts=facts)
-        print(f"pipeline: {output}\npicture:  {output / 'before_after.png'}")
-        print(f"report:   {write_report([output], output / REPORT_NAME)}")
-    trainer.finish()
-    accelerator.end_training()
+    model.pipeline.unet.eval()
+    with_helpers(model.pipeline, partial(conclude, config, model, before, results))
+    trainer.end_run()
 
 
 if __name__ == "__main__":

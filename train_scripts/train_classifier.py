@@ -160,8 +160,7 @@ def main(config: ClassifierConfig) -> None:
         write_json(output / METRICS_NAME, {"config": asdict(config), **scores})
         said = "; ".join(f"{name} {value:.2f} %" for name, value in scores["test_accuracy"].items())
         print(f"{said} on {len(test)} test images")
-    trainer.finish()
-    accelerator.end_training()
+    trainer.end_run()
 
 
 if __name__ == "__main__":

@@ -405,9 +405,8 @@ def main(config: TrainConfig) -> None:
 
     save_whole(save, output, last="model_index.json")
     write_json(output / "training_config.json", asdict(config))
-    trainer.finish()
+    trainer.end_run()
     print(f"pipeline saved in {output}")
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

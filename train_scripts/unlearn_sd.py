@@ -10,13 +10,21 @@ from __future__ import annotations
 
 import barrier_diffusers.utils.signals  # noqa: F401  # isort: skip  # first: from here on a signal ends in one line
 
+from functools import partial
+from typing import Any
+
 from barrier_diffusers.data.erased_concepts import read_erased
 from barrier_diffusers.evaluation.report import REPORT_NAME, write_report
 from barrier_diffusers.models.publishing import push_folder
+from barrier_diffusers.models.shared_generation import with_helpers
 from barrier_diffusers.utils.command_line import run_script
 from barrier_diffusers.utils.output_folder import in_output_folder
 from barrier_diffusers.workflow.settings import UnlearnConfig
 from barrier_diffusers.workflow.unlearning import (
+    Before,
+    LoadedModel,
+    Run,
+    RunData,
     edit,
     encode_data,
     judge,
@@ -31,9 +39,23 @@ from barrier_diffusers.workflow.unlearning import (
 )
 
 
+def conclude(run: Run, model: LoadedModel, data: RunData, before: Before, results: dict[str, Any]) -> None:
+    """Save -> judge -> report, in the main process."""
+    save_weights(run, model, data)
+    metrics = judge(run, model, data, before, results)
+    save_records(run, model, data, metrics, results)
+    print(f"{'adapter' if run.config.rank else 'pipeline'}: {run.output}")
+    if run.config.merges_adapter and run.config.robust.parts:
+        print(f"give away {run.output / 'merged'} alone: an adapter can be taken off, and the concept is back")
+    print(f"picture:  {run.output / 'before_after.png'}")
+    print(f"report:   {write_report([run.output], run.output / REPORT_NAME)}")
+    if run.repo_id is not None:
+        print(f"hub:      {push_folder(run.output, run.repo_id)}")
+
+
 @in_output_folder(also_written=["README.md"])
 def main(config: UnlearnConfig) -> None:
-    """Load -> encode -> protect -> train -> save -> judge."""
+    """Load -> encode -> protect -> train -> conclude."""
     run = open_unlearning(config)
     erased = read_erased(config.pretrained_model_name_or_path, config.revision)
     model = make_ready(run, load_base(config), erased)
@@ -44,19 +66,8 @@ def main(config: UnlearnConfig) -> None:
     else:
         unlearner = protect(run, model, data)
         results = train(run, model, data, unlearner)
-    if run.accelerator.is_main_process:
-        save_weights(run, model, data)
-        metrics = judge(run, model, data, before, results)
-        save_records(run, model, data, metrics, results)
-        print(f"{'adapter' if config.rank else 'pipeline'}: {run.output}")
-        if config.merges_adapter and config.robust.parts:
-            print(f"give away {run.output / 'merged'} alone: an adapter can be taken off, and the concept is back")
-        print(f"picture:  {run.output / 'before_after.png'}")
-        print(f"report:   {write_report([run.output], run.output / REPORT_NAME)}")
-        if run.repo_id is not None:
-            print(f"hub:      {push_folder(run.output, run.repo_id)}")
-    run.trainer.finish()
-    run.accelerator.end_training()
+    with_helpers(model.pipeline, partial(conclude, run, model, data, before, results))
+    run.trainer.end_run()
 
 
 def command() -> None:

@@ -13,7 +13,8 @@ from datasets import Dataset
 from PIL import Image
 
 from barrier_diffusers.data.folders import read_image_folder
-from barrier_diffusers.models.generation import SamplingConfig, filters_off, generate, side_of
+from barrier_diffusers.models.generation import SamplingConfig, filters_off, side_of
+from barrier_diffusers.models.shared_generation import generate_together
 from barrier_diffusers.utils.files import write_json, written_whole
 from barrier_diffusers.utils.run_records import (
     FILES,
@@ -56,7 +57,7 @@ class Illustrator:
         }
         folder = self.cache / f"generated-{fingerprint(made_from)}"
         if not read_hashes(folder):  # new, half made, or of an earlier version
-            images = generate(self.pipeline, prompts, sampling, desc="illustrating the prompts")
+            images = generate_together(self.pipeline, prompts, sampling, desc="illustrating the prompts")
             folder.mkdir(parents=True, exist_ok=True)
             write_image_folder(folder / "images", images, {self.caption_column: list(prompts)})
             write_json(folder / MANIFEST_NAME, {**made_from, FILES: hashes_of(folder, "images")})

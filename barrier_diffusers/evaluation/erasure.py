@@ -19,7 +19,8 @@ from barrier_diffusers.evaluation.accuracy import Answers, erasure_metrics
 from barrier_diffusers.evaluation.classifier_source import ClassifierSource
 from barrier_diffusers.evaluation.evaluation_split import load_rows
 from barrier_diffusers.evaluation.judge import attribute_of, check_judge, shortened
-from barrier_diffusers.models.generation import SamplingConfig, filters_off, generate, side_of
+from barrier_diffusers.models.generation import SamplingConfig, filters_off, side_of
+from barrier_diffusers.models.shared_generation import generate_together
 from barrier_diffusers.utils.checks import MODEL, at_least, check_settings, rules
 from barrier_diffusers.utils.run_records import fingerprint
 
@@ -140,7 +141,7 @@ def generate_cached(
     key = fingerprint(model_hash, prompts, asdict(sampling), pipeline.scheduler.config, *off)
     images = cached_tensors(
         cache / f"images-{key}.safetensors",
-        lambda: {"images": torch.from_numpy(generate(pipeline, prompts, sampling=sampling, desc="images before"))},
+        lambda: {"images": torch.from_numpy(generate_together(pipeline, prompts, sampling, desc="images before"))},
     )
     return images["images"].numpy()
 

@@ -165,6 +165,26 @@ def sample(
     return images
 
 
+@dataclass(frozen=True)
+class ImageOrder:
+    """Images that are asked for, in batches that do not depend on who samples them."""
+
+    prompts: list[str]
+    sampling: SamplingConfig  # with a batch size
+
+    @property
+    def starts(self) -> range:
+        """The first prompt of every batch."""
+        assert self.sampling.batch_size is not None
+        return range(0, len(self.prompts), self.sampling.batch_size)
+
+    def batch(self, pipeline: Any, start: int) -> np.ndarray:
+        """The images of the batch that starts at this prompt."""
+        chunk = self.prompts[start : start + self.starts.step]
+        seeds = [self.sampling.seed + start + index for index in range(len(chunk))]
+        return sample(pipeline, chunk, seeds, self.sampling, self.sampling.guidance_scale)
+
+
 def generate(pipeline: Any, prompts: Sequence[str], sampling: SamplingConfig, desc: str = "generating") -> np.ndarray:
     """Images of the prompts as bytes (N, H, W, 3); image i starts from noise of seed `sampling.seed + i`.
 
@@ -173,10 +193,5 @@ def generate(pipeline: Any, prompts: Sequence[str], sampling: SamplingConfig, de
     Raises:
         FloatingPointError: non-finite pixels, or a batch of nothing but black ones.
     """
-    images, batch_size = [], sampling.sized(side_of(pipeline, sampling)).batch_size
-    assert batch_size is not None
-    for start in tqdm(range(0, len(prompts), batch_size), desc=desc, leave=False):
-        chunk = prompts[start : start + batch_size]
-        seeds = [sampling.seed + start + index for index in range(len(chunk))]
-        images.append(sample(pipeline, chunk, seeds, sampling, sampling.guidance_scale))
-    return np.concatenate(images)
+    order = ImageOrder(list(prompts), sampling.sized(side_of(pipeline, sampling)))
+    return np.concatenate([order.batch(pipeline, start) for start in tqdm(order.starts, desc=desc, leave=False)])

@@ -173,7 +173,7 @@ class HostCopy:
 
 class Trainer:
     """What a stage of a run trains with, and the loop that does it: `prepare` once, then `fit`, and `finish` when
-    what was trained is saved.
+    what was trained is saved, or `end_run` after the last stage.
 
     Args:
         config: of the whole run; checkpoints remember it.
@@ -319,6 +319,18 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.checkpoints.drop_trained()
         self.accelerator.wait_for_everyone()
+
+    def end_run(self) -> None:
+        """`finish`, then leave the trackers and the group of processes; nothing trains afterwards.
+
+        In this order, as a group that the interpreter deletes with a network that still belongs to it may hang: the
+        networks go first, then the last word between the processes, then the group.
+        """
+        self.finish()
+        self.models, self.optimizer, self.schedule = [], None, None
+        self.accelerator.free_memory()
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
 
     def _step(
         self, step: int, terms: Terms, barrier: Barrier | None, interruption: Interruption

@@ -302,7 +302,7 @@ class Unlearner:
         """Train to the end: `history`, `num_steps`, `seconds_training` and `seconds_setup`.
 
         Args:
-            validate: draws the validation prompts after so many steps; called in the main process alone.
+            validate: draws the validation prompts after so many steps; called in every process.
 
         Raises:
             FloatingPointError: a loss or the weights became non-finite.
@@ -353,7 +353,7 @@ class Unlearner:
 
         def after_step(step: int) -> None:
             due = config.validation_prompt and step % config.validation_steps == 0
-            if validate is not None and due and accelerator.is_main_process:
+            if validate is not None and due:
                 network.eval()
                 validate(step)
                 freeze_normalisation(model)

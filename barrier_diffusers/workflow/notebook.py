@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,15 @@ from barrier_diffusers.data.erased_concepts import read_erased
 from barrier_diffusers.data.generated_images import write_image_folder
 from barrier_diffusers.models.architectures import components, get_architecture
 from barrier_diffusers.models.denoiser import PipelineDenoiser
+from barrier_diffusers.models.shared_generation import with_helpers
 from barrier_diffusers.protection.barrier import Barrier
 from barrier_diffusers.utils.command_line import config_from
 from barrier_diffusers.workflow.settings import UnlearnConfig
 from barrier_diffusers.workflow.unlearning import (
+    Before,
+    LoadedModel,
+    Run,
+    RunData,
     edit,
     encode_data,
     judge,
@@ -65,6 +71,14 @@ def left_as_it_was(pipeline: Any, network: Any, full_precision: bool) -> Iterato
             part.eval().to(device=device)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+def _conclude(run: Run, model: LoadedModel, data: RunData, before: Before, results: dict[str, Any]) -> dict[str, Any]:
+    """Save and judge in the main process; the metrics."""
+    save_weights(run, model, data)
+    metrics = judge(run, model, data, before, results)
+    save_records(run, model, data, metrics, results)
+    return metrics
 
 
 def unlearn(
@@ -121,17 +135,15 @@ def unlearn(
         stack.enter_context(left_as_it_was(pipeline, network, full_precision=config.rank == 0))
         model = make_ready(run, pipeline, read_erased(name, config.revision) if name else [])
         data = encode_data(run, model)
-        judged = output_dir is not None or config.evaluation.classifier is not None
-        before = look_before(run, model, data) if judged else None
+        wanted = output_dir is not None or config.evaluation.classifier is not None
+        before = look_before(run, model, data) if wanted else None
         if run.objective.edit is not None:
             results = edit(run, model, data)
         else:
             results = train(run, model, data, protect(run, model, data))
         metrics = {key: value for key, value in results.items() if key != "history"}
-        if run.accelerator.is_main_process and before is not None:
-            save_weights(run, model, data)
-            metrics = judge(run, model, data, before, results)
-            save_records(run, model, data, metrics, results)
-        run.trainer.finish()
-        run.accelerator.end_training()
+        if before is not None:
+            conclude = partial(_conclude, run, model, data, before, results)
+            metrics = with_helpers(pipeline, conclude) or metrics
+        run.trainer.end_run()
     return UnlearnResult(pipeline, metrics, results["history"], model.barrier)

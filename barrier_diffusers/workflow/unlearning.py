@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,6 @@ from barrier_diffusers.evaluation.pictures import before_after_grid, loss_curves
 from barrier_diffusers.evaluation.tables import print_metrics
 from barrier_diffusers.models.architectures import Architecture, components, get_architecture
 from barrier_diffusers.models.denoiser import PipelineDenoiser
-from barrier_diffusers.models.generation import generate
 from barrier_diffusers.models.loading import (
     add_adapter,
     choose_attention_backend,
@@ -47,6 +47,7 @@ from barrier_diffusers.models.publishing import (
     save_model_card,
     save_pipeline,
 )
+from barrier_diffusers.models.shared_generation import generate_together, with_helpers
 from barrier_diffusers.objectives import Objective
 from barrier_diffusers.protection.barrier import Barrier
 from barrier_diffusers.training.checkpoints import SIZE
@@ -221,76 +222,87 @@ def make_ready(run: Run, pipeline: Any, erased: list[ErasedConcepts]) -> LoadedM
 def encode_data(run: Run, model: LoadedModel) -> RunData:
     """Read or make the images of what is forgotten and retained, and encode them; cached on disk.
 
+    The main process goes first, so that the others find the cache filled; they help to make images.
+
     Raises:
         ValueError: data that cannot be read, or evaluation prompts that the classifier cannot judge.
     """
+    data = with_helpers(model.pipeline, partial(_read_and_encode, run, model))
+    return _read_and_encode(run, model) if data is None else data
+
+
+def _read_and_encode(run: Run, model: LoadedModel) -> RunData:
     config, objective, options = run.config, run.objective, run.config.objective
     prompt_targets = maps_of_prompts(config, model.denoiser)
     needs = data_needs(config, objective, set(prompt_targets) == set(config.barrier.targets or []))
-    with run.accelerator.main_process_first():  # the others find the cache filled
-        concepts = load_concepts(
-            config,
-            model.pipeline,
-            run.cache,
-            base_hash=model.made_by(config),
-            seed=config.seed,
-            needs=needs,
-            erased=model.erased if config.protect_erased else [],
-        )
-        prompts = make_evaluation_prompts(config.evaluation, config, model.erased)
-        check_evaluation_prompts(config.evaluation, prompts)
-        if objective.edit is not None:
-            return RunData(concepts, None, prompts, prompt_targets)
-        anchors = None
-        if objective.needs_anchor:
-            anchors = concepts.anchors(options.anchor, options.anchor_prompt, config.seed)
-        encoded = encode_concepts(
-            concepts,
-            anchors,
-            pipeline=model.pipeline,
-            cache=run.cache,
-            resolution=model.resolution,
-            needs=needs,
-            vae_batch_size=config.vae_batch_size,
-        )
-        if config.retain_latents != "images" and encoded.retain is not None:
-            with run.accelerator.autocast():
-                encoded.retain = with_drawn_latents(
-                    encoded.retain,
-                    config.drawn_latents,
-                    pipeline=model.pipeline,
-                    resolution=model.resolution,
-                    cache=run.cache,
-                    base_hash=model.made_by(config),
-                )
+    concepts = load_concepts(
+        config,
+        model.pipeline,
+        run.cache,
+        base_hash=model.made_by(config),
+        seed=config.seed,
+        needs=needs,
+        erased=model.erased if config.protect_erased else [],
+    )
+    prompts = make_evaluation_prompts(config.evaluation, config, model.erased)
+    check_evaluation_prompts(config.evaluation, prompts)
+    if objective.edit is not None:
+        return RunData(concepts, None, prompts, prompt_targets)
+    anchors = None
+    if objective.needs_anchor:
+        anchors = concepts.anchors(options.anchor, options.anchor_prompt, config.seed)
+    encoded = encode_concepts(
+        concepts,
+        anchors,
+        pipeline=model.pipeline,
+        cache=run.cache,
+        resolution=model.resolution,
+        needs=needs,
+        vae_batch_size=config.vae_batch_size,
+    )
+    if config.retain_latents != "images" and encoded.retain is not None:
+        with run.accelerator.autocast():
+            encoded.retain = with_drawn_latents(
+                encoded.retain,
+                config.drawn_latents,
+                pipeline=model.pipeline,
+                resolution=model.resolution,
+                cache=run.cache,
+                base_hash=model.made_by(config),
+            )
     return RunData(concepts, encoded, prompts, prompt_targets)
 
 
 def look_before(run: Run, model: LoadedModel, data: RunData) -> Before:
-    """The pipeline's answers to the evaluation prompts and what is held out, in the main process; then every process
-    gets random numbers of its own, the first those that a single one would have."""
-    config, before = run.config, Before(np.empty(0), None)
-    if run.accelerator.is_main_process:
-        before.images = generate_cached(
-            model.pipeline,
-            data.prompts.prompts,
-            sampling=config.evaluation.sampling,
-            cache=run.cache,
-            model_hash=model.made_by(config),
-        )
-        if config.protected:
-            before.held_out = held_out_images(
-                config.certificate,
-                config.evaluation,
-                concepts=config,
-                erased=model.erased,
-                asked=data.prompts,
-                before_NHWC=before.images,
-            )
+    """The pipeline's answers to the evaluation prompts and what is held out, which the main process gets; then every
+    process gets random numbers of its own, the first those that a single one would have."""
+    before = with_helpers(model.pipeline, partial(_look, run, model, data))
     run.accelerator.wait_for_everyone()
     if run.accelerator.process_index:
-        set_seed(config.seed + run.accelerator.process_index)
-    return before
+        set_seed(run.config.seed + run.accelerator.process_index)
+    return before or Before(np.empty(0), None)
+
+
+def _look(run: Run, model: LoadedModel, data: RunData) -> Before:
+    config = run.config
+    images = generate_cached(
+        model.pipeline,
+        data.prompts.prompts,
+        sampling=config.evaluation.sampling,
+        cache=run.cache,
+        model_hash=model.made_by(config),
+    )
+    if not config.protected:
+        return Before(images, None)
+    held_out = held_out_images(
+        config.certificate,
+        config.evaluation,
+        concepts=config,
+        erased=model.erased,
+        asked=data.prompts,
+        before_NHWC=images,
+    )
+    return Before(images, held_out)
 
 
 def protect(run: Run, model: LoadedModel, data: RunData) -> Unlearner:
@@ -326,8 +338,12 @@ def protect(run: Run, model: LoadedModel, data: RunData) -> Unlearner:
 
 def validate(run: Run, model: LoadedModel, step: int) -> None:
     """Sample the validation prompts as the pipeline is now, for the output folder and the trackers."""
+    with_helpers(model.pipeline, partial(_validate, run, model, step))
+
+
+def _validate(run: Run, model: LoadedModel, step: int) -> None:
     prompts = run.config.validation_prompt
-    images = generate(model.pipeline, prompts, run.config.evaluation.sampling, desc="validation")
+    images = generate_together(model.pipeline, prompts, run.config.evaluation.sampling, desc="validation")
     strip(images, prompts, run.output / "validation" / f"step-{step:06d}.png")
     for tracker in run.accelerator.trackers:
         if tracker.name in ("tensorboard", "wandb"):
@@ -336,30 +352,30 @@ def validate(run: Run, model: LoadedModel, step: int) -> None:
 
 
 def train(run: Run, model: LoadedModel, data: RunData, unlearner: Unlearner) -> dict[str, Any]:
-    """Train to the end: `history`, `num_steps` and seconds."""
+    """Train to the end: `history`, `num_steps` and seconds. Then the network is ready to draw."""
     assert data.encoded is not None
-    return unlearner.train(data.encoded, lambda step: validate(run, model, step))
+    results = unlearner.train(data.encoded, lambda step: validate(run, model, step))
+    model.denoiser.network.eval()
+    return results
 
 
 def edit(run: Run, model: LoadedModel, data: RunData) -> dict[str, Any]:
-    """Change the weights in closed form, in the main process, which alone saves them; the same results."""
+    """Change the weights in closed form, every process its own in the same way; the same results."""
     start = time.perf_counter()
-    if run.accelerator.is_main_process:
-        apply_edit(
-            run.objective,
-            run.config.objective,
-            barrier=model.barrier,
-            pipeline=model.pipeline,
-            concepts=data.concepts,
-            seed=run.config.seed,
-        )
+    apply_edit(
+        run.objective,
+        run.config.objective,
+        barrier=model.barrier,
+        pipeline=model.pipeline,
+        concepts=data.concepts,
+        seed=run.config.seed,
+    )
     return {"history": {}, "num_steps": 0, "seconds_training": round(time.perf_counter() - start, 2)}
 
 
 def save_weights(run: Run, model: LoadedModel, data: RunData) -> None:
     """Write what is erased by now, the barrier, and last the pipeline or its adapter: what loads is whole."""
     config, output = run.config, run.output
-    model.denoiser.network.eval()
     write_json(output / ERASED_NAME, as_json([*model.erased, data.forgotten]))
     (model.barrier if config.protected else config.barrier).save_pretrained(output)
     if config.rank:
@@ -388,7 +404,7 @@ def judge(run: Run, model: LoadedModel, data: RunData, before: Before, results: 
         certificate=config.certificate,
         resolution=model.resolution,
     )
-    after = generate(model.pipeline, prompts.prompts, config.evaluation.sampling, desc="images after")
+    after = generate_together(model.pipeline, prompts.prompts, config.evaluation.sampling, desc="images after")
     if config.merges_adapter:
         save_merged(run, model, data)
     red = prompts.forgotten + prompts.erased_before
