@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from barrier_diffusers.evaluation.classifier import ResidualBlock, shortcut
+from barrier_diffusers.utils.hub import require_on_hub
 
 # only classes of transformers: no code of a model's folder is ever run, nor is leave asked to run it
 OURS = {"trust_remote_code": False}
@@ -178,6 +179,7 @@ def load_classifier(name_or_path: str) -> AnyClassifier:
     """
     folder = Path(name_or_path).expanduser()
     known = _config(folder)
+    require_on_hub(name_or_path)
     try:
         with torch.random.fork_rng():
             if "architecture" in known:
@@ -206,6 +208,7 @@ def build_classifier(name: str, names: Sequence[str], resolution: int, num_chann
         if name in ARCHITECTURES:
             return Classifier(name, list(names), resolution, num_channels)
         labels = dict(enumerate(names))
+        require_on_hub(name)
         try:
             network = AutoModelForImageClassification.from_pretrained(
                 name,

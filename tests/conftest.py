@@ -44,6 +44,23 @@ def make_small_unet(**changes):
     )
 
 
+def make_class_unet(num_class_embeds=10):
+    """An unconditional UNet with attention and class embedding, as DDPMs use."""
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=4,
+        num_class_embeds=num_class_embeds,
+    )
+
+
 def unet_batches(num=3, size=4, side=8, width=12, seed=0):
     """(noisy, timesteps, condition) batches."""
     generator = torch.Generator().manual_seed(seed)
@@ -138,20 +155,7 @@ def unet():
 
 @pytest.fixture
 def class_unet():
-    """An unconditional UNet with attention and class embedding, as DDPMs use."""
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=3,
-        out_channels=3,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=4,
-        num_class_embeds=10,
-    )
+    return make_class_unet()
 
 
 @pytest.fixture

@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from conftest import ConvNet, image_batches, make_small_unet, run_net, run_unet, unet_batches
-from diffusers import UNet2DModel
+from conftest import ConvNet, image_batches, make_class_unet, make_small_unet, run_net, run_unet, unet_batches
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -40,18 +39,7 @@ class Narrow(nn.Module):
 
 
 def class_unet():
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=3,
-        out_channels=3,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=4,
-        num_class_embeds=7,
-    )
+    return make_class_unet(num_class_embeds=7)
 
 
 def run_class_unet(model, batch):

@@ -5,21 +5,25 @@ Training, evaluation, FID and both extensions come through here, so that one pic
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
     """The image in 8-bit RGB: turned as its EXIF data say, more than 8 bits scaled down, transparency on white.
 
-    An ordinary 8-bit RGB image keeps its values; palettes, grey and CMYK are converted as Pillow does it.
+    An ordinary 8-bit RGB image keeps its values; palettes and grey are converted as Pillow does it, CMYK by the colour
+    profile in the file, and without one (or with a broken one) as browsers do: (1 - ink) (1 - black).
 
     Raises:
         ValueError: numbers whose range says nothing about brightness.
     """
     image = ImageOps.exif_transpose(image)
+    if image.mode == "CMYK":
+        return _from_inks(image)
     if image.mode.startswith("I") or image.mode == "F":
         return _from_numbers(image)
     if image.mode in ("RGBa", "La"):
@@ -27,6 +31,19 @@ def as_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return image.convert("RGB")
+
+
+def _from_inks(image: Image.Image) -> Image.Image:
+    profile = image.info.get("icc_profile")
+    if profile:
+        try:
+            source, target = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+            converted = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
+        except (ImageCms.PyCMSError, OSError):
+            converted = None
+        if converted is not None:
+            return converted
     return image.convert("RGB")
 
 

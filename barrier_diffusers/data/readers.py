@@ -9,10 +9,12 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
+from datasets.config import HF_DATASETS_CACHE
 
 from barrier_diffusers.data.columns import texts_of, with_texts
 from barrier_diffusers.data.folders import METADATA_NAMES, find_images, read_image_folder
 from barrier_diffusers.data.pixels import as_rgb, reason
+from barrier_diffusers.utils.hub import require_on_hub
 
 
 def read_rows(
@@ -48,6 +50,8 @@ def read_rows(
     elif folder.is_dir() and not _data_files(folder):
         dataset = read_image_folder(folder, split, image_column, caption_column, columns)
     else:
+        if not folder.is_dir() and not (Path(HF_DATASETS_CACHE) / source.replace("/", "___")).is_dir():
+            require_on_hub(source, "dataset")
         try:
             dataset = _load_files(folder, split) if folder.is_dir() else load_dataset(source, subset, split=split)
         except Exception as error:  # of the library, of what it reads with, or of the connection

@@ -14,6 +14,7 @@ from torchmetrics.multimodal.clip_score import CLIPScore
 from transformers import CLIPModel, CLIPProcessor
 
 from barrier_diffusers.data.images import Images, as_image_set
+from barrier_diffusers.utils.hub import require_on_hub
 from barrier_diffusers.utils.run_records import module_hash
 
 CLIP_MODEL = "openai/clip-vit-base-patch32"
@@ -77,6 +78,7 @@ def load_clip(name: str) -> LoadedClip:
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise ValueError(f"CLIP folder {name!r} does not exist")
     source = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    require_on_hub(source)
     try:
         with torch.random.fork_rng():  # missing weights would be drawn
             model = CLIPModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32)

@@ -30,6 +30,7 @@ from barrier_diffusers.utils.checks import (
     check_settings,
     rules,
 )
+from barrier_diffusers.utils.hub import require_on_hub
 from barrier_diffusers.utils.open_settings import with_sections
 from barrier_diffusers.utils.registry import load_module
 
@@ -125,7 +126,9 @@ class EvaluateConfig:
             raise ValueError(f"lora_weights {self.lora_weights!r} is not a folder with {ADAPTER_NAME}")
 
     def check_inputs(self) -> None:
-        """A ValueError for a judge that does not know the concepts."""
+        """A ValueError for a pipeline that is nowhere, or a judge that does not know the concepts."""
+        for name in filter(None, (self.pretrained_model_name_or_path, self.base_model)):
+            require_on_hub(name)
         if self.judges_concepts:
             self.evaluation.check_judge(self.concept_config.concepts)
 

@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar as disable_transform
 from barrier_diffusers.models.architectures import components, get_architecture
 from barrier_diffusers.protection.config import BarrierConfig
 from barrier_diffusers.protection.targets import resolve_targets
+from barrier_diffusers.utils.hub import require_on_hub
 from barrier_diffusers.utils.run_records import module_hash
 
 ADAPTER_NAME = "pytorch_lora_weights.safetensors"  # the file that `load_lora_weights` looks for
@@ -65,6 +66,7 @@ def load_pipeline(
         raise ValueError(f"pipeline_config and original_config belong to a .safetensors file, but {name!r} is none")
     if name.startswith((".", "/", "~")) and not path.is_dir():
         raise ValueError(f"pipeline folder {name!r} does not exist")
+    require_on_hub(name, revision=revision)
     found = DiffusionPipeline.load_config(str(path) if path.is_dir() else name, revision=revision)
     row = get_architecture(found["_class_name"])
     absent = {part: None for part in row.optional if (found.get(part) or [None])[0] is None}
@@ -140,6 +142,7 @@ def load_single_file(path: Path, dtype: torch.dtype, pipeline_config: str | None
         raise ValueError(f"checkpoint file {str(path)!r} does not exist")
     name = "StableDiffusionPipeline"
     if pipeline_config is not None:
+        require_on_hub(pipeline_config)
         name = DiffusionPipeline.load_config(pipeline_config)["_class_name"]
     kind = get_architecture(name).pipeline_class
     try:
@@ -198,9 +201,21 @@ def _try_attention(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def add_adapter(network: Any, config: BarrierConfig, rank: int) -> None:
-    """A LoRA adapter on exactly the maps that the config's targets and blocks name, its factors in float32."""
+    """A LoRA adapter on exactly the maps that the config's targets and blocks name, its factors in float32.
+
+    Raises:
+        ValueError: a rank above the width of one of the maps, from which on an adapter is no smaller than the weight.
+    """
     assert config.targets is not None
-    names = [linear_map.name for linear_map in resolve_targets(network, config.targets, config.blocks)]
+    maps = resolve_targets(network, config.targets, config.blocks)
+    narrowest = min(maps, key=lambda linear_map: min(linear_map.outputs_first(linear_map.layer.weight).shape))
+    width = min(narrowest.outputs_first(narrowest.layer.weight).shape)
+    if rank > width:
+        raise ValueError(
+            f"rank is {rank}, but the adapter of {narrowest.name} can have {width} at most, the lesser of its numbers "
+            "of inputs and outputs: set rank to that or less, or name wider maps in barrier.targets"
+        )
+    names = [linear_map.name for linear_map in maps]
     network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=names))
     cast_training_params(network, dtype=torch.float32)
 

@@ -194,11 +194,11 @@ def require_writable(output_dir: str) -> Path:
         raise ValueError(f"output_dir {output_dir!r} is a file; name a folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-test-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        reason = can_write_in(folder)
     except OSError as error:
-        raise ValueError(f"output_dir {output_dir!r} is not writable: {error.strerror}") from error
+        reason = error.strerror
+    if reason:
+        raise ValueError(f"output_dir {output_dir!r} is not writable: {reason}")
     return folder
 
 

@@ -14,6 +14,7 @@ from barrier_diffusers.evaluation.erasure import ImageEvaluationConfig
 from barrier_diffusers.objectives import Objective, load_objective
 from barrier_diffusers.training.run_config import DiffusionUnlearningConfig
 from barrier_diffusers.utils.checks import FILE, MODEL, Range, at_least, rules
+from barrier_diffusers.utils.hub import require_on_hub
 
 
 @dataclass(kw_only=True)
@@ -81,7 +82,8 @@ class UnlearnConfig(ConceptConfig, DiffusionUnlearningConfig):  # jsonargparse r
             )
 
     def check_inputs(self) -> None:
-        """A ValueError for a judge that does not know the concepts."""
+        """A ValueError for a judge that does not know the concepts, or a base model that is nowhere."""
+        require_on_hub(self.pretrained_model_name_or_path, revision=self.revision)
         self.evaluation.check_judge(self.concepts)
 
     @property

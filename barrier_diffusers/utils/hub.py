@@ -1,0 +1,48 @@
+"""Names of the hub: whether there is anything behind them, said at once and not after the libraries' retries."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+SECONDS = 10  # that the hub has for its answer
+
+
+def is_cached(name: str, kind: Literal["model", "dataset"]) -> bool:
+    """Whether something of a repository was downloaded before."""
+    snapshots = Path(constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}", "snapshots")
+    return snapshots.is_dir() and any(snapshots.iterdir())
+
+
+@functools.cache  # one question a run
+def require_on_hub(name: str, kind: Literal["model", "dataset"] = "model", revision: str | None = None) -> None:
+    """Nothing for a path that is there, and for a repository that is in the hub's cache or on the hub.
+
+    Whatever else the hub answers (a licence to accept, a fault of its own) is left to whoever loads the repository.
+
+    Raises:
+        ValueError: there is no such path and no such repository or revision, or the hub cannot be asked.
+    """
+    if Path(name).expanduser().exists() or is_cached(name, kind):
+        return
+    what = {"model": "model", "dataset": "data set"}[kind]
+    absent = f"there is no file or folder {name!r} here, and"
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError(f"{absent} no {what} of that name among the downloads (HF_HUB_OFFLINE is set)")
+    try:
+        HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=SECONDS)
+    except RevisionNotFoundError as error:
+        raise ValueError(f"{what} {name!r} has no revision {revision!r} on the hub") from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"{absent} no {what} of that name on the hub: look at its spelling, or log in (hf auth login) if it is private"
+        ) from error
+    except HfHubHTTPError:
+        return
+    except Exception as error:  # of the connection: every release of the library has others
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{absent} the hub cannot be asked for a {what} of that name ({said})") from error
