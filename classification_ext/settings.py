@@ -71,6 +71,14 @@ class ForgetConfig:
         return as_list(self.forget_class)
 
     @property
+    def forgotten(self) -> str:
+        """What is forgotten, in words."""
+        if self.classes:
+            return " and ".join(self.classes)
+        count = self.forget_count if self.forget_fraction is None else f"a share of {self.forget_fraction:g}"
+        return f"{count} of the photos, drawn with seed {self.forget_seed}"
+
+    @property
     def forgets(self) -> bool:
         """Whether anything is to be forgotten."""
         return bool(self.classes) or self.forget_fraction is not None or self.forget_count is not None
@@ -177,6 +185,12 @@ class TrainConfig(Recipe, OptimizerConfig, ForgetConfig, DataConfig):
         self.check_splits()
         self.check_warmup()
 
+    @property
+    def announcement(self) -> str:
+        """What a run is about to do, in one line."""
+        without = f", without {self.forgotten}" if self.forgets else ""
+        return f"training {self.model_name_or_path} on {self.train_data_dir}{without}"
+
 
 @dataclass(kw_only=True)
 class MethodConfig:
@@ -232,6 +246,15 @@ class UnlearnConfig(OptimizerConfig, UnlearningConfig, ForgetConfig, DataConfig)
                 "barrier.constraint penalty"
             )
 
+    @property
+    def announcement(self) -> str:
+        """What a run is about to do, in one line."""
+        where = "all weights" if self.trained_weights == "all" else ", ".join(self.barrier.targets or [])
+        return (
+            f"unlearning {self.forgotten} in {self.pretrained_model_name_or_path}: {self.method.name} trains {where} "
+            f"on {self.train_data_dir}; {self.protection}"
+        )
+
 
 @dataclass(kw_only=True)
 class EvaluateConfig(ForgetConfig, DataConfig):
@@ -253,3 +276,8 @@ class EvaluateConfig(ForgetConfig, DataConfig):
         self.check_splits()
         if not self.forgets:
             raise ValueError("nothing was to be forgotten: set forget_class, forget_fraction or forget_count")
+
+    @property
+    def announcement(self) -> str:
+        """What a run is about to do, in one line."""
+        return f"judging {self.pretrained_model_name_or_path} for {self.forgotten} on {self.train_data_dir}"

@@ -139,6 +139,12 @@ class TrainConfig(RunConfig, StageConfig):
                 f"{len(self.unet.block_out_channels)} levels and patch_size {self.unet.patch_size}"
             )
 
+    @property
+    def announcement(self) -> str:
+        """What a run is about to do, in one line."""
+        without = f", without {' and '.join(self.exclude_labels)}" if self.exclude_labels else ""
+        return f"training a class-conditional DDPM from scratch on {self.data.source}{without}"
+
 
 TARGETS = ["to_q", "to_k", "to_v", "class_embedding"]  # as the paper's DDPM setting
 

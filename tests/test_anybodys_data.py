@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import struct
 import unicodedata
 
 import numpy as np
@@ -278,6 +279,42 @@ def test_every_reader_sees_the_picture_that_people_see(name, tmp_path):
     tall.save(tmp_path / "tall.png")
     whole = torch.from_numpy(np.array(tall)).permute(2, 0, 1) / 127.5 - 1
     torch.testing.assert_close(to_pixels([tall], 4)[0], whole)
+
+
+def ink_profile():
+    """A colour profile (ICC 2, one lut8 table) of inks that are all the same grey, Lab (50, 0, 0), but for black."""
+    corners = bytearray([128, 128, 128, 0, 128, 128] * 8)  # without black, with black
+    corners[:3] = (255, 128, 128)  # no ink: white
+    identity = b"".join(struct.pack(">i", 65536 * (row == column)) for row in range(3) for column in range(3))
+    ramp = bytes(range(256))
+    table = b"mft1\0\0\0\0" + bytes((4, 3, 2, 0)) + identity + 4 * ramp + bytes(corners) + 3 * ramp
+    text = b"desc\0\0\0\0" + struct.pack(">I", 2) + b"i\0" + bytes(78)
+    white = b"XYZ \0\0\0\0" + struct.pack(">iii", 63190, 65536, 54061)
+    parts, offset, body, index = {b"A2B0": table, b"desc": text, b"wtpt": white}, 128 + 4 + 36, b"", b""
+    for name, part in parts.items():
+        index += name + struct.pack(">II", offset + len(body), len(part))
+        body += part + bytes(-len(part) % 4)
+    head = b"lcms" + bytes((2, 0x40, 0, 0)) + b"prtrCMYKLab " + struct.pack(">6H", 2026, 1, 1, 0, 0, 0) + b"acsp"
+    head += bytes(28) + struct.pack(">iii", 63190, 65536, 54061) + bytes(48)
+    whole = struct.pack(">I", 128 + 4 + 36 + len(body)) + head + struct.pack(">I", 3) + index + body
+    assert len(head) == 124
+    return whole
+
+
+@pytest.mark.parametrize(
+    "profile, seen",
+    [(ink_profile(), [119, 255]), (None, [0, 255]), (b"no profile", [0, 255])],
+    ids=["with profile", "without", "broken"],
+)
+@pytest.mark.parametrize("suffix", ["tif", "jpg"])
+def test_inks_look_as_their_profile_says(profile, seen, suffix, tmp_path):
+    image = Image.new("CMYK", (16, 8), (0, 0, 0, 0))
+    image.paste((255, 255, 255, 0), (0, 0, 8, 8))
+    image.save(tmp_path / f"a.{suffix}", **({"icc_profile": profile} if profile else {}))
+    pixels = np.asarray(open_rgb(tmp_path / f"a.{suffix}")).astype(int)
+    assert pixels.shape == (8, 16, 3)
+    for column, wanted in zip((0, 15), seen, strict=True):
+        assert abs(pixels[:, column] - wanted).max() <= 3
 
 
 def test_encode_images_reads_them_the_same_way(tmp_path):

@@ -7,20 +7,29 @@ message.
 import functools
 import importlib
 import shutil
+import socket
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import fields
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from diffusers.optimization import SchedulerType
+from pipelines import build
 from short_runs import ROOT
 
-from barrier_diffusers.training.run_config import LR_SCHEDULERS
+from barrier_diffusers.models.loading import add_adapter
+from barrier_diffusers.protection.config import BarrierConfig
+from barrier_diffusers.training.run_config import LR_SCHEDULERS, RunConfig
 from barrier_diffusers.utils.checks import PathRule, Range, hints_of, looks_local, rules_of
 from barrier_diffusers.utils.checks import section_class as section_of
 from barrier_diffusers.utils.command_line import parse_config, run_script
 from barrier_diffusers.utils.help_page import LINES, WIDTH, groups_of
+from barrier_diffusers.utils.hub import require_on_hub
 
 SETTINGS = {  # script -> its settings
     "barrier_diffusers.scripts.unlearn_sd": "barrier_diffusers.workflow.settings:UnlearnConfig",
@@ -225,6 +234,63 @@ def test_one_line_before_any_weights_are_read(name, hollow, monkeypatch, capsys)
     assert not (hollow / "runs").exists()
 
 
+@pytest.fixture
+def unreachable(monkeypatch):
+    """Nothing listens where the hub is."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    require_on_hub.cache_clear()
+
+
+NAMED = {  # a setting that names something of the hub, in each script that reads one
+    SD: "pretrained_model_name_or_path",
+    JUDGE: "base_model",
+    "classification_ext.train": "model_name_or_path",
+    "classification_ext.unlearn": "pretrained_model_name_or_path",
+}
+
+
+@pytest.mark.parametrize("script", NAMED)
+def test_a_misspelled_name_of_the_hub_is_said_at_once(script, hollow, unreachable, monkeypatch, capsys):
+    words = ["--config", CONFIGS[script], *GIVEN.get(script, [])[:1], "--output_dir=new"]
+    words += [f"--{NAMED[script]}=CompViz/stable-diffusion-v1-4"]
+    start = time.monotonic()
+    said = refusal(script, words, monkeypatch, capsys)
+    assert "there is no file or folder 'CompViz/stable-diffusion-v1-4' here, and the hub cannot be asked" in said
+    assert time.monotonic() - start < 20
+
+
+def test_what_the_hub_says_of_a_name(tmp_path, monkeypatch):
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(404 if "none" in self.path else 500)
+            self.send_header("X-Error-Code", "RepoNotFound" if "none" in self.path else "Fault")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    require_on_hub.cache_clear()
+    for kind, what in {"model": "model", "dataset": "data set"}.items():
+        with pytest.raises(ValueError, match=f"no {what} of that name on the hub: look at its spelling"):
+            require_on_hub("owner/none", kind)
+        require_on_hub("owner/ill", kind)  # a fault of the hub's is left to whoever loads
+        (tmp_path / f"{kind}s--owner--none-but-cached" / "snapshots" / "1").mkdir(parents=True)
+        require_on_hub("owner/none-but-cached", kind)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="no model of that name among the downloads"):
+        require_on_hub("owner/other")
+    server.shutdown()
+
+
 def sections(config_class, prefix=""):
     """(prefix, class) of a settings dataclass and of those in it."""
     yield prefix, config_class
@@ -310,3 +376,55 @@ def test_the_first_line_says_what_is_going_to_happen():
     config = parse_config(settings_class(SD), words)
     assert config.announcement.startswith("unlearning sneaker in assets/fashion_sd: rl trains the weights of ")
     assert "assets/fashion_images; BARRIER: " in config.announcement and Path(config.output_dir).name
+
+
+ANNOUNCED = {
+    "classification_ext.train": ([], "training resnet8-tiny on assets/fashion_mnist"),
+    "classification_ext.unlearn": (
+        ["--forget_class=null", "--forget_fraction=0.1"],
+        "unlearning a share of 0.1 of the ",
+    ),
+    "classification_ext.evaluate": ([], "judging "),
+    "ddpm_ext.train": (["--exclude_labels", "bag"], "training a class-conditional DDPM from scratch on "),
+    "barrier_diffusers.scripts.train_classifier": (
+        [],
+        "training a classifier from scratch to tell class, colour, style",
+    ),
+    "barrier_diffusers.scripts.train_text_to_image": (
+        ["--exclude_concepts", "[bag]"],
+        "training a small Stable Diffusion from scratch on runs/fashion_mnist, without bag",
+    ),
+}
+
+
+@pytest.mark.parametrize("script", ANNOUNCED)
+def test_every_run_says_first_what_it_does(script, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words, said = ANNOUNCED[script]
+    config = ["--config", CONFIGS[script]] if script in CONFIGS else []
+    assert parse_config(settings_class(script), [*config, *words]).announcement.startswith(said)
+
+
+def test_no_run_is_silent():
+    trains = [script for script in SETTINGS if issubclass(settings_class(script), RunConfig)]
+    assert len(trains) >= 7 and all(hasattr(settings_class(script), "announcement") for script in trains)
+
+
+@pytest.mark.parametrize("rank, refused", [(8, False), (9, True)])
+def test_an_adapter_is_no_wider_than_its_maps(rank, refused):
+    pipeline = build("sd")  # its narrowest maps have 8 features
+    config = BarrierConfig(targets=["attn2.to_k"])
+    if refused:
+        with pytest.raises(ValueError, match=r"rank is 9, but the adapter of .*attn2.to_k can have 8 at most"):
+            add_adapter(pipeline.unet, config, rank)
+    else:
+        add_adapter(pipeline.unet, config, rank)
+
+
+def test_a_rank_above_the_width_is_refused_before_any_data_is_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "broken.png").write_text("")
+    words = ["--config", CONFIGS[SD], "--rank=2000", f"--train_data_dir={data}", f"--output_dir={tmp_path / 'run'}"]
+    assert "rank is 2000, but the adapter of " in refusal(SD, words, monkeypatch, capsys)

@@ -134,3 +134,23 @@ def test_a_run_resumed_with_other_excluded_pictures_is_refused(data, tmp_path):
     config = parse_config(TrainConfig, words(data, tmp_path, exclude_concepts="[red]"))
     with pytest.raises(ValueError, match="exclude_concepts was"):
         main(config)
+
+
+def test_an_autoencoder_of_other_data_or_settings_is_not_taken(data, tmp_path, capsys):
+    main(parse_config(TrainConfig, words(data, tmp_path)))
+
+    def again(source=data, **changes):
+        changes |= {"unet.max_train_steps": 1, "resume_from_checkpoint": "null", "output_dir": tmp_path / "again"}
+        main(parse_config(TrainConfig, words(source, tmp_path, **changes)))
+
+    again()
+    other = shutil.copytree(data, tmp_path / "other")
+    PILImage.new("RGB", (16, 16), "white").save(other / "train" / "00003.png")
+    with pytest.raises(ValueError, match=r"the autoencoder in '.*work/vae' was trained with another data: name"):
+        again(other)
+    with pytest.raises(ValueError, match="was trained with another kl_weight and another seed"):
+        again(**{"seed": 3, "vae.kl_weight": 0.1})
+    (tmp_path / "work/vae/made_from.json").unlink()  # as an earlier version left it
+    capsys.readouterr()
+    again(other)
+    assert "does not say what it was trained on" in capsys.readouterr().out

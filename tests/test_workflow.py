@@ -12,6 +12,7 @@ from pathlib import Path
 import light_stages
 import pytest
 from light_stages import CONFIGS, enter_repository, wait_for
+from registries import registries_kept
 from short_runs import ROOT
 
 from barrier_diffusers.evaluation.attacks import ATTACKS
@@ -340,3 +341,50 @@ def test_every_pipeline_of_the_repository_is_valid(path, tmp_path, monkeypatch):
             config = config_from(stage.config_class, {key: filled[key] for key in filled if key not in stage.late})
             if stage.name == "unlearn":
                 chosen_objective(config)
+
+
+OWN = """
+from dataclasses import dataclass
+from barrier_diffusers.objectives import register_objective
+from barrier_diffusers.utils.checks import FILE, Checked, at_least, rules
+
+@dataclass
+class Push(Checked):
+    strength: float = 1.0
+    words: list[str] = None
+    table: str | None = None
+    RULES = rules(strength=at_least(0), table=FILE)
+
+@register_objective("push", settings=Push)
+def push(step):
+    return -step.options.strength * step.ordinary_loss()
+"""
+
+
+@pytest.mark.parametrize("way", ["flags", "file"])
+def test_a_stages_own_module_gives_flags(way, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "table.txt").write_text("1")
+    own = {"name": "push", "module": str(tmp_path / "own.py"), "strength": 0.5, "table": str(tmp_path / "table.txt")}
+    words = ["--config", "train_scripts/configs/pipeline_fashion_class.yaml", f"--output_dir={tmp_path / 'out'}"]
+    words += ["--unlearn.objective.anchor=null"]
+    if way == "flags":
+        words += [f"--unlearn.objective.{name}={value}" for name, value in own.items()]
+        words += ["--unlearn.objective.words", "a", "b"]
+    else:
+        (tmp_path / "own.yaml").write_text(json.dumps({"unlearn": {"objective": {**own, "words": ["a", "b"]}}}))
+        words += ["--config", str(tmp_path / "own.yaml")]
+    with registries_kept():
+        workflow = parse_workflow(words, ROOT)
+        stage = workflow.stages[0]
+        objective = workflow.filled(stage)["objective"]
+        assert objective["strength"] == 0.5 and objective["words"] == ["a", "b"]
+        before = stage_inputs(stage, workflow.filled(stage), ROOT)["settings"]
+        (tmp_path / "table.txt").write_text("2")  # what an own setting names is an input, too
+        now = stage_inputs(stage, workflow.filled(stage), ROOT)["settings"]
+        assert {name for name in now if now[name] != before[name]} == {"objective.table"}
+        with pytest.raises(
+            ValueError, match=r"unlearn.objective.strength is -1.0, but must be at least 0|strength is -1"
+        ):
+            parse_workflow([*words, "--unlearn.objective.strength=-1"], ROOT)

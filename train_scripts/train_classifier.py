@@ -66,6 +66,11 @@ class ClassifierConfig(RunConfig, StageConfig):
         if self.train_split == self.test_split:
             raise ValueError(f"test_split and train_split are both {self.test_split!r}: nothing would be tested")
 
+    @property
+    def announcement(self) -> str:
+        """What a run is about to do, in one line."""
+        return f"training a classifier from scratch to tell {', '.join(self.attributes)} on {self.train_data_dir}"
+
 
 def read_split(config: ClassifierConfig, split: str) -> Dataset:
     """A split with the attributes' values as texts."""

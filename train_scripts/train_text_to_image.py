@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import barrier_diffusers.utils.signals  # noqa: F401  # isort: skip  # first: from here on a signal ends in one line
 
+import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +51,8 @@ from barrier_diffusers.utils.command_line import run_script
 from barrier_diffusers.utils.files import save_whole, write_json, written_whole
 from barrier_diffusers.utils.output_folder import in_output_folder
 from barrier_diffusers.utils.run_records import fingerprint
+
+MADE_FROM = "made_from.json"  # beside the autoencoder in work_dir: its data and settings
 
 
 @dataclass(kw_only=True)
@@ -162,6 +165,17 @@ class TrainConfig(RunConfig):
         if not all(concept.strip() for concept in self.exclude_concepts):
             raise ValueError("exclude_concepts has an empty name: name words of captions")
 
+    @property
+    def announcement(self) -> str:
+        """What a run is about to do, in one line."""
+        without = f", without {' and '.join(self.exclude_concepts)}" if self.exclude_concepts else ""
+        return f"training a small Stable Diffusion from scratch on {self.train_data_dir}{without}"
+
+    def vae_made_from(self, dataset: Dataset) -> dict[str, Any]:
+        """All that the autoencoder in work_dir depends on."""
+        settings = {**asdict(self.vae), "resolution": self.resolution, "seed": self.seed}
+        return {"data": rows_hash(dataset, [self.image_column]), **settings}
+
     def trainer(self, accelerator: Accelerator, stage: StageConfig, name: str) -> Trainer:
         """The trainer of one of the two stages, with checkpoints of its own in work_dir."""
         return Trainer(accelerator, self, stage=stage, folder=Path(self.work_dir) / f"{name}_training")
@@ -207,6 +221,7 @@ def train_vae(accelerator: Accelerator, config: TrainConfig, dataset: Dataset) -
     accelerator.free_memory()  # the next stage's checkpoints hold its own networks alone
     with written_whole(Path(config.work_dir) / "vae") as temporary:
         vae.eval().save_pretrained(temporary)
+        write_json(temporary / MADE_FROM, config.vae_made_from(dataset))
     trainer.finish()
 
 
@@ -326,15 +341,35 @@ def rows_without(captions: list[str], concepts: list[str]) -> list[int]:
     return kept
 
 
+def require_made_from(folder: Path, now: dict[str, Any]) -> None:
+    """A ValueError for an autoencoder of other data or settings; of an earlier version's, which has no record, a
+    warning."""
+    record = folder / MADE_FROM
+    if not record.is_file():
+        print(f"warning: {str(folder)!r} does not say what it was trained on: see yourself that it is this data")
+        return
+    then = json.loads(record.read_text(encoding="utf-8"))
+    other = [name for name, value in json.loads(json.dumps(now)).items() if then.get(name) != value]
+    if other:
+        raise ValueError(
+            f"the autoencoder in {str(folder)!r} was trained with another {' and another '.join(other)}: name another "
+            "work_dir, or delete that folder to train it anew"
+        )
+
+
 def open_vae(config: TrainConfig, accelerator: Accelerator, dataset: Dataset) -> AutoencoderKL:
     """The autoencoder that the settings name, or the one in work_dir, which is trained if it is not there.
 
     Raises:
-        ValueError: one for other latents or images than the settings say.
+        ValueError: one for other latents or images than the settings say, or one in work_dir that was trained on other
+            data or with other settings.
     """
     folder = Path(config.pretrained_vae or Path(config.work_dir) / "vae")
-    if config.pretrained_vae is None and not (folder / "config.json").is_file():
-        train_vae(accelerator, config, dataset)
+    if config.pretrained_vae is None:
+        if (folder / "config.json").is_file():
+            require_made_from(folder, config.vae_made_from(dataset))
+        else:
+            train_vae(accelerator, config, dataset)
     vae = AutoencoderKL.from_pretrained(folder, dtype=torch.float32)
     found = {"latent_channels": vae.config.latent_channels, "levels": len(vae.config.block_out_channels)}
     wanted = {"latent_channels": config.vae.latent_channels, "levels": len(config.vae.block_out_channels)}

@@ -38,9 +38,8 @@ def require_on_hub(name: str, kind: Literal["model", "dataset"] = "model", revis
     except RevisionNotFoundError as error:
         raise ValueError(f"{what} {name!r} has no revision {revision!r} on the hub") from error
     except RepositoryNotFoundError as error:
-        raise ValueError(
-            f"{absent} no {what} of that name on the hub: look at its spelling, or log in (hf auth login) if it is private"
-        ) from error
+        advice = "look at its spelling; for a private one, log in (hf auth login)"
+        raise ValueError(f"{absent} no {what} of that name on the hub: {advice}") from error
     except HfHubHTTPError:
         return
     except Exception as error:  # of the connection: every release of the library has others

@@ -77,15 +77,13 @@ def _top_level(arguments: Sequence[str]) -> dict[str, Any]:
         if flag == "config":
             values |= _mapping(value, is_file=True)
         else:
-            try:
-                values[flag] = yaml.safe_load(value)
-            except yaml.YAMLError:
-                values[flag] = value
+            values[flag] = _read(value)
     return values
 
 
 def section_of(arguments: Sequence[str], section: str) -> dict[str, Any]:
-    """What the words of a command line, `--config` files included, say about one section; a later word wins.
+    """What the words of a command line, `--config` files included, say about one section, as nested mappings; a later
+    word wins.
 
     Whatever cannot be read is left to the parser, which says so.
     """
@@ -100,8 +98,20 @@ def section_of(arguments: Sequence[str], section: str) -> dict[str, Any]:
         elif flag == section:
             values |= _mapping(value)
         elif flag.startswith(f"{section}."):
-            values[flag.removeprefix(f"{section}.")] = value
+            *parents, name = flag.removeprefix(f"{section}.").split(".")
+            inner = values
+            for parent in parents:
+                inner[parent] = dict(_mapping(inner.get(parent)))
+                inner = inner[parent]
+            inner[name] = _read(value)
     return values
+
+
+def _read(value: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
 
 
 def _mapping(content: Any, is_file: bool = False) -> dict[str, Any]:

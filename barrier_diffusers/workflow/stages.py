@@ -19,6 +19,7 @@ from typing import Any
 from barrier_diffusers.utils.checks import PathRule, flat, settings_of
 from barrier_diffusers.utils.files import file_hash, write_json
 from barrier_diffusers.utils.installation import shipped
+from barrier_diffusers.utils.open_settings import class_with_open_sections
 from barrier_diffusers.utils.run_records import package_versions
 
 SKIPPED = ("cache", "logs", "checkpoints")  # folders at the top of a result that are no part of it
@@ -121,7 +122,8 @@ def _by_content(value: Any, rule: PathRule) -> Any:
 
 def stage_inputs(stage: Stage, settings: Mapping[str, Any], root: Path) -> dict[str, Any]:
     """Everything the result depends on: {"settings": by dotted name, "code": hash, "versions": of libraries}."""
-    paths = {name: rule for name, _, rule in settings_of(stage.config_class, settings) if isinstance(rule, PathRule)}
+    known = class_with_open_sections(stage.config_class, settings)
+    paths = {name: rule for name, _, rule in settings_of(known, settings) if isinstance(rule, PathRule)}
     deciding = {name: value for name, value in settings.items() if name not in WITHOUT_EFFECT}
     resolved = {
         name: _by_content(value, paths[name]) if name in paths else value

@@ -47,6 +47,7 @@ from barrier_diffusers.utils.files import require_writable, write_json
 from barrier_diffusers.utils.help_page import Flag, Group, groups_of, help_page
 from barrier_diffusers.utils.installation import resolve_named_files, shipped
 from barrier_diffusers.utils.locks import FolderLock
+from barrier_diffusers.utils.open_settings import class_with_open_sections, section_of
 from barrier_diffusers.utils.overlaps import check_overlaps, expand_outputs, refuse_inside
 from barrier_diffusers.workflow.definitions import WORKFLOWS
 from barrier_diffusers.workflow.processes import Stopped, last_error, run_logged
@@ -193,10 +194,13 @@ def parse_workflow(arguments: list[str], root: Path) -> Workflow:
         given = "no kind is given" if kind is None else f"unknown kind {kind!r}"
         raise ValueError(f"{given}: set kind to one of {', '.join(WORKFLOWS)}")
     lists, parts = list_fields(WorkflowConfig), sections_of(WorkflowConfig)
+    classes: dict[str, type] = {}  # section -> its class, own settings of the user's modules included
     for stage in WORKFLOWS[kind]:
         name = stage.section or stage.name
-        lists |= list_fields(stage.config_class, f"{name}.")
-        parts |= {name: stage.config_class, **sections_of(stage.config_class, f"{name}.")}
+        known = join_lists(list_fields(stage.config_class, f"{name}."), arguments)
+        classes[name] = class_with_open_sections(stage.config_class, section_of(known, name))
+        lists |= list_fields(classes[name], f"{name}.")
+        parts |= {name: classes[name], **sections_of(classes[name], f"{name}.")}
     arguments = join_lists(lists, arguments)
     require_sections(parts, arguments)
     chosen = _peek(arguments, "stages")
@@ -208,8 +212,9 @@ def parse_workflow(arguments: list[str], root: Path) -> Workflow:
     parser.add_argument("--config", action="config", help="YAML file with any of the fields below")
     parser.add_class_arguments(WorkflowConfig)
     for stage in sections:
-        hints, section, shared = get_type_hints(stage.config_class), stage.section or stage.name, stage.takes(names)
-        parser.add_class_arguments(stage.config_class, section, instantiate=False, skip={*stage.filled, *shared})
+        section, shared = stage.section or stage.name, stage.takes(names)
+        hints = get_type_hints(classes[section])
+        parser.add_class_arguments(classes[section], section, instantiate=False, skip={*stage.filled, *shared})
         for name, source in shared.items():
             default = default_of(source)
             parser.add_argument(f"--{section}.{name}", type=Literal[default] | hints[name], default=default)
