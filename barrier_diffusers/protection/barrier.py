@@ -20,6 +20,7 @@ from barrier_diffusers.protection.certificate import Certificate, Guarantee, Tra
 from barrier_diffusers.protection.config import BarrierConfig
 from barrier_diffusers.protection.drift import Drift, LoraDrift, full_drift
 from barrier_diffusers.protection.fitting import ForwardFn, fit_protection, own_config
+from barrier_diffusers.protection.inside import LossInside
 from barrier_diffusers.protection.order_statistics import Split
 from barrier_diffusers.protection.projection import ProjectedGroup, RetainProjection, StackedProjections
 from barrier_diffusers.protection.region import ForgetRegion, check_reduced_dim
@@ -66,7 +67,7 @@ class Barrier:
         if config.has_penalty:
             for linear_map in self.maps:
                 check_reduced_dim(own_config(config, linear_map), linear_map.num_features, linear_map.name)
-        self._loss: StackedLoss | None = None
+        self._loss: StackedLoss | LossInside | None = None
         self._projections: StackedProjections | None = None
         self._snapshots: Snapshots = {}
         self._rest: dict[str, Tensor] = {}  # parameters that train beside the maps' -> their values at the snapshot
@@ -185,12 +186,21 @@ class Barrier:
         return self._projections.groups if self._projections else []
 
     def _install(self, state: BarrierState) -> None:
+        self._take_loss_away()
         regions = [(maps, region.to(self._device)) for maps, region in state.regions]
-        self._loss = StackedLoss(regions, self.config, adapter=self.uses_adapter) if regions else None
+        if regions and self.config.loss_inside:
+            self._loss = LossInside(self.model, regions, self.config, self.uses_adapter, prepare=self._on_device)
+        elif regions:
+            self._loss = StackedLoss(regions, self.config, adapter=self.uses_adapter)
         projections = [(maps, projection.to(self._device)) for maps, projection in state.projections]
         self._projections = StackedProjections(projections) if projections else None
         self._snapshots = moved(state.snapshots, self._device)
         self._rest = {name: value.to(self._device) for name, value in state.rest.items()}
+
+    def _take_loss_away(self) -> None:
+        if isinstance(self._loss, LossInside):
+            self._loss.remove()
+        self._loss = None
 
     def _require_setup(self) -> None:
         if not self.groups and not self.projected:
@@ -235,9 +245,11 @@ class Barrier:
 
         With constraint "projection" it is an exact 0 without graph, whatever lambda_interval is. With weights shared
         out by `fully_shard` all processes have to call it: each computes the terms of its own rows and gets the sum.
+        With `loss_inside` it adds up what was computed in this step's first forward pass: call it after that.
 
         Raises:
-            RuntimeError: setup_protection was not called.
+            RuntimeError: setup_protection was not called; or with `loss_inside`, a map did not run in this step, and
+                its weights are whole only then.
         """
         self._require_setup()
         device = self.follow_model()
@@ -246,8 +258,7 @@ class Barrier:
         if self._loss is None:
             return torch.zeros((), device=device)
         with torch.autocast(device.type, enabled=False):
-            loss = self._loss.of_adapters() if self.uses_adapter else self._loss.of_weights(self._snapshots)
-            return self.config.lambda_interval * loss
+            return self.config.lambda_interval * self._loss.value(self._snapshots)
 
     def project(self) -> None:
         """Take the drift out of the retain inputs' span (docs/method.md section 7); call it after each optimizer step.
@@ -290,6 +301,12 @@ class Barrier:
         before one of them goes on alone.
         """
         reshard(self.model)
+        self._on_device()
+        self._cut_like_model()
+        return self._device
+
+    def _on_device(self) -> Snapshots:
+        """Move what was fitted to the model's device; the snapshots."""
         device = self._device
         held = self.projected[0].projection.basis if self.projected else self.groups[0].region.mean
         if held.device != device:
@@ -298,8 +315,7 @@ class Barrier:
                     stacked.to(device)
             self._snapshots = moved(self._snapshots, device)
             self._rest = {name: value.to(device) for name, value in self._rest.items()}
-        self._cut_like_model()
-        return device
+        return self._snapshots
 
     def _cut_like_model(self) -> None:
         """Snapshots are shared out as the weights are; the loss reads this process's rows."""
@@ -423,5 +439,6 @@ class Barrier:
         by_name = {name: flag for _, name, flag in self._requires_grad}
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(by_id.get(id(parameter), by_name.get(name, parameter.requires_grad)))
-        self._loss = self._projections = None
+        self._take_loss_away()
+        self._projections = None
         self._snapshots, self._rest, self._requires_grad = {}, {}, []

@@ -18,7 +18,7 @@ CONFIG_NAME = "barrier_config.json"
 
 PENALTY_CHOICES = (  # of the protection loss; its numbers have a value anyway, and are not read without it
     *("region", "decomposition", "interval", "remove_top_directions", "include_bias_drift"),
-    *("use_actual_bounds", "normalize_protection", "residual_weighting", "residual_source"),
+    *("use_actual_bounds", "normalize_protection", "residual_weighting", "residual_source", "loss_inside"),
 )
 
 
@@ -56,6 +56,9 @@ class BarrierConfig:
     # lambda_interval, reduced_dim, the percentiles and infinity_scale play no part; both: projection and loss
     constraint: Literal["penalty", "projection", "both"] = "penalty"
     projection_energy: float = 0.999  # (0, 1]; share of the retain inputs' energy E|x|^2 that updates may not touch
+    # each attention computes the loss of its own maps while it runs in training: for engines that make weights whole
+    # only there; value and gradient are the same, and it takes more operators
+    loss_inside: bool = False
 
     RULES = rules(
         blocks=at_least(0),

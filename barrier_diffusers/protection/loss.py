@@ -93,13 +93,10 @@ class Boxes:
 class RowTerms:
     """What the loss takes of each row beside its drift."""
 
-    scale_PL: (
-        Tensor  # twice the weight of each square, for shift and centres, 1 + T (a width has its centre's); P or 1
-    )
+    scale_PL: Tensor  # twice the weight of each square, for shift and centres, 1 + T (a width has its centre's)
     half_widths_GKT: list[Tensor]  # of consecutive blocks of rows; each of the G matrices serves as many rows
     square_G1K: list[Tensor] | None  # weights of d^2, of the same blocks
     num_rows: list[int]  # of each block
-    factor_scale_P1: Tensor | None = None  # twice the weight of dW F's squares, which stand behind the drift; P or 1
 
     def loss(self, along_PS: Tensor) -> tuple[Tensor, Tensor]:
         """Twice the loss of all rows together, and its gradient with respect to `along_PS` = dW axes (with db in it).
@@ -108,8 +105,7 @@ class RowTerms:
         adds a product of one sign, so nothing cancels in the sum.
         """
         num_linear = self.scale_PL.shape[1]
-        end = num_linear + self.half_widths_GKT[0].shape[1]
-        drift_PK = along_PS[:, num_linear:end]
+        drift_PK = along_PS[:, num_linear:]
         gradients = [along_PS[:, :num_linear] * self.scale_PL]
         if num_linear > 1:
             width_PT = self._blockwise(drift_PK.abs(), self.half_widths_GKT)
@@ -124,8 +120,6 @@ class RowTerms:
                     shape = (len(square_G1K), -1, square_G1K.shape[2])
                     part.view(shape).addcmul_(scaled.view(shape), square_G1K)
             gradients.append(slope_PK)
-        if self.factor_scale_P1 is not None:
-            gradients.append(along_PS[:, end:] * self.factor_scale_P1)
         gradient_PS = torch.cat(gradients, dim=1)
         return inner_product(gradient_PS, along_PS), gradient_PS
 

@@ -98,20 +98,20 @@ class InputRecorder:
 
 
 class BarrierAttnProcessor:
-    """Runs the wrapped attention processor and observes the inputs of the attention's protected maps meanwhile.
+    """Runs the wrapped attention processor through `call(processor, *args, **kwargs)`, which adds something of ours:
+    recording the inputs of the attention's maps, or the loss of these.
 
     A plain object (an nn.Module would appear in the model's state_dict). It shows the wrapped processor's signature,
     because diffusers drops keyword arguments that a signature does not name, and passes attribute reads and writes on.
     """
 
-    def __init__(self, processor: Any, maps: Sequence[ProtectedMap], recorder: InputRecorder):
+    def __init__(self, processor: Any, call: Callable[..., Any]):
         @functools.wraps(processor.__call__)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with hooked(maps, recorder):
-                return processor(*args, **kwargs)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            return call(processor, *args, **kwargs)
 
         # an instance attribute: inspect.signature(attention.processor.__call__) follows it to the wrapped signature
-        self.__dict__.update({"processor": processor, "__call__": call})
+        self.__dict__.update({"processor": processor, "__call__": wrapped})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.__dict__["__call__"](*args, **kwargs)
@@ -125,7 +125,7 @@ class BarrierAttnProcessor:
         setattr(self.__dict__["processor"], name, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copied model gets the wrapped processor alone: nobody records it."""
+        """A copied model gets the wrapped processor alone: nobody records or protects it."""
         return copy.deepcopy(self.__dict__["processor"], memo)
 
 
@@ -146,11 +146,12 @@ def hooked(maps: Sequence[ProtectedMap], recorder: InputRecorder) -> Iterator[No
             handle.remove()
 
 
-@contextmanager
-def wrapped_processors(model: nn.Module, maps: Sequence[ProtectedMap], recorder: InputRecorder) -> Iterator[None]:
-    """Put a BarrierAttnProcessor around the processor of every attention that owns a map; hooks for all other maps."""
+def attentions_of(
+    model: nn.Module, maps: Sequence[ProtectedMap]
+) -> tuple[dict[str, list[ProtectedMap]], list[ProtectedMap]]:
+    """Path of every attention whose processor can be wrapped -> its own maps; and all other maps."""
     by_parent: dict[str, list[ProtectedMap]] = {}
-    bare: list[ProtectedMap] = []
+    others: list[ProtectedMap] = []
     for linear_map in maps:
         parent = linear_map.path.rpartition(".")[0]
         attention = model.get_submodule(parent)
@@ -158,14 +159,29 @@ def wrapped_processors(model: nn.Module, maps: Sequence[ProtectedMap], recorder:
         if hasattr(attention, "set_processor") and callable(processor) and not isinstance(processor, nn.Module):
             by_parent.setdefault(parent, []).append(linear_map)
         else:
-            bare.append(linear_map)
+            others.append(linear_map)
+    return by_parent, others
+
+
+@contextmanager
+def wrapped_processors(model: nn.Module, maps: Sequence[ProtectedMap], recorder: InputRecorder) -> Iterator[None]:
+    """Put a BarrierAttnProcessor around the processor of every attention that owns a map; hooks for all other maps."""
+    by_parent, others = attentions_of(model, maps)
+
+    def listening(children: Sequence[ProtectedMap]) -> Callable[..., Any]:
+        def call(processor: Any, *args: Any, **kwargs: Any) -> Any:
+            with hooked(children, recorder):
+                return processor(*args, **kwargs)
+
+        return call
+
     originals: list[tuple[Any, Any]] = []
     try:
         for parent, children in by_parent.items():
             owner: Any = model.get_submodule(parent)
             originals.append((owner, owner.processor))
-            owner.processor = BarrierAttnProcessor(owner.processor, children, recorder)
-        with hooked(bare, recorder):
+            owner.processor = BarrierAttnProcessor(owner.processor, listening(children))
+        with hooked(others, recorder):
             yield
     finally:
         for owner, processor in originals:

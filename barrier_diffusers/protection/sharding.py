@@ -11,7 +11,7 @@ the shards, and is whole: no process adds anything to another one's rows.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,6 +142,12 @@ def gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
     if share is None:
         return list(tensors)
     return list(_Gather.apply(share, [tensor.shape for tensor in tensors], *map(own_part, tensors)))
+
+
+def are_gathered(modules: Iterable[nn.Module]) -> bool:
+    """Whether `fully_shard` has taken one of the modules: they gather their weights when they run."""
+    kind = _loaded("torch.distributed.fsdp", "FSDPModule")
+    return bool(kind) and any(isinstance(module, kind) for module in modules)
 
 
 def reshard(model: nn.Module) -> None:

@@ -30,7 +30,7 @@ from barrier_diffusers.protection.targets import LoraFactors, ProtectedMap, Snap
 T = TypeVar("T")
 
 
-MOST_STACKED = 2**25  # numbers of a stacked dW (134 MB), the largest thing that is formed beside the gradient
+MOST_STACKED = 2**25  # numbers of a stacked dW (134 MB), the most that may have to be formed beside the gradient
 
 
 def own_number(rows: int, share: Share | None) -> int:
@@ -123,6 +123,8 @@ def stack_inputs(groups: Sequence[MapGroup], config: BarrierConfig) -> StackedIn
         most = max(factor_DL.shape[1] for factor_DL in known)
         padded = [F.pad(factor_DL, (0, most - factor_DL.shape[1])) for factor_DL in known]
         factor_GDL = torch.stack(padded) if most else None
+    elif len(regions) == 1 and regions[0].residual is not None:
+        covariance_GDD = regions[0].residual[None]
     elif regions[0].residual is not None:
         covariance_GDD = torch.stack([region.residual for region in regions if region.residual is not None])
         for group, residual_DD in zip(groups, covariance_GDD, strict=True):
@@ -211,6 +213,22 @@ class _ClosedForm(torch.autograd.Function):
         return None, None, *handed
 
 
+def row_terms(inputs: Sequence[StackedInputs], rows: Sequence[int], twice: Sequence[Tensor]) -> RowTerms:
+    """Of the rows of several stacks, one under the other.
+
+    Args:
+        rows: number of each stack.
+        twice: twice the weight of each row's loss in the total, (P, 1) for each stack.
+    """
+    squares = [one.square_G1K for one in inputs if one.square_G1K is not None]
+    return RowTerms(
+        scale_PL=torch.cat([twice_P1 * one.weights for twice_P1, one in zip(twice, inputs, strict=True)]),
+        half_widths_GKT=[one.half_widths_GKT for one in inputs],
+        square_G1K=squares or None,
+        num_rows=list(rows),
+    )
+
+
 class FullStack:
     """Groups of maps of equal shape that train their full weights.
 
@@ -225,28 +243,26 @@ class FullStack:
         totals = [linear_map.num_outputs for linear_map in maps]
         self.outputs = [own_number(total, share) for total in totals]
         self.has_bias = any(linear_map.bias is not None for linear_map in maps)
-        one_size = len(set(totals)) == 1
         twice_P = torch.cat(
             [torch.full((number,), 2 * weight / total) for number, total in zip(self.outputs, totals, strict=True)]
         )
-        twice_P = twice_P.to(inputs.axes_GDS.device)
-        scale_P1 = (twice_P[:1] if one_size else twice_P)[:, None]
-        self.terms = RowTerms(
-            scale_PL=scale_P1 * inputs.weights,
-            half_widths_GKT=[inputs.half_widths_GKT],
-            square_G1K=None if inputs.square_G1K is None else [inputs.square_G1K],
-            num_rows=[len(twice_P)],
-            factor_scale_P1=None if inputs.factor_GDL is None else scale_P1 * inputs.multiplier,
-        )
+        self.twice_P1 = twice_P.to(inputs.axes_GDS.device)[:, None]
+        self.residual_P1 = self.twice_P1 * inputs.multiplier
+        one_size = len(set(totals)) == 1
+        self.residual_scale = 2 * weight / totals[0] * inputs.multiplier if one_size else None
         factor = [] if inputs.factor_GDL is None else [inputs.factor_GDL]
         self.axes_GDS = torch.cat([inputs.axes_GDS, *factor], dim=2) if factor else inputs.axes_GDS
-        self.residual_P = twice_P * inputs.multiplier
-        self.residual_scale = 2 * weight / totals[0] * inputs.multiplier if one_size else None
 
     @property
     def rows(self) -> list[int]:
         """Number of rows of each of the parameters."""
         return self.outputs * 2 if self.has_bias else self.outputs
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(G, rows of a group, D) of the stacked drift."""
+        num_groups, num_features = self.axes_GDS.shape[:2]
+        return num_groups, sum(self.outputs) // num_groups, num_features
 
     def of(self, values: Snapshots) -> list[Tensor | None]:
         """All weights and, if there are any, all biases of what `own_rows` gave."""
@@ -254,44 +270,127 @@ class FullStack:
         weights = [weight for weight, _ in found]
         return [*weights, *(bias for _, bias in found)] if self.has_bias else [*weights]
 
-    def gradients(
-        self, now: Sequence[Tensor | None], then: Sequence[Tensor | None], workspace: Tensor | None = None
-    ) -> Gradients:
-        """Of the parameters, of which `then` are the origins: one buffer for the weights, one for the biases."""
-        inputs, num_maps = self.inputs, len(self.maps)
-        weights = [weight for weight in now[:num_maps] if weight is not None]
-        drift_PD = stacked_drift(weights, then[:num_maps], workspace)
-        drift_GPD = drift_PD.view(len(inputs.axes_GDS), -1, drift_PD.shape[1])
-        along_PS = torch.bmm(drift_GPD, self.axes_GDS).flatten(0, 1)
-        if self.has_bias:
-            shift_P = self._bias_drift(now[num_maps:], then[num_maps:])
-            along_PS[:, : len(inputs.shifts)].addr_(shift_P, inputs.shifts)
-        value, gradient_PS = self.terms.loss(along_PS)
-        gradient_GPS = gradient_PS.view(len(inputs.axes_GDS), -1, gradient_PS.shape[1])
-        found = Gradients([value])
+    def products(
+        self, now: Sequence[Tensor | None], then: Sequence[Tensor | None], buffer_GPD: Tensor, workspace: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """dW axes, (G, P, S), and of each row the energy dW C_res dW^T, if C_res is neither 0 nor has a factor: then
+        dW C_res is left in the buffer.
+
+        Args:
+            now, then: the parameters and their origins.
+            workspace: flat, of as many numbers as the buffer; not read where the energy is None.
+        """
+        weights = [weight for weight in now[: len(self.maps)] if weight is not None]
+        covariance_GDD = self.inputs.covariance_GDD
+        where = buffer_GPD.view(-1) if covariance_GDD is None else workspace
+        drift_GPD = stacked_drift(weights, then[: len(self.maps)], where).view(self.shape)
+        along_GPS = torch.bmm(self.axes_GDS.mT, drift_GPD.mT).mT  # a third faster on a CPU than the other way round
+        if covariance_GDD is None:
+            return along_GPS, None
+        torch.bmm(drift_GPD, covariance_GDD, out=buffer_GPD)
+        return along_GPS, drift_GPD.mul_(buffer_GPD).sum(2).flatten()
+
+    def gradients(self, gradient_PS: Tensor, along_GPL: Tensor, buffer_GPD: Tensor) -> Gradients:
+        """Of the parameters, from that of dW axes: one buffer for the weights, one for the biases.
+
+        Args:
+            along_GPL: dW F, of the columns of C_res's factor.
+        """
+        inputs, found = self.inputs, Gradients()
+        gradient_GPS = gradient_PS.view(*self.shape[:2], -1)
+        if inputs.factor_GDL is not None:
+            slope_GPL = along_GPL * self.residual_P1.view(*self.shape[:2], 1)
+            found.values.append(inner_product(slope_GPL, along_GPL))
+            gradient_GPS = torch.cat([gradient_GPS, slope_GPL], dim=2)
         if inputs.covariance_GDD is None:
-            gradient_GPD = torch.bmm(gradient_GPS, self.axes_GDS.mT)
+            torch.bmm(gradient_GPS, self.axes_GDS.mT, out=buffer_GPD)
         else:
-            gradient_GPD = torch.bmm(drift_GPD, inputs.covariance_GDD)
-            energy_P = drift_GPD.mul_(gradient_GPD).sum(2).flatten()
-            found.values.append(inner_product(energy_P, self.residual_P))
             if self.residual_scale is None:
-                gradient_GPD.mul_(self.residual_P.view(len(gradient_GPD), -1, 1))
+                buffer_GPD.mul_(self.residual_P1.view(*self.shape[:2], 1))
             scale = 1.0 if self.residual_scale is None else self.residual_scale
-            gradient_GPD.baddbmm_(gradient_GPS, self.axes_GDS.mT, beta=scale)
-        found.buffers.append(gradient_GPD.flatten(0, 1))
+            buffer_GPD.baddbmm_(gradient_GPS, self.axes_GDS.mT, beta=scale)
+        found.buffers.append(buffer_GPD.flatten(0, 1))
         if self.has_bias:
             found.buffers.append(gradient_PS[:, : len(inputs.shifts)] @ inputs.shifts)
         return found
 
-    def _bias_drift(self, now: Sequence[Tensor | None], then: Sequence[Tensor | None]) -> Tensor:
+    def bias_drift(self, now: Sequence[Tensor | None], then: Sequence[Tensor | None]) -> Tensor:
         """db of all maps, (P,); 0 where there is no bias."""
-        zero = self.residual_P.new_zeros(1)
+        now, then = now[len(self.maps) :], then[len(self.maps) :]
+        zero = self.residual_P1.new_zeros(1)
         columns = [
             zero.expand(number)[:, None] if bias is None or origin is None else bias[:, None]
             for bias, origin, number in zip(now, then, self.outputs, strict=True)
         ]
         return stacked_drift(columns, [None if origin is None else origin[:, None] for origin in then]).flatten()
+
+
+class FullStacks:
+    """Stacks whose regions have one number of axes; their rows are taken together, the largest stack first.
+
+    The gradients lie in one piece of memory, and a stack's drift lies where the gradients of the stacks after it will:
+    next to nothing is formed beside the gradient.
+    """
+
+    def __init__(self, stacks: Sequence[FullStack]):
+        self.stacks = sorted(stacks, key=lambda stack: -math.prod(stack.shape))
+        self._sizes = [math.prod(stack.shape) for stack in self.stacks]
+        self._num_rows = [sum(stack.outputs) for stack in self.stacks]
+        self._num_axes = stacks[0].inputs.axes_GDS.shape[2]
+        self.terms = row_terms(
+            [stack.inputs for stack in self.stacks], self._num_rows, [stack.twice_P1 for stack in self.stacks]
+        )
+        dense = [stack.residual_P1 for stack in self.stacks if stack.inputs.covariance_GDD is not None]
+        self._residual_P = torch.cat(dense).flatten() if dense else None
+        left = [sum(self._sizes[position + 1 :]) for position in range(len(self.stacks))]
+        self._fits = [size <= rest for size, rest in zip(self._sizes, left, strict=True)]
+        short = [
+            size
+            for stack, size, fits in zip(self.stacks, self._sizes, self._fits, strict=True)
+            if stack.inputs.covariance_GDD is not None and not fits
+        ]
+        self._num_spare = max(short, default=0)
+
+    @property
+    def rows(self) -> list[int]:
+        """Number of rows of each of the parameters."""
+        return [number for stack in self.stacks for number in stack.rows]
+
+    def of(self, values: Snapshots) -> list[Tensor | None]:
+        """The parameters, of what `own_rows` gave, stack by stack."""
+        return [parameter for stack in self.stacks for parameter in stack.of(values)]
+
+    def gradients(self, now: Sequence[Tensor | None], then: Sequence[Tensor | None]) -> Gradients:
+        """Of the parameters, of which `then` are the origins."""
+        device = self.terms.scale_PL.device
+        flat, spare = torch.empty(sum(self._sizes), device=device), torch.empty(self._num_spare, device=device)
+        buffers = [part.view(stack.shape) for part, stack in zip(flat.split(self._sizes), self.stacks, strict=True)]
+        counts, ends = [len(stack.rows) for stack in self.stacks], list(itertools.accumulate(self._sizes))
+        parts = list(zip(self.stacks, _split(now, counts), _split(then, counts), strict=True))
+        products = [
+            stack.products(here, origins, buffer, flat[end:] if fits else spare)
+            for (stack, here, origins), buffer, end, fits in zip(parts, buffers, ends, self._fits, strict=True)
+        ]
+        along_PS = torch.empty(sum(self._num_rows), self._num_axes, device=device)
+        rows = along_PS.split(self._num_rows)
+        torch._foreach_copy_(
+            [part.view(*stack.shape[:2], -1) for part, stack in zip(rows, self.stacks, strict=True)],
+            [along_GPS[:, :, : self._num_axes] for along_GPS, _ in products],
+        )
+        for (stack, here, origins), part in zip(parts, rows, strict=True):
+            if stack.has_bias:
+                shifts = stack.inputs.shifts
+                part[:, : len(shifts)].addr_(stack.bias_drift(here, origins), shifts)
+        value, gradient_PS = self.terms.loss(along_PS)
+        found = Gradients([value])
+        energies = [energy_P for _, energy_P in products if energy_P is not None]
+        if self._residual_P is not None:
+            found.values.append(inner_product(torch.cat(energies), self._residual_P))
+        for stack, part, (along_GPS, _), buffer in zip(
+            self.stacks, gradient_PS.split(self._num_rows), products, buffers, strict=True
+        ):
+            found.extend(stack.gradients(part, along_GPS[:, :, self._num_axes :], buffer))
+        return found
 
 
 class LoraStack:
@@ -348,13 +447,8 @@ class LoraStacks:
         self.stacks, self.rank, self.scalings = list(stacks), rank, list(scalings)
         inputs, device = [stack.inputs for stack in stacks], stacks[0].inputs.axes_GDS.device
         self.rows = [stack.num_rows for stack in stacks]
-        squares_scales = [
-            torch.full((rows, 1), stack.twice, device=device) * stack.inputs.weights
-            for rows, stack in zip(self.rows, stacks, strict=True)
-        ]
-        squares = [one.square_G1K for one in inputs if one.square_G1K is not None]
-        halves = [one.half_widths_GKT for one in inputs]
-        self.terms = RowTerms(torch.cat(squares_scales), halves, squares or None, self.rows)
+        twice = [torch.full((stack.num_rows, 1), stack.twice, device=device) for stack in stacks]
+        self.terms = row_terms(inputs, self.rows, twice)
         scales = [stack.residual_scale for stack in stacks if stack.inputs.has_residual]
         self.residual_scales = torch.tensor(scales, device=device)
 
@@ -453,10 +547,19 @@ class StackedLoss:
     def __init__(
         self, regions: Sequence[tuple[Sequence[ProtectedMap], ForgetRegion]], config: BarrierConfig, adapter: bool
     ):
-        self.config, self.adapter = config, adapter
+        groups = [MapGroup(list(maps), region, region.thin_factor()) for maps, region in regions]
+        self._set(groups, config, adapter, sum(len(group.maps) for group in groups))
+
+    @classmethod
+    def of_groups(cls, groups: list[MapGroup], config: BarrierConfig, adapter: bool, num_maps: int) -> StackedLoss:
+        """The part of the loss of all `num_maps` maps that these have in it."""
+        part = cls.__new__(cls)
+        part._set(groups, config, adapter, num_maps)
+        return part
+
+    def _set(self, groups: list[MapGroup], config: BarrierConfig, adapter: bool, num_maps: int) -> None:
+        self.groups, self.config, self.adapter = groups, config, adapter
         self.share: Share | None = None
-        self.groups = [MapGroup(list(maps), region, region.thin_factor()) for maps, region in regions]
-        num_maps = sum(len(group.maps) for group in self.groups)
         self._weight = 1 / num_maps if config.normalize_protection else 1.0  # of a map's loss in the total
         self._build()
 
@@ -469,8 +572,9 @@ class StackedLoss:
 
     def cut(self, share: Share | None) -> None:
         """Compute the terms of these rows from now on."""
-        self.share = share
-        self._build()
+        if share != self.share:
+            self.share = share
+            self._build()
 
     @property
     def maps(self) -> list[ProtectedMap]:
@@ -483,7 +587,7 @@ class StackedLoss:
             group.share = self.share
             if group.held:
                 by_shape.setdefault(group.shape, []).append(group)
-        self._full: list[FullStack] = []
+        full: dict[tuple, list[FullStack]] = {}
         self._lora: dict[tuple, list[LoraStacks]] = {}  # by ranks and scalings
         self._inputs: list[tuple[StackedInputs, list[MapGroup]]] = []
         most = math.inf if self.adapter else MOST_STACKED
@@ -495,9 +599,15 @@ class StackedLoss:
                     maps = [linear_map for group in groups for linear_map in group.held]
                     sizes = [linear_map.num_outputs * linear_map.num_features for linear_map in maps]
                     parts = runs(maps, sizes, most) if len(groups) == 1 else [maps]
-                    self._full += [FullStack(inputs, part, self._weight, self.share) for part in parts]
+                    stacks = [FullStack(inputs, part, self._weight, self.share) for part in parts]
+                    full.setdefault(tuple(inputs.half_widths_GKT.shape[1:]), []).extend(stacks)
+        self._full = [FullStacks(stacks) for stacks in full.values()]
         if self.adapter and self.share is None:  # now rather than in the first step
             self._lora_stacks({linear_map.name: linear_map.lora() for linear_map in self.maps})
+
+    def value(self, snapshots: Snapshots) -> Tensor:
+        """The loss now; the snapshots are not read where adapters train."""
+        return self.of_adapters() if self.adapter else self.of_weights(snapshots)
 
     def of_weights(self, snapshots: Snapshots) -> Tensor:
         """For maps that train their full weights; these and the biases are measured from the snapshots."""
@@ -505,19 +615,17 @@ class StackedLoss:
         layers = {linear_map.name: linear_map.layer for linear_map in maps}
         now = own_rows(maps, {name: (layer.weight, bias_of(layer)) for name, layer in layers.items()}, share)
         then = own_rows(maps, snapshots, share)
-        parameters = [parameter for stack in self._full for parameter in stack.of(now)]
-        origins = [origin for stack in self._full for origin in stack.of(then)]
-        counts = [len(stack.rows) for stack in self._full]
-        largest = max((sum(stack.outputs) * stack.axes_GDS.shape[1] for stack in self._full), default=0)
+        parameters = [parameter for stacks in self._full for parameter in stacks.of(now)]
+        origins = [origin for stacks in self._full for origin in stacks.of(then)]
+        counts = [len(stacks.rows) for stacks in self._full]
 
         def compute(now: Sequence[Tensor | None]) -> Gradients:
             found = Gradients()
-            workspace = torch.empty(largest, device=self.groups[0].region.mean.device)
-            for stack, part, then in zip(self._full, _split(now, counts), _split(origins, counts), strict=True):
-                found.extend(stack.gradients(part, then, workspace))
+            for stacks, part, then in zip(self._full, _split(now, counts), _split(origins, counts), strict=True):
+                found.extend(stacks.gradients(part, then))
             return found
 
-        rows = [number for stack in self._full for number in stack.rows]
+        rows = [number for stacks in self._full for number in stacks.rows]
         empty = [value for pair in now.values() for value in pair if value is not None and not len(value)]
         return self._over_all_rows(compute, rows, parameters, empty)
 

@@ -124,25 +124,32 @@ class ProtectedMap:
             raise ValueError(
                 f"{self.name} carries a {type(module).__name__}; of the peft adapters only LoRA is supported"
             )
-        if self.is_table:
+        layer, factors_A, factors_B = module.get_base_layer(), module.lora_A, module.lora_B
+        if isinstance(layer, nn.Embedding):
             raise ValueError(f"{self.name} is an embedding; LoRA on these is not supported: train it in full")
-        active = [name for name in module.active_adapters if name in module.lora_A]
+        active = [name for name in module.active_adapters if name in factors_A]
         if len(active) != 1:
             raise ValueError(
                 f"{self.name} has {len(active)} active LoRA adapters, but exactly one is supported: {active}"
             )
-        if getattr(self.layer, "groups", 1) > 1:
-            raise ValueError(f"{self.name} is a grouped convolution; LoRA on these is not supported: train it in full")
-        if isinstance(self.layer, nn.Conv2d) and (self.layer.dilation != (1, 1) or self.layer.padding_mode != "zeros"):
-            raise ValueError(f"{self.name} has dilation or a padding mode, which peft's LoRA drops: train it in full")
+        if isinstance(layer, nn.Conv2d):
+            if layer.groups > 1:
+                raise ValueError(
+                    f"{self.name} is a grouped convolution; LoRA on these is not supported: train it in full"
+                )
+            if layer.dilation != (1, 1) or layer.padding_mode != "zeros":
+                raise ValueError(
+                    f"{self.name} has dilation or a padding mode, which peft's LoRA drops: train it in full"
+                )
         if module.merged:
             raise ValueError(f"the LoRA adapter of {self.name} is merged into the weight: unmerge it first")
         (name,) = active
-        down, up = module.lora_A[name], module.lora_B[name]
+        down, up = factors_A[name], factors_B[name]
         if name in module.lora_variant or up.bias is not None or not isinstance(down, nn.Linear | nn.Conv2d):
             raise ValueError(f"{self.name} uses a LoRA variant (DoRA, lora_bias, ...); only plain LoRA is supported")
-        factors = (down.weight.flatten(1), up.weight.flatten(1))
-        return LoraFactors(*factors, float(module.scaling[name]), (down.weight, up.weight))
+        both = (down.weight, up.weight)
+        factors = both if isinstance(down, nn.Linear) else (both[0].flatten(1), both[1].flatten(1))
+        return LoraFactors(*factors, float(module.scaling[name]), both)
 
     def trainable(self, bias: bool = True) -> list[nn.Parameter]:
         """The parameters that train: the adapter's if there is one, else weight and (unless it is frozen) bias."""
