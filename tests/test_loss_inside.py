@@ -90,9 +90,9 @@ def test_attentions_compute_in_their_processors_and_other_maps_in_hooks():
     assert all(len(names) == 1 for names in parts)
     barrier, _, _ = protected("full weights")
     parts = [sorted(linear_map.name.rpartition(".")[2] for linear_map in part.maps) for part in barrier._loss.parts]
-    assert sorted(parts) == [["to_k", "to_q", "to_v"]] * 3 + [["to_q"]] * 3
+    assert sorted(parts) == [["to_k", "to_q", "to_v"]] * 4 + [["to_q"]] * 4
     found = [type(module.processor) for module in barrier.model.modules() if hasattr(module, "set_processor")]
-    assert found.count(BarrierAttnProcessor) == 6
+    assert found.count(BarrierAttnProcessor) == 8
 
 
 @pytest.mark.parametrize("name", ["full weights", "LoRA", "attention and feed-forward"])

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from barrier_diffusers.data.concepts import ConceptData, DataNeeds
-from barrier_diffusers.data.encoding import EncodedImages, cached_tensors, encode_moments, encode_prompts
+from barrier_diffusers.data.encoding import EncodedImages, moment_batches, prompt_batches
 from barrier_diffusers.data.prompt_checks import require_different_anchors
+from barrier_diffusers.data.stored_rows import stored_rows
 from barrier_diffusers.models.loading import module_hashes
 from barrier_diffusers.utils.run_records import fingerprint, module_hash
 
@@ -34,6 +35,7 @@ def encode_concepts(
 ) -> EncodedConcepts:
     """VAE posteriors of every image and one text embedding per distinct prompt, computed once and cached on disk.
 
+    They stay there: a row is read when it is asked for, so memory does not grow with the data.
     Rows of a role that needs no images have no posteriors, and their images are not read.
     """
     config = concepts.config
@@ -45,25 +47,20 @@ def encode_concepts(
     prompts = sorted({text for texts in captions.values() for text in texts} | {*(anchors or []), *empty})
     position = {text: index for index, text in enumerate(prompts)}
     text_key = fingerprint(prompts, module_hashes(pipeline, "text_encoder"))
-    embeddings = cached_tensors(cache / f"text-{text_key}.safetensors", lambda: encode_prompts(pipeline, prompts))
+    embeddings = stored_rows(
+        cache / f"text-{text_key}.safetensors", len(prompts), lambda: prompt_batches(pipeline, prompts)
+    )
     vae_hash = module_hash(pipeline.vae)
     if anchors:
-        own, other = ([position[text] for text in texts] for texts in (captions["forget"], anchors))
-        conditions = ({name: value[rows_of] for name, value in embeddings.items()} for rows_of in (own, other))
-        require_different_anchors(captions["forget"], anchors, *conditions)
+        require_different_anchors(captions["forget"], anchors, embeddings, position)
 
     def encode(role: str, targets: list[str] | None) -> EncodedImages:
         dataset, moments = rows[role], None
         if role in needs.images:
             key = fingerprint(dataset._fingerprint, vae_hash, resolution, config.image_column)
-            moments = cached_tensors(
-                cache / f"latents-{key}.safetensors",
-                lambda: {
-                    "moments": encode_moments(
-                        pipeline.vae, dataset, config.image_column, resolution=resolution, batch_size=vae_batch_size
-                    )
-                },
-            )["moments"]
+            batches = moment_batches(pipeline.vae, dataset, config.image_column, resolution, vae_batch_size)
+            path = cache / f"latents-{key}.safetensors"
+            moments = stored_rows(path, len(dataset), lambda: ({"moments": batch} for batch in batches))["moments"]
         ids = [torch.tensor([position[text] for text in texts]) for texts in (captions[role], targets or [])]
         anchor_ids = ids[1] if targets else None
         return EncodedImages(moments, ids[0], anchor_ids, embeddings, position[""] if empty else None)

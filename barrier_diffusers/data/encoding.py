@@ -25,14 +25,13 @@ from transformers.utils import logging as transformers_logging
 
 from barrier_diffusers.data.pixels import as_rgb
 from barrier_diffusers.data.readers import unreadable_image
+from barrier_diffusers.data.stored_rows import HASH, StoredRows, padded
 from barrier_diffusers.models.architectures import count_cut, get_architecture
 from barrier_diffusers.models.autoencoders import posterior_parameters
 from barrier_diffusers.models.denoiser import Denoiser
 from barrier_diffusers.models.generation import fitting_batch
 from barrier_diffusers.objectives.base import Condition
 from barrier_diffusers.utils.files import written_whole
-
-HASH = "sha256"  # of the tensors of a cache file, in its header
 
 
 def to_pixels(images: Sequence[Any], resolution: int) -> Tensor:
@@ -107,7 +106,6 @@ def read_pixels(dataset: Dataset, image_column: str, resolution: int, rows: rang
         raise unreadable_image(dataset, image_column, rows) or error from error
 
 
-@torch.no_grad()
 def encode_moments(
     vae: Any, dataset: Dataset, image_column: str, resolution: int, batch_size: int | None = None
 ) -> Tensor:
@@ -116,27 +114,39 @@ def encode_moments(
     Args:
         batch_size: images at once; None: 64, fewer of large images.
     """
+    return torch.cat(list(moment_batches(vae, dataset, image_column, resolution, batch_size)))
+
+
+def moment_batches(
+    vae: Any, dataset: Dataset, image_column: str, resolution: int, batch_size: int | None = None
+) -> Iterator[Tensor]:
+    """`encode_moments`, batch by batch."""
     batch_size = batch_size or fitting_batch(resolution, 64)
     starts = tqdm(range(0, len(dataset), batch_size), desc="VAE latents", leave=False)
     batches = (range(start, min(start + batch_size, len(dataset))) for start in starts)
-    return posteriors(vae, (read_pixels(dataset, image_column, resolution, rows) for rows in batches))
+    yield from posterior_batches(vae, (read_pixels(dataset, image_column, resolution, rows) for rows in batches))
 
 
 @torch.no_grad()
-def posteriors(vae: Any, batches: Iterable[Tensor]) -> Tensor:
-    """VAE posteriors (N, 2 c, h, w) in float32 of batches of pixels (B, 3, H, W) in [-1, 1]."""
+def posterior_batches(vae: Any, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """`posteriors`, batch by batch."""
     upcast = vae.dtype == torch.float16 and vae.config.get(
         "force_upcast", False
     )  # its activations overflow, as SDXL's do
     if upcast:
         vae.to(torch.float32)
-    chunks = []
-    for pixels in batches:
-        # in one order of memory, whatever the reader's: another one is computed with other roundings
-        chunks.append(posterior_parameters(vae, pixels.to(vae.device, vae.dtype).contiguous()).float().cpu())
-    if upcast:
-        vae.to(torch.float16)
-    return torch.cat(chunks)
+    try:
+        for pixels in batches:
+            # in one order of memory, whatever the reader's: another one is computed with other roundings
+            yield posterior_parameters(vae, pixels.to(vae.device, vae.dtype).contiguous()).float().cpu()
+    finally:
+        if upcast:
+            vae.to(torch.float16)
+
+
+def posteriors(vae: Any, batches: Iterable[Tensor]) -> Tensor:
+    """VAE posteriors (N, 2 c, h, w) in float32 of batches of pixels (B, 3, H, W) in [-1, 1]."""
+    return torch.cat(list(posterior_batches(vae, batches)))
 
 
 def tokenize(tokenizer: Any, captions: Sequence[str]) -> Tensor:
@@ -163,43 +173,46 @@ def quiet_libraries() -> Iterator[None]:
             library.set_verbosity(level)
 
 
-@torch.no_grad()
 def encode_prompts(pipeline: Any, prompts: Sequence[str], batch_size: int = 64) -> Condition:
     """The condition of every prompt, float32 tensors (N, ...), as the pipeline itself computes them.
 
     Prompts longer than a tokenizer's length are cut, as the pipeline cuts them, and one warning counts them.
     """
+    chunks = list(prompt_batches(pipeline, prompts, batch_size))
+    return {key: cat_padded([chunk[key] for chunk in chunks]) for key in chunks[0]}
+
+
+def prompt_batches(pipeline: Any, prompts: Sequence[str], batch_size: int = 64) -> Iterator[Condition]:
+    """`encode_prompts`, batch by batch."""
     architecture = get_architecture(type(pipeline).__name__)
-    chunks: list[Condition] = []
     with quiet_libraries():
         cut = [f"{name} keeps {kept} tokens and cuts {n}" for name, (n, kept) in count_cut(pipeline, prompts).items()]
-        for start in range(0, len(prompts), batch_size):
-            encoded = architecture.encode(pipeline, list(prompts[start : start + batch_size]))
-            chunks.append({key: value.float().cpu() for key, value in encoded.items()})
     if cut:
-        warnings.warn(f"of {len(prompts)} prompts, some are too long: {', '.join(cut)}", stacklevel=2)
-    return {key: cat_padded([chunk[key] for chunk in chunks]) for key in chunks[0]}
+        warnings.warn(f"of {len(prompts)} prompts, some are too long: {', '.join(cut)}", stacklevel=3)
+    for start in range(0, len(prompts), batch_size):
+        with quiet_libraries(), torch.no_grad():
+            encoded = architecture.encode(pipeline, list(prompts[start : start + batch_size]))
+            chunk = {key: value.float().cpu() for key, value in encoded.items()}
+        yield chunk
 
 
 def cat_padded(chunks: Sequence[Tensor]) -> Tensor:
     """Tensors (P_i, L_i, ...) one after the other, (P, L, ...), with zeros where one has fewer tokens than another."""
     longest = max((chunk.shape[1] for chunk in chunks if chunk.ndim > 1), default=0)
-
-    def pad(chunk: Tensor) -> Tensor:
-        missing = longest - chunk.shape[1] if chunk.ndim > 1 else 0
-        return torch.cat([chunk, chunk.new_zeros(len(chunk), missing, *chunk.shape[2:])], 1) if missing else chunk
-
-    return torch.cat([pad(chunk) for chunk in chunks])
+    return torch.cat([padded(chunk, longest) for chunk in chunks])
 
 
 @dataclass
 class EncodedImages(TorchDataset):
-    """Captioned images with everything frozen already computed: a training batch is looked up, not encoded."""
+    """Captioned images with everything frozen already computed: a training batch is looked up, not encoded.
 
-    moments: Tensor | None  # VAE posteriors (N, 2 c, h, w); None for rows that are prompts only
+    What is large may stay on the disk, of which rows are read as they are asked for.
+    """
+
+    moments: Tensor | StoredRows | None  # VAE posteriors (N, 2 c, h, w); None for rows that are prompts only
     caption_ids: Tensor  # row of `embeddings` for each image's caption (N,)
     anchor_ids: Tensor | None  # row of `embeddings` for each image's anchor prompt (N,); None: no anchors
-    embeddings: Condition  # one row per distinct prompt in every tensor (P, ...)
+    embeddings: Mapping[str, Tensor | StoredRows]  # one row per distinct prompt in every tensor (P, ...)
     empty_id: int | None = None  # row of `embeddings` for the empty prompt, where one is needed
 
     def __len__(self) -> int:

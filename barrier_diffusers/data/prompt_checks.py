@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,6 @@ import torch
 from barrier_diffusers.data.encoding import quiet_libraries
 from barrier_diffusers.data.folders import announce
 from barrier_diffusers.models.architectures import prompts_cut
-from barrier_diffusers.objectives.base import Condition
 from barrier_diffusers.utils.words import find_names
 
 
@@ -43,20 +42,23 @@ def require_names_within_limit(pipeline: Any, captions: Sequence[str], names: Se
 
 
 def require_different_anchors(
-    captions: Sequence[str], anchors: Sequence[str], own: Condition, other: Condition
+    captions: Sequence[str], anchors: Sequence[str], embeddings: Mapping[str, Any], position: Mapping[str, int]
 ) -> None:
     """Refuse anchors that the text encoders do not tell from the captions: nothing would be trained.
 
     Args:
-        own, other: conditions of the captions and of the anchors, tensors with a row for each.
+        embeddings: tensors, or `StoredRows`, with a row for each prompt.
+        position: prompt -> its row there.
 
     Raises:
         ValueError: all are alike. Where some are, one line says how many.
     """
-    alike = torch.ones(len(captions), dtype=torch.bool)
-    for name, values in own.items():
-        alike &= (values == other[name]).flatten(1).all(dim=1)
-    rows = alike.nonzero().flatten().tolist()
+    pairs = list(zip(captions, anchors, strict=True))
+    known = {
+        pair: all(torch.equal(*(values[position[text]] for text in pair)) for values in embeddings.values())
+        for pair in dict.fromkeys(pairs)
+    }
+    rows = [row for row, pair in enumerate(pairs) if known[pair]]
     if not rows:
         return
     said = f"the text encoders give {captions[rows[0]]!r} and its anchor {anchors[rows[0]]!r} the same embedding"
