@@ -308,6 +308,10 @@ class UnlearnConfig(DiffusionUnlearningConfig):
         if not self.concepts:
             raise ValueError("concept is empty: name the labels to forget")
         require_different(self.concepts, "concept")
+        if self.robust.context_radius:
+            raise ValueError("robust.context_radius moves token embeddings, but labels have none: leave it at 0")
+        if self.robust.token_count != 1:
+            raise ValueError("robust.token_count is of tokens, but a label is one row of its table: leave it at 1")
 
     def check_inputs(self) -> None:
         """A ValueError for a judge that does not know the labels, or labels that the pipeline does not have."""
@@ -315,6 +319,8 @@ class UnlearnConfig(DiffusionUnlearningConfig):
         self.evaluation.check_control(self.concepts)
         require_labels(self.pretrained_model_name_or_path, "concept", self.concepts)
         require_labels(self.pretrained_model_name_or_path, "validation_prompt", self.validation_prompt)
+        starts = [start for start in self.robust.token_starts if start not in ("name", "random")]
+        require_labels(self.pretrained_model_name_or_path, "robust.token_starts", starts)
 
     @property
     def announcement(self) -> str:

@@ -41,6 +41,7 @@ from ddpm_ext.attacks import Images, attack_images, run_attacks
 from ddpm_ext.diffusion import LabelDenoiser, LabelRows, UnlearningRows, draw
 from ddpm_ext.loading import load_pipeline, load_rows
 from ddpm_ext.metrics import EvaluationLabels, evaluate, make_evaluation_labels, make_judge, real_images
+from ddpm_ext.new_rows import LabelVocabulary
 from ddpm_ext.pipeline import ClassConditionalDDPMPipeline
 from ddpm_ext.settings import UnlearnConfig, chosen_objective
 
@@ -267,17 +268,21 @@ def main(config: UnlearnConfig) -> None:
     with accelerator.main_process_first():
         rows = unlearning_rows(config, objective, model.pipeline)
     look_before(config, model, before, accelerator)
+    vocabulary = LabelVocabulary(model.pipeline, rows.forget) if config.robust.token_rounds else None
     unlearner = Unlearner(
         trainer,
         objective=objective,
         barrier=model.barrier,
         denoiser=LabelDenoiser(model.pipeline),
         resolution=model.pipeline.resolution,
+        vocabulary=vocabulary,
     )
     trainer.checkpoints.inputs = {"base model": fingerprint(model.hashes), "data": rows.digest()}
     unlearner.protect(rows)
     model.barrier = unlearner.barrier
     results = unlearner.train(rows, partial(validate, config, model.pipeline))
+    if vocabulary is not None:
+        vocabulary.remove()
     model.pipeline.unet.eval()
     with_helpers(model.pipeline, partial(conclude, config, model, before, results))
     trainer.end_run()

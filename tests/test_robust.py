@@ -8,7 +8,7 @@ import pipelines
 import pytest
 import torch
 import torch.nn.functional as F
-from ddpm_models import Place
+from ddpm_models import Place, make_pipeline
 from diffusers import DDIMScheduler
 from peft import LoraConfig
 from robust_models import Toy
@@ -28,8 +28,11 @@ from barrier_diffusers.training.seeds import one_of, seeded
 from barrier_diffusers.training.settled import ErasureGauge
 from barrier_diffusers.training.steps import StepMaker
 from barrier_diffusers.training.token_adversary import LearningPlan, PromptVocabulary, TokenAdversary
-from barrier_diffusers.utils.command_line import config_from
+from barrier_diffusers.utils.command_line import config_from, parse_config
 from barrier_diffusers.workflow.settings import UnlearnConfig, chosen_objective
+from ddpm_ext.diffusion import LABELS, LabelDenoiser, LabelRows
+from ddpm_ext.new_rows import LabelVocabulary
+from ddpm_ext.settings import UnlearnConfig as LabelUnlearnConfig
 
 META = {"robust.meta_steps": "[1,3]", "robust.meta_learning_rates": "[1e-3,1e-2]", "robust.meta_num_images": 3}
 TOKENS = {"robust.token_rounds": 2, "robust.token_interval": 1, "robust.token_num_steps": 2}
@@ -502,7 +505,56 @@ def test_every_objective_with_weights_and_with_an_adapter(name, rank, source, tm
 
 def test_the_label_model_trains_so_too(tmp_path):
     place = Place(tmp_path)
-    settings = {**ROBUST, "objective.alpha": 1.0, "barrier.targets": "[Linear,Conv2d]", "learning_rate": 1e-2}
-    metrics, _ = place.unlearn(tmp_path / "run", **settings)
-    assert metrics["num_trainable"] == metrics["num_parameters"]
+    settings = {**ROBUST, "objective.alpha": 1.0, "barrier.targets": "[to_q]", "learning_rate": 1e-2}
+    settings |= {**TOKENS, "robust.token_starts": "[coat,random]", "checkpointing_steps": 2}
+    metrics, whole = place.unlearn(tmp_path / "run", **settings)
+    assert metrics["num_trainable"] == metrics["num_parameters"] and len(metrics["erased"]["token_losses"]) == 2
     assert min(json.loads((tmp_path / "run" / "manifest.json").read_text())["history"]["meta"]) > 0
+    shutil.copytree(tmp_path / "run" / "checkpoints", tmp_path / "half" / "checkpoints")
+    _, half = place.unlearn(tmp_path / "half", **settings, resume_from_checkpoint="step-2")
+    for (name, one), other in zip(whole.named_parameters(), half.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    for changes, message in (
+        ({"robust.context_radius": 0.1}, "labels have none"),
+        ({"robust.token_count": 2}, "a label is one row"),
+        ({"robust.token_starts": "[shoe]"}, "robust.token_starts names 'shoe'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            words = place.unlearn_words(tmp_path / "refused", **{**settings, **changes})
+            parse_config(LabelUnlearnConfig, words).check_inputs()
+
+
+def test_a_new_row_of_the_label_table_is_learned_and_no_weight_moves():
+    pipeline = make_pipeline()
+    denoiser, table = LabelDenoiser(pipeline), pipeline.unet.class_embedding
+    generator = torch.Generator().manual_seed(0)
+    rows = LabelRows(
+        torch.tensor([1, 2] * 4), torch.randint(0, 256, (8, 1, 8, 8), dtype=torch.uint8, generator=generator)
+    )
+    before = [value.clone() for value in pipeline.unet.parameters()]
+    drawn = denoiser.noised(rows.images, torch.Generator().manual_seed(1))
+
+    def answer(condition):
+        return denoiser.predict(pipeline.unet, drawn.noisy, drawn.timesteps, condition).detach()
+
+    plain = answer({LABELS: rows.labels})
+    vocabulary = LabelVocabulary(pipeline, rows)
+    vectors = vocabulary.learn("name", replace(PLAN, num_steps=1))
+    assert all(torch.equal(one, other) for one, other in zip(pipeline.unet.parameters(), before, strict=True))
+    for label, name in ((1, "boot"), (2, "coat")):  # the first step of Adam is the sign of the gradient
+        generator = torch.Generator().manual_seed(PLAN.seed)
+        images = rows.images[rows.labels == label]
+        made = denoiser.noised(images[torch.randint(4, (8,), generator=generator)], generator)
+        prediction = denoiser.predict(pipeline.unet, made.noisy, made.timesteps, {LABELS: torch.full((8,), label)})
+        (gradient,) = torch.autograd.grad(F.mse_loss(prediction, made.target), table.weight)
+        expected = table.weight[label].detach() - PLAN.learning_rate * gradient[label].sign()
+        torch.testing.assert_close(vectors[name][0], expected, rtol=1e-3, atol=1e-4)
+    numbers = vocabulary.conditions(vectors)[LABELS]
+    by_number = answer({LABELS: numbers[vocabulary.row_ids]})
+    torch.testing.assert_close(answer({LABELS: rows.labels}), plain, rtol=0, atol=0)
+    with torch.no_grad():
+        table.weight[1], table.weight[2] = vectors["boot"][0], vectors["coat"][0]
+    torch.testing.assert_close(by_number, answer({LABELS: rows.labels}))
+    assert (by_number - plain).abs().max() > 1e-3 and pipeline.unet.class_embedding is table
+    vocabulary.remove()
+    assert not table._forward_hooks and not table._forward_pre_hooks
