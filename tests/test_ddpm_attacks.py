@@ -143,3 +143,45 @@ def test_a_label_that_was_only_renamed_comes_back(monkeypatch):
     images = attack_images(config, data, pipeline, [label])["inversion", label]
     made = attack("inversion", pipeline, label, images, budget, [label] * 8, sampling)
     assert sum(judge.shows(made, label)) >= 6
+
+
+def another(place, folder):
+    """A pipeline with other weights."""
+    pipeline = load_pipeline(str(place.base))
+    with torch.no_grad():
+        for weight in pipeline.unet.parameters():
+            weight += 0.05 * torch.randn_like(weight)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def test_a_control_is_attacked_with_the_same_images_and_at_the_same_marks(place, tmp_path, capsys):
+    torch.manual_seed(0)
+    settings = {"pretrained_model_name_or_path": place.base, "concept": "boot", "evaluation.judge": place.judge}
+    settings |= {"evaluation.images_per_label": 5, "evaluation.sampling.num_inference_steps": 2, **SHORT}
+    settings |= {"evaluation.control": another(place, tmp_path / "control"), "evaluation.relearning.marks": "[1]"}
+
+    def config_of(name, **changes):
+        words = place.words(tmp_path / name, {**settings, **changes})
+        return parse_config(EvaluateConfig, [word for word in words if word not in ("--report_to", "none")])
+
+    def judged(name, **changes):
+        evaluate_script.main(config_of(name, **changes))
+        return json.loads((tmp_path / name / "evaluation.json").read_text())
+
+    record = judged("judged")
+    assert list(record["attacks"][1]["curve"]) == ["1", "2"]
+    gaps = {gap["attack"]: gap for gap in record["attack_gaps"]}
+    for mine, other in zip(record["attacks"], record["control_attacks"], strict=True):
+        gap = gaps[mine["attack"]]["marks"]["2"]["gap"]
+        assert gap["value"] == pytest.approx(mine["post_attack"]["value"] - other["post_attack"]["value"])
+        assert mine["budget"] == other["budget"] and mine["num_training_images"] == other["num_training_images"]
+    assert set(gaps["relearning"]["marks"]) == {"1", "2"} and "strongest" in capsys.readouterr().out
+    swapped = judged(
+        "swapped", **{"pretrained_model_name_or_path": tmp_path / "control", "evaluation.control": place.base}
+    )
+    assert swapped["control_attacks"] == record["attacks"] and swapped["attacks"] == record["control_attacks"]
+    with pytest.raises(ValueError, match="has the weights of what is judged"):
+        judged("same", **{"evaluation.control": place.base})
+    with pytest.raises(ValueError, match=r"evaluation\.control is about attacks, and there is none"):
+        config_of("none", **{"evaluation.attacks": "[]"}).check_inputs()
