@@ -68,7 +68,8 @@ def main(config: EvaluateConfig) -> None:
         seconds = attacked.seconds
         if attacked.has_curves:
             write_json(output / CURVES_NAME, attacked.curves)
-        attacks_picture(attacked.plain, attacked.pictures, path=output / PICTURE_NAME, columns=PICTURE_COLUMNS)
+        columns = min(PICTURE_COLUMNS, config.evaluation.images_per_label)
+        attacks_picture(attacked.plain, attacked.pictures, path=output / PICTURE_NAME, columns=columns)
         hashes |= {f"images of {known.concept}": images_hash(known.images) for known in forgotten}
     if concepts is not None and concepts.judge is not None:
         hashes |= {"classifier": module_hash(concepts.judge.classifier)}

@@ -14,7 +14,7 @@ import numpy as np
 
 from barrier_diffusers.evaluation.attack_gap import attack_gap
 from barrier_diffusers.evaluation.attacks.base import Forgotten
-from barrier_diffusers.evaluation.attacks.cells import CellPool, CellRunner, Scene
+from barrier_diffusers.evaluation.attacks.cells import CellPool, CellRunner, Scene, first_small
 from barrier_diffusers.evaluation.attacks.running import (
     CONTROL,
     ERASED,
@@ -47,7 +47,7 @@ class Attacked:
     seconds: dict[str, float]  # by attack
     curves: list[dict[str, Any]]  # every attacker with its curve
     has_curves: bool  # whether there is more to them than `metrics` says
-    plain: dict[str, np.ndarray]  # concept -> images (N, H, W, 3) of its plain prompts
+    plain: dict[str, np.ndarray]  # concept -> the first images (N, H, W, 3) of its plain prompts
     pictures: dict[str, np.ndarray]  # "attack: concept" -> the first images (N, H, W, 3) under attack
 
 
@@ -139,7 +139,8 @@ def attack(
         print_gaps(metrics["attack_gaps"])
     curves = curves_record(results)
     has_curves = level is not None or any(len(row["marks"]) > 1 for row in curves)
-    return Attacked(metrics, seconds, curves, has_curves, plain, first_images(results))
+    shown = {concept: first_small(images) for concept, images in plain.items()}
+    return Attacked(metrics, seconds, curves, has_curves, shown, first_images(results))
 
 
 def gaps(results: Mapping[Key, AttackResults], usable: Mapping[str, float]) -> list[dict[str, Any]]:

@@ -103,6 +103,7 @@ IMAGE_METRICS = (
     *_names("clip_score.WHEN.forgotten", "clip_score.WHEN.retained", "clip_score.WHEN.details.*"),
     *("lpips.forgotten", "lpips.retained", "lpips.difference", "lpips.details.*"),
     *("membership.*", "attacks.*", "certificate.*", "scheduler.*"),
+    *("control.*", "control_attacks.*", "attack_gaps.*"),
 )
 
 
@@ -113,6 +114,7 @@ CLASSIFIER_METRICS = (
 
 
 LABEL_METRICS = _names("fid_*", "is_*", "precision_*", "recall_*", "*_entropy_WHEN", "retained_WHEN.*", "attacks.*")
+LABEL_METRICS += ("control_attacks.*", "attack_gaps.*")
 LABEL_METRICS += (*ACCURACIES, "accuracy", "fidelity.*", "judge.*")
 
 
@@ -143,7 +145,18 @@ WORKFLOWS: dict[str, tuple[Stage, ...]] = {
             folder="evaluate",
             part="images",
             needed=lambda plan: not _judges_images(plan),
-            ignored=("attacks", *ATTACKS, "certificate", "membership", "clip", "fidelity", "lpips")
+            ignored=(
+                "attacks",
+                *ATTACKS,
+                "control",
+                "attack_budget",
+                "attack_workers",
+                "certificate",
+                "membership",
+                "clip",
+                "fidelity",
+                "lpips",
+            )
             + ("nudity.threshold", "nudity.model", "evaluation.classifier"),
             **IMAGE_SETTINGS,  # type: ignore[arg-type]
         ),

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -111,14 +112,19 @@ def read_cell(path: Path) -> CellResult | None:
         return None
 
 
-def strip_of(images_NHWC: np.ndarray) -> str:
-    """The first images side by side as a PNG, base64."""
+def first_small(images_NHWC: np.ndarray) -> np.ndarray:
+    """The first images for a picture, of large ones thumbnails."""
     shown = []
     for image in images_NHWC[:PICTURE_COLUMNS]:
         picture = Image.fromarray(image)
         picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
         shown.append(np.asarray(picture))
-    return base64.b64encode(png_bytes(np.concatenate(shown, axis=1))).decode()
+    return np.stack(shown)
+
+
+def strip_of(images_NHWC: np.ndarray) -> str:
+    """The first images side by side as a PNG, base64."""
+    return base64.b64encode(png_bytes(np.concatenate(list(first_small(images_NHWC)), axis=1))).decode()
 
 
 @dataclass(frozen=True)
@@ -288,6 +294,8 @@ class CellPool:
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
         if self._pool is not None:
+            for worker in multiprocessing.active_children() if kind is not None else []:
+                worker.terminate()  # it may be in the middle of a long training
             self._pool.shutdown(wait=kind is None, cancel_futures=kind is not None)
 
     def run(self, cells: Sequence[Cell]) -> list[CellResult]:
@@ -301,6 +309,12 @@ class CellPool:
             self._pool = ProcessPoolExecutor(self.workers, context, _start_worker, arguments)
         started = {self._pool.submit(_run_in_worker, cell): index for index, cell in enumerate(cells)}
         found: dict[int, CellResult] = {}
-        for job in tqdm(as_completed(started), total=len(started), desc="attacks"):
-            found[started[job]] = job.result()
+        try:
+            for job in tqdm(as_completed(started), total=len(started), desc="attacks"):
+                found[started[job]] = job.result()
+        except BrokenProcessPool as error:
+            raise ChildProcessError(
+                "a process of the attacks was ended from outside, for want of memory perhaps: lower attack_workers; "
+                "the same command goes on with what is finished"
+            ) from error
         return [found[index] for index in range(len(cells))]
