@@ -30,7 +30,7 @@ from barrier_diffusers.utils.files import write_json
 from barrier_diffusers.utils.output_folder import in_output_folder
 from barrier_diffusers.utils.run_records import METRICS_NAME, manifest, module_hash
 
-WITHOUT_EFFECT = ("output_dir", "overwrite_output_dir")  # settings that change no number
+WITHOUT_EFFECT = ("output_dir", "overwrite_output_dir", "cache_dir")  # settings that change no number
 
 
 @in_output_folder(kept=[IMAGES_NAME])

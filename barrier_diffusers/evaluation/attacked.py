@@ -87,7 +87,7 @@ def scene_of(config: EvaluateConfig, concepts: ConceptProtocol, forgotten: Seque
         forgotten=list(forgotten),
         classifier=judge.source,
         facts=facts,
-        cache=judged_model.output / "cache",
+        cache=Path(config.cache_dir or judged_model.output / "cache"),
         modules=as_list(config.module),
         first_failure_ends=config.attack_budget is None,
     )

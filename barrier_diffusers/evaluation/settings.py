@@ -92,6 +92,8 @@ class EvaluateConfig:
     control: str | None = None
     # None: each attack as its section says. standard: a handful of settings of each; thorough: a grid of hundreds
     attack_budget: Literal["standard", "thorough"] | None = None
+    # what each attacker brought back, which evaluations beside the same control may share; default output_dir/cache
+    cache_dir: str | None = None
     attack_workers: int = 1  # processes that attacks run in, each with its share of the cores and its GPU
     # beside these: one section for each attack and protocol that has settings of its own, called as it is
 
@@ -108,6 +110,7 @@ class EvaluateConfig:
         clip=MODEL,
         module=MODULE,
         control=MODEL,
+        cache_dir=OUTPUT,
         attack_workers=at_least(1),
     )
 

@@ -151,6 +151,7 @@ WORKFLOWS: dict[str, tuple[Stage, ...]] = {
                 "control",
                 "attack_budget",
                 "attack_workers",
+                "cache_dir",
                 "certificate",
                 "membership",
                 "clip",

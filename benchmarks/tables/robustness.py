@@ -125,7 +125,7 @@ class RobustnessTable(Table):
                 run_chain([row], output, keep=True, config=WAYS[way][0])
             seconds = json.loads((folder / METRICS_NAME).read_text())["seconds_training"]
         judged = output / f"{row.name}-judged"
-        flags |= {"output_dir": judged, "overwrite_output_dir": True, **self.judged}
+        flags |= {"output_dir": judged, "overwrite_output_dir": True, "cache_dir": output / "attackers", **self.judged}
         EVALUATE.run(self.evaluation, flags, log_of(output, judged.name))
         record = json.loads((judged / METRICS_NAME).read_text())
         return {**robustness_numbers(record), **({} if seconds is None else {"seconds_training": seconds})}

@@ -241,8 +241,8 @@ def evenly(length: int, count: int) -> list[int]:
 
 
 def with_fewer_prompts(known: Forgotten, count: int) -> Forgotten:
-    """The same concept with the first `count` of its prompts, and with as many of what is retained."""
-    rows = evenly(len(known.retain_prompts), count)
+    """The same concept with the first `count` of its prompts, and with half as many of what is retained."""
+    rows = evenly(len(known.retain_prompts), max(1, count // 2))
     return replace(
         known,
         prompts=known.prompts[:count],

@@ -65,7 +65,7 @@ class RelearningConfig(LearningBudget):
     # steps of inversion first: the token that it finds stands in the captions and prompts; 0: the concept's own name
     token_steps: int = 0
 
-    SURVIVORS = 12
+    SURVIVORS = 8
     RULES = rules(rank=Range(1, 4096), token_steps=at_least(0))
 
     def images_of(self, forgotten: Forgotten) -> tuple[str, Dataset]:
