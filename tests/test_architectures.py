@@ -7,11 +7,17 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPAGPipeline
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FluxPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPAGPipeline,
+)
+from PIL import Image
 from pipelines import BUILDERS, build
 from short_runs import ROOT
 
-from barrier_diffusers import Barrier, BarrierConfig, register_architecture
+from barrier_diffusers import Barrier, BarrierConfig, register_architecture, unlearn
 from barrier_diffusers.data.encoding import encode_prompts, posteriors
 from barrier_diffusers.models.architectures import get_architecture, sampling_arguments
 from barrier_diffusers.models.autoencoders import arranged
@@ -19,7 +25,9 @@ from barrier_diffusers.models.denoiser import PipelineDenoiser
 from barrier_diffusers.models.rows.base import pack, unpack
 from barrier_diffusers.models.rows.flux import image_ids
 from barrier_diffusers.objectives import ObjectiveConfig, load_objective
+from barrier_diffusers.protection.targets import numbered_blocks
 from barrier_diffusers.training.steps import StepMaker
+from barrier_diffusers.training.unlearn import text_inputs
 
 PROMPTS = ["a photo of a red boot", "a sneaker"]
 
@@ -329,24 +337,81 @@ def test_maps_are_found_and_share_their_inputs(name):
     assert barrier.compute_protection_loss().item() == 0
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("name", BUILDERS)
 def test_the_default_maps_read_what_their_row_says(name):
+    """The prompt alone, as `retain_statistics prompts` takes it, or tokens of the image, or neither."""
     pipeline = build(name)
     denoiser = PipelineDenoiser(pipeline)
-    condition = encode_prompts(pipeline, PROMPTS)
-    text = condition["encoder_hidden_states"]
-    noisy, read = torch.randn(2, pipeline.vae.config.latent_channels, 8, 8), {}
-    for target, reads in denoiser.architecture.targets.items():
-        for entry in Barrier(denoiser.network, BarrierConfig(targets=[target], reduced_dim=2)).maps:
-            entry.module.register_forward_pre_hook(
-                lambda _, args, key=(entry.name, reads): read.update({key: args[0]})
+    row, network, condition = denoiser.architecture, denoiser.network, encode_prompts(pipeline, PROMPTS)
+    read = {}
+    for target, reads in row.targets.items():
+        for linear_map in Barrier(network, BarrierConfig(targets=[target], reduced_dim=2)).maps:
+            linear_map.module.register_forward_pre_hook(
+                lambda _, args, key=(linear_map.name, reads): read.update({key: args[0]})
             )
+    noisy = torch.randn(2, denoiser.latent_channels, 12, 12)
     with torch.no_grad():
-        denoiser.predict(denoiser.network, noisy, torch.tensor([900.0, 100.0]), condition)
+        denoiser.predict(network, noisy, torch.tensor([900.0, 100.0]), condition)
+        alone = text_inputs(pipeline, PROMPTS) if "prompt" in row.targets.values() else torch.zeros(0)
+    tokens = 144 // denoiser.tokens_side**2
     assert read
     for (_, reads), rows in read.items():
-        if reads == "image":
-            assert rows.shape[1] in (16, 64) and rows.shape[1] != text.shape[1]
-        else:
-            assert rows.shape[1] == text.shape[1]
-            assert (reads == "prompt") == (rows.shape == text.shape and torch.equal(rows, text))
+        assert (reads == "prompt") == (rows.shape == alone.shape and torch.allclose(rows, alone, atol=1e-5))
+        assert reads != "image" or rows.shape[1] in (tokens, tokens // 4)  # a UNet has two sides
+        assert reads != "text stream" or rows.shape[1] != tokens
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "z_image", "cogview4"])
+def test_prompts_of_different_lengths_in_one_batch(name):
+    """Each row is predicted as if its prompt were asked alone."""
+    pipeline, prompts = build(name), ["a boot", "a photo of a red boot, " * 4]
+    denoiser = PipelineDenoiser(pipeline)
+    noisy, timesteps = torch.randn(2, denoiser.latent_channels, 8, 8), torch.tensor([900.0, 100.0])
+    with torch.no_grad():
+        condition = encode_prompts(pipeline, prompts, batch_size=1)
+        together = denoiser.predict(denoiser.network, noisy, timesteps, condition)
+        for row in range(2):
+            own = slice(row, row + 1)
+            alone = encode_prompts(pipeline, prompts[own])
+            assert alone["encoder_hidden_states"].shape[1] <= condition["encoder_hidden_states"].shape[1]
+            wanted = denoiser.predict(denoiser.network, noisy[own], timesteps[own], alone)
+            torch.testing.assert_close(together[own], wanted, rtol=1e-4, atol=1e-5)
+    assert len({int(length) for length in condition["encoder_attention_mask"].sum(1)}) == 2
+
+
+@pytest.mark.parametrize("name", ["sana", "lumina2"])
+def test_the_empty_prompt_is_the_missing_negative_one(name):
+    """These pipelines put an instruction before prompts, but not before the one that they guide away from."""
+    pipeline = build(name)
+    got = encode_prompts(pipeline, ["", "a boot"])
+    with torch.no_grad():
+        found = pipeline.encode_prompt(["a boot"], do_classifier_free_guidance=True)
+    torch.testing.assert_close(got["encoder_hidden_states"][:1], found[2])
+    torch.testing.assert_close(got["encoder_attention_mask"][:1], found[3].float())
+
+
+BLOCKS = {"hidream": 2, "z_image": 2, "lumina2": 2, "hunyuan_dit": 4, "auraflow": 3, "sana": 2, "flux": 5}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_are_counted(name):
+    pipeline = build(name)
+    assert len(numbered_blocks(pipeline.transformer)) == BLOCKS[name]
+    targets = list(get_architecture(type(pipeline).__name__).targets)
+    assert len(Barrier(pipeline.transformer, BarrierConfig(targets=targets, blocks=[0], reduced_dim=2)).maps) == 3
+
+
+def test_what_a_class_cannot_do_is_refused():
+    pipeline = build("hunyuan_image")
+    pipeline.transformer.register_to_config(use_meanflow=True)
+    with pytest.raises(ValueError, match="this HunyuanImagePipeline is the distilled one"):
+        PipelineDenoiser(pipeline)
+    settings = {"images": [Image.new("RGB", (32, 32))], "resolution": 32, "retain_prompts": ["a bag"]}
+    settings |= {"objective": {"name": "uce"}}
+    settings |= {"barrier": {"targets": ["attn2.to_k", "attn2.to_v"], "lambda_interval": 0, "reduced_dim": 2}}
+    with pytest.raises(ValueError, match="objective 'uce' pairs the tokens of two prompts"):
+        unlearn(build("sana"), "boot", anchor="sneaker", **settings)
+    pipeline = build("sana")
+    pipeline.register_modules(scheduler=DPMSolverMultistepScheduler())
+    with pytest.raises(ValueError, match="Scheduler with use_flow_sigmas False, prediction_type eps"):
+        PipelineDenoiser(pipeline)

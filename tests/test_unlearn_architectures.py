@@ -5,14 +5,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
-from pipelines import build
+from diffusers import DiffusionPipeline, HiDreamImagePipeline
+from PIL import Image
+from pipelines import TODAY, build
 from safetensors.torch import load_file
 from short_runs import run_tiny
 
-from barrier_diffusers import Barrier, BarrierConfig
-from barrier_diffusers.models.architectures import get_architecture
-from barrier_diffusers.models.loading import load_pipeline
+from barrier_diffusers import Barrier, BarrierConfig, unlearn
+from barrier_diffusers.models.architectures import get_architecture, sampling_arguments
+from barrier_diffusers.models.loading import load_adapter, load_pipeline
+from barrier_diffusers.models.publishing import save_adapter, save_pipeline
 
 PIPELINES = ["sd", "sd_velocity", "sdxl", "sd3", "flux"]
 
@@ -63,6 +65,46 @@ def test_full_weights_from_folder_to_folder(name, folders, tmp_path):
     assert set(content["hashes"]) == {"base_denoiser"} | {
         n for n, m in pipeline.components.items() if hasattr(m, "state_dict")
     }
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("name", [builder.__name__ for builder in TODAY])
+def test_todays_pipelines_unlearn_and_load_with_diffusers(name, rank, tmp_path):
+    """Two steps in memory; what is saved gives the images that the pipeline in memory gives."""
+    pipeline, base = build(name), build(name)
+    row = get_architecture(type(pipeline).__name__)
+    settings = {"images": [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")], "resolution": 32}
+    settings |= {"max_train_steps": 2, "train_batch_size": 2, "learning_rate": 0.05, "rank": rank}
+    settings |= {"objective": {"alpha": 0}, "barrier": {"reduced_dim": 2}, "forget_prompts": ["a red boot", "a boot"]}
+    if rank and not row.has_adapters:
+        with pytest.raises(ValueError, match="diffusers saves and loads no LoRA adapter for a"):
+            unlearn(pipeline, "boot", anchor="sneaker", **settings)
+        return
+    result = unlearn(pipeline, "boot", anchor="sneaker", **settings)
+    assert min(result.history["objective"]) > 0 and np.isfinite(result.history["protection"]).all()
+    if rank:
+        save_adapter(pipeline, tmp_path)
+        loaded = build(name)
+        load_adapter(loaded, str(tmp_path))
+    else:
+        save_pipeline(pipeline, tmp_path)
+        loaded = load(tmp_path)
+        old, new = (getattr(made, row.denoiser).state_dict() for made in (base, loaded))
+        owners = {key.rpartition(".")[0] for key in new if not torch.equal(old[key], new[key])}
+        assert owners and all(any(f".{owner}".endswith(f".{target}") for target in row.targets) for owner in owners)
+    drawn = [images_of(made) for made in (base, pipeline, loaded)]
+    assert np.abs(drawn[1] - drawn[0]).max() > 1e-5
+    np.testing.assert_allclose(drawn[2], drawn[1], atol=1e-4)
+
+
+def images_of(pipeline):
+    """Two images in two steps, with the arguments that the row gives the pipeline."""
+    pipeline.set_progress_bar_config(disable=True)
+    if isinstance(pipeline, HiDreamImagePipeline):
+        pipeline.default_sample_size = 8  # it scales every size to this one
+    asked = sampling_arguments(pipeline, ["a photo of a red boot", "a sneaker"], 2.0)
+    size = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "np"}
+    return pipeline(**asked, **size, generator=torch.Generator().manual_seed(0)).images
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3_plain", "flux"])

@@ -1,6 +1,8 @@
 """Tiny random text encoders and their tokenizers, from the libraries' own classes; nothing is downloaded."""
 
+import functools
 import string
+import tempfile
 from pathlib import Path
 
 import sentencepiece
@@ -193,10 +195,11 @@ def chatglm(width=8, heads=2):
     return made
 
 
-def chatglm_tokenizer(folder):
-    """A SentencePiece model of letters, trained on the words above and written into `folder`."""
-    path = folder / "tokenizer.model"
-    with path.open("wb") as file:
+@functools.cache
+def sentencepiece_model():
+    """A folder with a SentencePiece model of letters, trained on the words above; it is there until Python ends."""
+    folder = tempfile.TemporaryDirectory()
+    with (Path(folder.name) / "tokenizer.model").open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(WORDS),
             model_writer=file,
@@ -205,4 +208,9 @@ def chatglm_tokenizer(folder):
             hard_vocab_limit=False,
             minloglevel=2,
         )
-    return ChatGLMTokenizer(str(path))
+    return folder
+
+
+def chatglm_tokenizer():
+    """Letters; it reads its file again when it is saved."""
+    return ChatGLMTokenizer(str(Path(sentencepiece_model().name) / "tokenizer.model"))

@@ -118,7 +118,7 @@ def unlearn(
         values: dict[str, Any] = {
             "pretrained_model_name_or_path": name or type(pipeline).__name__,
             "concept": concept,
-            "resolution": PipelineDenoiser(pipeline).default_resolution,
+            "resolution": settings.get("resolution") or PipelineDenoiser(pipeline).default_resolution,
             "retain_prompts": list(retain_prompts),
             "report_to": "none",
             **settings,
