@@ -26,7 +26,7 @@ from barrier_diffusers.evaluation.erasure import generate_cached
 from barrier_diffusers.evaluation.judge import Judge, as_rgb
 from barrier_diffusers.evaluation.pictures import before_after_grid, loss_curves, strip
 from barrier_diffusers.evaluation.report import REPORT_NAME, write_report
-from barrier_diffusers.evaluation.tables import print_metrics
+from barrier_diffusers.evaluation.tables import erase_more, print_metrics, warn_if_not_erased
 from barrier_diffusers.models.loading import module_hashes
 from barrier_diffusers.models.shared_generation import generate_together, with_helpers
 from barrier_diffusers.objectives import Objective
@@ -231,6 +231,7 @@ def judge_after(
         )
         metrics = {**scores, **facts}
         print_metrics(metrics, config.evaluation.attribute, asked.forgotten)
+        warn_if_not_erased(metrics["unlearning_accuracy"], asked.forgotten, erase_more(config))
     hashes = {"base_denoiser": model.hashes["unet"], **module_hashes(pipeline)}
     write_json(output / MANIFEST_NAME, manifest(config, hashes, history=history, **facts))
     if before.attack_images and before.judge is not None:

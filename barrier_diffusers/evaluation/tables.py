@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -39,6 +40,39 @@ def print_metrics(metrics: Mapping[str, Any], attribute: str, forgotten: Sequenc
         f"({details['unlearning_accuracy']['num_images']} images), {retained} "
         f"({details['retain_accuracy_after']['num_images']} images)"
     )
+
+
+NOT_ERASED = 80.0  # an unlearning accuracy, in percent, from which on down a run says that it has not erased
+
+
+def warn_if_not_erased(unlearning_accuracy: float, forgotten: Sequence[str], instead: str) -> None:
+    """One line on stderr where more than a fifth of the images that were asked for what is forgotten still show it.
+
+    Args:
+        unlearning_accuracy: in percent.
+        instead: what to change.
+    """
+    if unlearning_accuracy < NOT_ERASED:
+        print(
+            f"warning: not erased: {100 - unlearning_accuracy:.0f} % of the images asked for {' or '.join(forgotten)} "
+            f"still show it: {instead}",
+            file=sys.stderr,
+        )
+
+
+def erase_more(settings: Any, otherwise: str = "choose another anchor or objective") -> str:
+    """What a run that trains can change if it has not erased, to follow "not erased:".
+
+    Args:
+        settings: of an unlearning run.
+        otherwise: what helps if nothing of that does.
+    """
+    more = ["raise max_train_steps or learning_rate"]
+    if settings.protected and settings.barrier.has_penalty:
+        more.append(f"lower barrier.lambda_interval (it is {settings.barrier.lambda_interval:g})")
+        if not settings.barrier.use_actual_bounds:
+            more.append("set barrier.use_actual_bounds")
+    return f"{', '.join(more)}, or {otherwise}"
 
 
 def interval(counted: Mapping[str, Any]) -> str:

@@ -30,7 +30,7 @@ from barrier_diffusers.evaluation.erasure import (
     make_evaluation_prompts,
 )
 from barrier_diffusers.evaluation.pictures import before_after_grid, loss_curves, strip
-from barrier_diffusers.evaluation.tables import print_metrics
+from barrier_diffusers.evaluation.tables import erase_more, print_metrics, warn_if_not_erased
 from barrier_diffusers.models.architectures import Architecture, components, get_architecture
 from barrier_diffusers.models.denoiser import PipelineDenoiser
 from barrier_diffusers.models.loading import (
@@ -417,6 +417,8 @@ def judge(run: Run, model: LoadedModel, data: RunData, before: Before, results: 
         attribute, scores = evaluate_erasure(config.evaluation, prompts, before.images, after)
         metrics = {**scores, **facts}
         print_metrics(metrics, attribute, prompts.forgotten)
+        advice = erase_more(config) if run.objective.edit is None else "choose another anchor, or more forget prompts"
+        warn_if_not_erased(metrics["unlearning_accuracy"], prompts.forgotten, advice)
     return metrics
 
 
