@@ -141,8 +141,9 @@ def unlearn(
 
     With the objectives rl, concept and esd the call's own defaults are max_train_steps 100, learning_rate 1e-3,
     objective.alpha 1, barrier.lambda_interval 0.1 and barrier.use_actual_bounds, which erase and keep on the embedded
-    model (UA 100, no retained accuracy lost, for two concepts); a large pipeline takes a lower learning rate. All else, and all with other objectives, is as in the script.
-    An evaluation (`evaluation={"classifier": FOLDER}`) says whether it worked, and what to change if not.
+    model (docs/quickstart.md); a large pipeline takes a lower learning rate. All else, and all with other objectives,
+    is as in the script. An evaluation (`evaluation={"classifier": FOLDER}`) says whether it worked, and what to change
+    if not.
 
     Raises:
         ValueError: settings that contradict one another or do not fit the pipeline.
