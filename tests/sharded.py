@@ -17,7 +17,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.nn.parallel import DistributedDataParallel
 
 from barrier_diffusers.protection.barrier import Barrier
 from barrier_diffusers.protection.config import BarrierConfig
@@ -185,12 +187,69 @@ def train(name, folder, rank=0, size=1, sharded_first=False):
     return found
 
 
+INSIDE = [  # with the loss inside the forward pass; whether blocks are checkpointed
+    ("full weights", "FSDP 1", True),
+    ("LoRA", "FSDP 1", False),
+    ("convolutions and biases", "FSDP 1", False),
+    ("full weights", "DDP", True),
+    ("LoRA", "DDP", False),
+]
+
+
+def wrapped(model, kind):
+    """The model under an engine; those that make a block's weights whole only while it runs are FSDP's."""
+    if kind == "DDP":
+        return DistributedDataParallel(model)
+    policy = ModuleWrapPolicy({BasicTransformerBlock})
+    return FullyShardedDataParallel(
+        model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu")
+    )
+
+
+def train_inside(name, kind=None, checkpointing=False, rank=0, size=1):
+    """Losses and weights after five steps; without an engine, with the loss outside."""
+    make, forward, batches, options = CASES[name]
+    torch.manual_seed(0)
+    model = make().eval()
+    config = BarrierConfig(reduced_dim=3, lambda_interval=0.5, loss_inside=kind is not None, **options)
+    barrier = Barrier(model, config)
+    barrier.setup_protection(batches(), forward)  # on all data: both kinds fit the same
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+        model.train()
+    optimizer = torch.optim.AdamW(barrier.trainable_parameters(), lr=0.01, eps=1e-4, weight_decay=0.0)
+    engine = wrapped(model, kind) if kind else model
+    found = {"losses": []}
+    for index in range(STEPS):
+        optimizer.zero_grad()
+        batch = part_of(batches()[index % 3], rank, size)
+        objective = forward(engine, batch).square().mean()
+        protection = barrier.compute_protection_loss()
+        (objective + protection).backward()
+        optimizer.step()
+        found["losses"].append(protection.item())
+    if kind == "FSDP 1":
+        try:
+            barrier.compute_protection_loss()
+        except RuntimeError as error:
+            found["without a forward pass"] = str(error)
+        with FullyShardedDataParallel.summon_full_params(engine, writeback=False):
+            values = {name: value.detach().clone() for name, value in engine.named_parameters()}
+        found["weights"] = {name.replace("_fsdp_wrapped_module.", ""): value for name, value in values.items()}
+    else:
+        found["weights"] = state_of(model)
+    return found
+
+
 def worker(rank, size, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
     for name, sharded_first in RUNS:
         found = train(name, Path(folder) / f"{name} {sharded_first}", rank, size, sharded_first)
         torch.save(found, Path(folder) / f"{name} {sharded_first} {rank}.pt")
+    for name, kind, checkpointing in INSIDE:
+        found = train_inside(name, kind, checkpointing, rank, size)
+        torch.save(found, Path(folder) / f"{name} {kind} {rank}.pt")
     dist.destroy_process_group()
 
 

@@ -5,8 +5,9 @@ import importlib.util
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from pipelines import build
 from safetensors.torch import load_file
-from short_runs import ROOT, flags, run
+from short_runs import ROOT, flags, run, run_tiny
 
 from barrier_diffusers.training.steps import compiled
 from barrier_diffusers.training.unlearn import adamw
@@ -29,7 +30,6 @@ KL = {"objective.name": "kl", "objective.anchor": "null"}
             {**KL, "gradient_checkpointing": "true"},
             marks=pytest.mark.slow,
         ),
-        pytest.param("inductor", {}, marks=pytest.mark.slow),
     ],
 )
 def test_a_compiled_network_trains_to_the_same_weights(backend, settings, tmp_path, monkeypatch):
@@ -41,6 +41,19 @@ def test_a_compiled_network_trains_to_the_same_weights(backend, settings, tmp_pa
         run(folder, tmp_path / "cache", **QUICK, **settings, **changes)
         found = [*folder.glob("unet/*.safetensors"), *folder.glob("pytorch_lora_weights.safetensors")]
         weights.append(load_file(found[0]))
+    assert list(weights[0]) == list(weights[1])
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)  # inductor compiles C++, a network of any size for minutes
+def test_inductor_trains_to_the_same_weights(tmp_path):
+    build("sd").save_pretrained(tmp_path / "base")
+    weights = []
+    for changes in ({}, {"compile": "true", "compile_backend": "inductor"}):
+        run_tiny(tmp_path / "base", tmp_path / str(len(weights)), **changes)
+        weights.append(load_file(tmp_path / str(len(weights)) / "unet" / "diffusion_pytorch_model.safetensors"))
     assert list(weights[0]) == list(weights[1])
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5, msg=name)

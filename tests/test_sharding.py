@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from sharded import RUNS, in_two_processes, train
+from sharded import INSIDE, RUNS, in_two_processes, train, train_inside
+
+pytestmark = pytest.mark.timeout(1800)  # two processes on cores that others use, too
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +51,17 @@ def test_two_processes_equal_one(name, sharded_first, folder, one_process):
         assert found["resumed"] == found["losses"][3:]  # to the bit
         assert all(map(torch.equal, found["resumed weights"].values(), found["weights"].values()))
         assert found["frozen"] == expected["frozen"]
+
+
+@pytest.mark.parametrize(("name", "kind", "checkpointing"), INSIDE)
+def test_the_loss_inside_equals_one_process_under_every_engine(name, kind, checkpointing, folder):
+    """FSDP 1 makes weights whole only while their block runs."""
+    expected = train_inside(name)
+    for rank in range(2):
+        found = torch.load(folder / f"{name} {kind} {rank}.pt", weights_only=False)
+        assert found["losses"][0] == 0 < found["losses"][-1]
+        assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        assert list(found["weights"]) == list(expected["weights"])
+        assert differ(found["weights"].values(), expected["weights"].values()) < 1e-5
+        if kind == "FSDP 1":
+            assert "are shared out over processes, and it did not run in this step" in found["without a forward pass"]

@@ -47,8 +47,9 @@ def sharding_plugin(config: RunConfig) -> FullyShardedDataParallelPlugin | None:
         return None
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise ValueError(
-            "FSDP is not supported in its version 1: it makes one flat vector of a block's weights, in which the "
-            f"protection cannot tell a map's rows. {INSTEAD}"
+            "FSDP is not supported in its version 1: it makes one flat vector of a block's weights, in which a run's "
+            "checkpoints and references cannot tell a map's rows (in a loop of one's own, loss_inside computes "
+            f"the protection loss with it). {INSTEAD}"
         )
     for option, instead in {
         "FSDP_OFFLOAD_PARAMS": "leave it out: the protection is computed where the weights are, on the host",
