@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from conftest import ConvNet, image_batches, make_class_unet, make_small_unet, run_net, run_unet, unet_batches
+from diffusers.models.attention import BasicTransformerBlock
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
