@@ -214,7 +214,7 @@ def train_inside(name, kind=None, checkpointing=False, rank=0, size=1):
     model = make().eval()
     config = BarrierConfig(reduced_dim=3, lambda_interval=0.5, loss_inside=kind is not None, **options)
     barrier = Barrier(model, config)
-    barrier.setup_protection(batches(), forward)  # on all data: both kinds fit the same
+    barrier.setup_protection([part_of(batch, rank, size) for batch in batches()], forward)
     if checkpointing:
         model.enable_gradient_checkpointing()
         model.train()
