@@ -113,7 +113,7 @@ def test_every_judge_scores_a_pipeline_and_its_attacks(kind, vit_folder, clip_fo
     details = record["classes"]["details"]
     assert len(details["per_class_after"]) == known
     assert 0 <= details["forget_confidence_after"] <= 100
-    assert details["forget_top5_accuracy_after"]["value"] >= 100 - record["classes"]["unlearning_accuracy"]
+    assert details["forget_in_top5_after"]["value"] >= 100 - record["classes"]["unlearning_accuracy"]
     assert record["attacks"][0]["pre_attack"]["value"] == record["classes"]["per_class_after"]["sneaker"]
 
 
@@ -124,7 +124,7 @@ def test_confidence_and_top_five_are_those_of_the_images_of_the_concept(vit_fold
     found = answers.beliefs("class", ["tench"] * 6, rows=[1, 4], when="after")
     assert found["forget_confidence_after"] == pytest.approx(100 * beliefs[[1, 4], 0].mean().item(), abs=1e-3)
     inside = [0 in beliefs[row].topk(5).indices for row in (1, 4)]
-    assert found["forget_top5_accuracy_after"]["value"] == 100 * np.mean(inside)
+    assert found["forget_in_top5_after"]["value"] == 100 * np.mean(inside)
 
 
 def test_a_judge_that_is_none_or_does_not_fit_is_refused(vit_folder, clip_folder, tmp_path):

@@ -43,14 +43,14 @@ class Answers:
 
     def beliefs(self, attribute: str, wanted: Sequence[str | None], rows: Sequence[int], when: str) -> dict[str, Any]:
         """Of the images with these numbers: `forget_confidence_WHEN`, the mean probability of what was asked for in
-        percent, and `forget_top5_accuracy_WHEN` where there are more than five labels."""
+        percent, and `forget_in_top5_WHEN` where there are more than five labels."""
         known, beliefs = list(self.known[attribute]), self.probabilities[attribute][list(rows)]
         asked = torch.tensor([known.index(str(wanted[row])) for row in rows])
         confidence = 100 * beliefs.gather(1, asked.unsqueeze(1)).mean().item()
         found: dict[str, Any] = {f"forget_confidence_{when}": round(confidence, 3)}
         if len(known) > 5:
             top_five = beliefs.topk(5, dim=1).indices
-            found[f"forget_top5_accuracy_{when}"] = share((top_five == asked.unsqueeze(1)).any(1).numpy())
+            found[f"forget_in_top5_{when}"] = share((top_five == asked.unsqueeze(1)).any(1).numpy())
         return found
 
 
