@@ -66,6 +66,7 @@ def test_two_processes_of_the_label_model_equal_one(tmp_path):
     settings |= {"evaluation.judge": "null", "barrier.lambda_interval": 1.0}
     settings |= {"trained_weights": "all", "objective.retain_target": "base", "robust.meta_steps": "[1,3]"}
     settings |= {"robust.token_rounds": 2, "robust.token_interval": 1, "robust.token_num_steps": 3}
+    settings |= {"robust.project_conflicts": "true"}
     place.unlearn(tmp_path / "one", train_batch_size=4, **settings)
     words = place.unlearn_words(tmp_path / "two", train_batch_size=2, **settings)
     require_equal(launch(["-m", "ddpm_ext.unlearn"], words), [tmp_path / "one", tmp_path / "two"])

@@ -77,12 +77,18 @@ def relearner(toy, config):
     return Relearner(config, toy.denoiser, toy.network, parameters=toy.parameters, images=toy.rows, seed=7)
 
 
+def terms_of(toy, config, them=None):
+    return RobustTerms(config, get_objective("rl"), predict=toy.predict, parameters=toy.parameters, relearner=them)
+
+
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_the_gradient_after_relearning_is_added_to_the_one_before(number):
     toy = Toy(anchor_target="base")
     config = RobustConfig(meta_steps=[1, 2, 4], meta_learning_rates=[1e-3, 1e-2], meta_num_images=3, meta_weight=0.5)
     before = [value.detach().clone() for value in toy.parameters]
-    terms = RobustTerms(config, get_objective("rl"), toy.predict, relearner=relearner(toy, config))
+    terms = RobustTerms(
+        config, get_objective("rl"), predict=toy.predict, parameters=toy.parameters, relearner=relearner(toy, config)
+    )
     made = toy.step()
     parts = terms(made, step=0, number=number)
     assert all(torch.equal(now, then) for now, then in zip(toy.parameters, before, strict=True))
@@ -105,7 +111,9 @@ def test_the_gradient_after_relearning_is_added_to_the_one_before(number):
 def test_no_relearner_in_the_steps_between():
     toy = Toy(anchor_target="base")
     config = RobustConfig(meta_steps=[1], meta_every=2)
-    terms = RobustTerms(config, get_objective("rl"), toy.predict, relearner=relearner(toy, config))
+    terms = RobustTerms(
+        config, get_objective("rl"), predict=toy.predict, parameters=toy.parameters, relearner=relearner(toy, config)
+    )
     assert [list(terms(toy.step(), step, step)) for step in range(3)] == [
         ["objective", "meta"],
         ["objective"],
@@ -153,7 +161,7 @@ def test_an_adapters_relearning_moves_no_weight_and_the_frozen_network_goes_with
         expected = torch.autograd.grad(loss, toy.parameters)
     assert not any(module._forward_hooks for module in toy.network.modules())
     torch.testing.assert_close(there, merged(made.noisy, made.timesteps, **made.condition).sample)
-    parts = RobustTerms(config, get_objective("rl"), toy.predict, relearner=them)(made, step=0, number=0)
+    parts = terms_of(toy, config, them)(made, step=0, number=0)
     torch.testing.assert_close(parts["meta"], loss)
     assert parts["meta"] != parts["objective"]
     found = torch.autograd.grad(parts["meta"], toy.parameters)
@@ -266,7 +274,9 @@ def test_sharpness_takes_the_gradient_a_step_towards_the_forget_images():
     config = RobustConfig(sharpness=0.3, meta_num_images=3)
     made, plain, generator = toy.step(), toy.copy(), seeded(7, "sharpness", 4)
     before = [value.detach().clone() for value in toy.parameters]
-    terms = RobustTerms(config, get_objective("rl"), toy.predict, relearner=relearner(toy, config))
+    terms = RobustTerms(
+        config, get_objective("rl"), predict=toy.predict, parameters=toy.parameters, relearner=relearner(toy, config)
+    )
     terms(made, step=0, number=4)["objective"].backward()
     assert all(torch.equal(now, then) for now, then in zip(toy.parameters, before, strict=True))
 
@@ -299,10 +309,35 @@ def test_a_context_is_moved_against_the_objective_and_no_further_than_its_radius
     assert lengths.max() <= 0.2 + 1e-6 and lengths.max() > 0.15
     worse = objective.loss_of(replace(made, condition={"encoder_hidden_states": moved}))
     assert worse > objective.loss_of(made)
-    terms = RobustTerms(RobustConfig(context_radius=0.2), objective, toy.predict)
+    terms = terms_of(toy, RobustConfig(context_radius=0.2))
     torch.testing.assert_close(terms(made, 0, 0)["objective"], worse)
     with pytest.raises(ValueError, match="the model reads none"):
         worst_condition(objective, replace(made, condition={"class_labels": torch.zeros(4).long()}), 0.2)
+
+
+def test_the_erasing_gradient_does_not_point_against_the_retain_loss():
+    toy = Toy(anchor_target="base")
+    with torch.no_grad():
+        for parameter in toy.parameters:
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    made = toy.step()
+    config = RobustConfig(project_conflicts=True)
+    terms = terms_of(toy, config)
+
+    def gradient(loss):
+        return torch.cat([value.flatten() for value in torch.autograd.grad(loss, toy.parameters, retain_graph=True)])
+
+    for sign in (1, -1):  # the same loss kept or fought against
+        erasing, keeping = terms(made, 0, 0)["objective"], sign * made.distilled_loss()
+        forget, retain = gradient(erasing), gradient(keeping)
+        product = forget @ retain
+        expected = forget - product / (retain @ retain) * retain if product < 0 else forget
+        parts = terms.reconciled({"objective": erasing, "retain": keeping})
+        torch.testing.assert_close(parts["objective"], erasing)
+        torch.testing.assert_close(parts["retain"], keeping)
+        found = gradient(sum(parts.values()))
+        torch.testing.assert_close(found, expected + retain, rtol=1e-4, atol=1e-6)
+        assert (product < 0) == (sign == (-1 if gradient(made.distilled_loss()) @ forget > 0 else 1))
 
 
 def test_a_share_of_the_weights_is_fresh():
@@ -421,6 +456,7 @@ CONTRADICTIONS = {
         "where the protection would hold them",
     ),
     "fresh weights that nobody teaches": ({"robust": {"fresh_share": 0.5}}, "that the base has to teach"),
+    "no loss to conflict with": ({"robust": {"project_conflicts": True}}, "robust.project_conflicts needs a retain"),
     "a fresh adapter": (
         {
             "objective": {"retain_target": "base", "alpha": 1.0},

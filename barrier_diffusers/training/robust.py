@@ -3,7 +3,7 @@ them (docs/method.md section 8)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -62,21 +62,25 @@ class RobustTerms:
 
     Args:
         predict: runs the bare network, not what wraps it for several processes.
+        parameters: those that train.
         relearner: of the network that trains; None unless a setting asks for one.
         adversary: the same.
+        mean: of tensors over the processes; None: there is one.
     """
 
     def __init__(
         self,
         config: RobustConfig,
         objective: Objective,
-        predict: Predict,
         *,
+        predict: Predict,
+        parameters: Sequence[nn.Parameter],
         relearner: Relearner | None = None,
         adversary: TokenAdversary | None = None,
+        mean: Callable[[list[Tensor]], list[Tensor]] | None = None,
     ):
         self.config, self.objective, self.predict = config, objective, predict
-        self.relearner, self.adversary = relearner, adversary
+        self.parameters, self.relearner, self.adversary, self.mean = list(parameters), relearner, adversary, mean
 
     @property
     def names(self) -> list[str]:
@@ -125,8 +129,33 @@ class RobustTerms:
         there = replace(made, predict=self.predict, reference=frozen if reference else None)
         with block:
             value = self.objective.loss_of(there)
-            gradients = gradients_of(value, relearner.parameters)
-        return with_gradient(value, relearner.parameters, gradients)
+            gradients = gradients_of(value, self.parameters)
+        return with_gradient(value, self.parameters, gradients)
+
+    def reconciled(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The parts of a batch with the retain loss, of which the erasing ones do not work against it if the settings
+        ask for that. Gradients are those of all processes."""
+        if not self.config.project_conflicts:
+            return parts
+        erasing = [name for name in ("objective", "meta") if name in parts]
+        losses = [torch.stack([parts[name] for name in erasing]).sum(), parts["retain"]]
+        forget, retain = (gradients_of(loss, self.parameters) for loss in losses)
+        if self.mean is not None:
+            forget, retain = self.mean(forget), self.mean(retain)
+        take_out_conflict(forget, retain)
+        given: dict[str, Tensor] = {name: parts[name].detach() for name in erasing}
+        given["objective"] = with_gradient(parts["objective"], self.parameters, forget)
+        return {**given, "retain": with_gradient(parts["retain"], self.parameters, retain)}
+
+
+@torch.no_grad()
+def take_out_conflict(forget: list[Tensor], retain: list[Tensor]) -> None:
+    """Where <g_F, g_R> < 0, g_F <- g_F - <g_F, g_R> / |g_R|^2 g_R, in place (Yu et al., arXiv 2001.06782)."""
+    product = torch.stack([(one * other).sum() for one, other in zip(forget, retain, strict=True)]).sum()
+    square = torch.stack([other.square().sum() for other in retain]).sum()
+    share = product.clamp(max=0) / square.clamp_min(torch.finfo(square.dtype).tiny)
+    for one, other in zip(forget, retain, strict=True):
+        one.sub_(share * other)
 
 
 PGD_STEPS = 2

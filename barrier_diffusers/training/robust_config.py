@@ -47,6 +47,8 @@ class RobustConfig(Checked):
     sharpness: float = 0.0
     # forget prompts are perturbed against the objective, by at most this share of each token embedding's length; 0: no
     context_radius: float = 0.0
+    # where the gradient of the erasing parts points against the retain loss's, that component is taken out
+    project_conflicts: bool = False
 
     SECTION = "robust."
     RULES = rules(
@@ -80,7 +82,7 @@ class RobustConfig(Checked):
         if self.meta_token_share and not (self.meta_steps and self.token_rounds):
             raise ValueError("robust.meta_token_share needs robust.meta_steps and robust.token_rounds")
 
-    PARTS: ClassVar = ("meta_steps", "token_rounds", "fresh_share", "sharpness", "context_radius")
+    PARTS: ClassVar = ("meta_steps", "token_rounds", "fresh_share", "sharpness", "context_radius", "project_conflicts")
 
     @property
     def parts(self) -> list[str]:

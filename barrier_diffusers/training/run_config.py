@@ -176,6 +176,8 @@ class DiffusionUnlearningConfig(UnlearningConfig):
                 "robust.fresh_share makes weights anew that the base has to teach: set objective.retain_target to "
                 "base and objective.alpha above 0"
             )
+        if robust.project_conflicts and self.objective.alpha == 0:
+            raise ValueError("robust.project_conflicts needs a retain loss: set objective.alpha above 0")
         if robust.fresh_share and self.protected:
             raise ValueError(
                 "robust.fresh_share moves the weights away from the base, where the protection would hold them: set "

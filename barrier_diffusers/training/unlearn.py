@@ -207,6 +207,7 @@ class UnlearningTerms:
         if self.retain is not None and self.make_retain_step is not None:
             kept = self.make_retain_step(next(self.retain))
             terms["retain"] = self.alpha * (kept.distilled_loss() if self.distilled else kept.ordinary_loss())
+            terms = self.robust.reconciled(terms) if self.robust is not None else terms
         self._calls += 1
         if self.barrier is not None and self._calls % self.micro_steps == 0:
             terms["protection"] = self.micro_steps * self.barrier.compute_protection_loss()
@@ -402,8 +403,16 @@ class Unlearner:
                 seed=config.seed,
                 adversary=adversary,
             )
-        predict = partial(self.denoiser.predict, network)
-        return RobustTerms(robust, self.objective, predict, relearner=relearner, adversary=adversary)
+        several = self.accelerator.num_processes > 1
+        return RobustTerms(
+            robust,
+            self.objective,
+            predict=partial(self.denoiser.predict, network),
+            parameters=parameters,
+            relearner=relearner,
+            adversary=adversary,
+            mean=partial(self.accelerator.reduce, reduction="mean") if several else None,
+        )
 
     def _gauge(self, forget: Any) -> ErasureGauge | None:
         """What tells whether robust training has erased, with the loss before it; None without any robust part."""
