@@ -404,8 +404,11 @@ def test_latents_that_the_base_draws_stand_for_retain_images(tmp_path):
     again = with_drawn_latents(retain, config, **settings)
     assert torch.equal(again.moments, drawn.moments)  # out of the cache
     both = with_drawn_latents(replace(retain, moments=toy.rows.moments[:2]), config, **settings)
-    assert torch.equal(both.moments, torch.cat([toy.rows.moments[:2], drawn.moments]))
-    assert both.caption_ids.tolist() == [2, 0, *drawn.caption_ids.tolist()]
+    assert len(both) == 8
+    for row, expected in enumerate([*toy.rows.moments[:2], *drawn.moments]):
+        assert torch.equal(both[row]["moments"], expected)
+        own = both[row]["condition"]["encoder_hidden_states"]
+        assert torch.equal(own, toy.rows.embeddings["encoder_hidden_states"][[2, 0, 0, 2, 0, 2, 0, 2][row]])
 
 
 def batches(toy):

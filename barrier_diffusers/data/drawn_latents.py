@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import ConcatDataset
+from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
 from barrier_diffusers.data.encoding import EncodedImages, cached_tensors, encode_prompts, tensors_hash
@@ -47,7 +49,7 @@ def with_drawn_latents(
     resolution: int,
     cache: Path,
     base_hash: str,
-) -> EncodedImages:
+) -> TorchDataset:
     """The retain rows, if they have images, and those that the pipeline draws for their captions, kept in the cache.
 
     Their posteriors have no width: every epoch noises the very latents that were drawn.
@@ -64,9 +66,8 @@ def with_drawn_latents(
         cache / f"drawn-{key}.safetensors",
         lambda: {"moments": draw(retain, ids, config, pipeline=pipeline, resolution=resolution)},
     )["moments"]
-    if retain.moments is not None:
-        moments, ids = torch.cat([retain.moments, moments]), torch.cat([retain.caption_ids, ids])
-    return replace(retain, moments=moments, caption_ids=ids)
+    drawn = replace(retain, moments=moments, caption_ids=ids)
+    return drawn if retain.moments is None else ConcatDataset([retain, drawn])
 
 
 def draw(retain: EncodedImages, ids_N: Tensor, config: DrawnLatentsConfig, pipeline: Any, resolution: int) -> Tensor:

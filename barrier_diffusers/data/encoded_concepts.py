@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import Dataset as TorchDataset
 
 from barrier_diffusers.data.concepts import ConceptData, DataNeeds
 from barrier_diffusers.data.encoding import EncodedImages, moment_batches, prompt_batches
@@ -21,7 +22,7 @@ class EncodedConcepts:
     """Forget and retain images with their latents and text embeddings; retain is None where nothing needs it."""
 
     forget: EncodedImages
-    retain: EncodedImages | None
+    retain: TorchDataset | None  # rows as EncodedImages has them
 
 
 def encode_concepts(

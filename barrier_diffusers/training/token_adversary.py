@@ -14,6 +14,7 @@ from torch import Tensor
 
 from barrier_diffusers.data.captions import swap_concept
 from barrier_diffusers.data.encoding import encode_prompts
+from barrier_diffusers.data.stored_rows import StoredRows
 from barrier_diffusers.models.denoiser import PipelineDenoiser
 from barrier_diffusers.models.learned_tokens import TOKEN, learned_tokens
 from barrier_diffusers.objectives.base import Condition
@@ -61,7 +62,13 @@ class PromptVocabulary:
     """
 
     def __init__(
-        self, pipeline: Any, moments: Tensor, *, captions: Sequence[str], concepts: Sequence[str], count: int = 1
+        self,
+        pipeline: Any,
+        moments: Tensor | StoredRows,
+        *,
+        captions: Sequence[str],
+        concepts: Sequence[str],
+        count: int = 1,
     ):
         self.pipeline, self.moments, self.count = pipeline, moments, count
         pairs = list(zip(captions, concepts, strict=True))

@@ -19,6 +19,7 @@ from accelerate.utils import set_seed
 from barrier_diffusers.data.concepts import ConceptData, load_concepts
 from barrier_diffusers.data.drawn_latents import with_drawn_latents
 from barrier_diffusers.data.encoded_concepts import EncodedConcepts, encode_concepts
+from barrier_diffusers.data.encoding import EncodedImages
 from barrier_diffusers.data.erased_concepts import ERASED_NAME, ErasedConcepts, as_json
 from barrier_diffusers.data.readers import rows_hash
 from barrier_diffusers.evaluation.certification import HeldOut, held_out_images, write_certificate
@@ -260,7 +261,7 @@ def _read_and_encode(run: Run, model: LoadedModel) -> RunData:
         needs=needs,
         vae_batch_size=config.vae_batch_size,
     )
-    if config.retain_latents != "images" and encoded.retain is not None:
+    if config.retain_latents != "images" and isinstance(encoded.retain, EncodedImages):
         with run.accelerator.autocast():
             encoded.retain = with_drawn_latents(
                 encoded.retain,
