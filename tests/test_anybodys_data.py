@@ -14,7 +14,8 @@ from datasets import Image as ImageFeature
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
-from pipelines import FASHION, build
+from pipelines import build
+from tiny_encoders import FASHION
 
 from barrier_diffusers import Barrier, BarrierConfig
 from barrier_diffusers.data import folders
@@ -52,6 +53,8 @@ NAMED = {  # what names what: text, name
     "plural in -es": ("old churches", "church"),
     "plural in -ies": ("babies", "baby"),
     "plural in -ves": ("kitchen knives", "knife"),
+    "plural with a doubled letter": ("two busses", "bus"),
+    "plural in -zzes": ("old quizzes", "quiz"),
     "plural in -oes": ("heroes", "hero"),
     "irregular plural": ("nude people", "nude person"),
     "capitals": ("a RED Sneaker", "sneaker"),
@@ -116,6 +119,7 @@ EXCHANGED = {  # caption, concept, other words -> the caption with these
     "one": ("a photo of a red Sneaker", "sneaker", "boot", "a photo of a red boot"),
     "plural": ("two sneakers and a sneaker", "sneaker", "ankle boot", "two ankle boots and a ankle boot"),
     "plural in -es": ("two sneakers", "sneaker", "church", "two churches"),
+    "plural with a doubled letter": ("two busses", "bus", "church", "two churches"),
     "nothing else changes": ("A  Van-Gogh   sky,  é", "van gogh", "Monet", "A  Monet   sky,  é"),
     "a token has no plural": ("sneakers", "sneaker", "<token>", "<token>"),
     "decomposed": (f"a {DECOMPOSED} in {DECOMPOSED[:3]}", "café", "bar", "a bar in caf"),

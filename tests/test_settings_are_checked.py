@@ -282,6 +282,9 @@ def test_what_the_hub_says_of_a_name(tmp_path, monkeypatch):
     for kind, what in {"model": "model", "dataset": "data set"}.items():
         with pytest.raises(ValueError, match=f"no {what} of that name on the hub: look at its spelling"):
             require_on_hub("owner/none", kind)
+        for odd in ("owner/a..b", "owner/name.git", "a" * 120):
+            with pytest.raises(ValueError, match=f"no {what} of the hub can be called that"):
+                require_on_hub(odd, kind)
         require_on_hub("owner/ill", kind)  # a fault of the hub's is left to whoever loads
         (tmp_path / f"{kind}s--owner--none-but-cached" / "snapshots" / "1").mkdir(parents=True)
         require_on_hub("owner/none-but-cached", kind)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
 SECONDS = 10  # that the hub has for its answer
 
@@ -40,6 +40,10 @@ def require_on_hub(name: str, kind: Literal["model", "dataset"] = "model", revis
     except RepositoryNotFoundError as error:
         advice = "look at its spelling; for a private one, log in (hf auth login)"
         raise ValueError(f"{absent} no {what} of that name on the hub: {advice}") from error
+    except HFValidationError as error:
+        raise ValueError(
+            f"{absent} no {what} of the hub can be called that: names there are NAME or OWNER/NAME"
+        ) from error
     except HfHubHTTPError:
         return
     except Exception as error:  # of the connection: every release of the library has others

@@ -60,6 +60,8 @@ def forms(word: str) -> list[str]:
         found.add(SINGULARS[word])
     if word.endswith("o"):
         found.add(word + "es")
+    if re.search("[aeiou][sz]$", word):  # quizzes, busses
+        found.add(word + word[-1] + "es")
     if word.endswith(("f", "fe")):
         found.add(re.sub("fe?$", "ves", word))
     if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")):
@@ -192,7 +194,8 @@ def replace_names(text: str, names: Sequence[str], replacement: str) -> str | No
     for number, start, end in spans:
         last_word = re.split("[ -]", as_compared(names[number]))[-1]
         shown = re.split("[ -]", as_compared(text[start:end]))[-1]
-        many = shown.endswith(plural(last_word)) and not shown.endswith(last_word)
+        plurals = (plural(last_word), *(form for form in forms(last_word) if len(form) > len(last_word)))
+        many = shown.endswith(plurals) and not shown.endswith(last_word)
         parts += [text[position:start], _in_plural(replacement) if many else replacement]
         position = end
     return "".join([*parts, text[position:]])
