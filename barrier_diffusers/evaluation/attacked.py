@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from barrier_diffusers.data.readers import rows_hash
 from barrier_diffusers.evaluation.attack_gap import attack_gap
 from barrier_diffusers.evaluation.attacks.base import Forgotten
 from barrier_diffusers.evaluation.attacks.cells import CellPool, CellRunner, Scene, first_small
@@ -25,7 +26,6 @@ from barrier_diffusers.evaluation.attacks.running import (
     record_of,
     run_attacks,
 )
-from barrier_diffusers.evaluation.evaluation_split import images_hash
 from barrier_diffusers.evaluation.judged_model import CONTROL_PREFIX, JudgedModel
 from barrier_diffusers.evaluation.protocols.concepts import ConceptProtocol
 from barrier_diffusers.evaluation.settings import EvaluateConfig
@@ -79,7 +79,7 @@ def scene_of(config: EvaluateConfig, concepts: ConceptProtocol, forgotten: Seque
         hashes[CONTROL] = fingerprint(judged_model.hashes_of(CONTROL_PREFIX))
     files = [path for path in as_list(config.module) if path.endswith(".py")]
     facts = [module_hash(judge.classifier)]
-    facts += [images_hash(images) for known in forgotten for images in (known.images, known.others)]
+    facts += [rows_hash(rows, ["image", "text"]) for known in forgotten for rows in (known.images, known.others)]
     facts += [file_hash(Path(path).expanduser()) for path in files]
     return Scene(
         models=models,

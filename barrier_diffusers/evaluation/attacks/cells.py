@@ -96,11 +96,7 @@ class CellResult:
     def images(self) -> np.ndarray:
         """The kept images, bytes (N, H, W, 3)."""
         strip = np.asarray(Image.open(io.BytesIO(base64.b64decode(self.picture))).convert("RGB"))
-        return np.stack(np.split(strip, self.found_columns(strip), axis=1))
-
-    def found_columns(self, strip_HWC: np.ndarray) -> int:
-        """How many square images the strip holds."""
-        return strip_HWC.shape[1] // strip_HWC.shape[0]
+        return np.stack(np.split(strip, strip.shape[1] // strip.shape[0], axis=1))  # square ones
 
 
 def read_cell(path: Path) -> CellResult | None:
