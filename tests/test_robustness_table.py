@@ -93,7 +93,7 @@ def test_rows_erase_attack_and_go_on(tmp_path):
     judged = {"attack_budget": "standard", "attacks": "[misspelled]", "evaluation.images_per_label": 2}
     judged |= {"evaluation.sampling.num_inference_steps": 2, "fidelity.extractors": "[]", "certificate.num_images": 8}
     rows = [row_of("sneaker", way) for way in (NOTHING, "rl alone", NEVER_KNEW)]
-    rows[1].flags |= {"max_train_steps": 1, "evaluation.images_per_label": 1}
+    rows[1].flags.update({"max_train_steps": 1, "evaluation.images_per_label": 1})
     table = RobustnessTable(name="tiny", chains=[[row] for row in rows], judged=judged)
     found = {row.name: table.result(row, table.run([row], tmp_path)[0]) for row in rows}
     assert [set(result["metrics"]["gaps"]) for result in found.values()] == [{"misspelled"}, {"misspelled"}, set()]
