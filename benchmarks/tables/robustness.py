@@ -81,7 +81,7 @@ def train_control(concept: str, output: Path) -> Path:
             "pretrained_vae": f"{BASE}/vae",
             "output_dir": folder,
             "work_dir": output / f"control_{concept}_work",
-            "unet.checkpointing_steps": 250,
+            "checkpointing_steps": 250,
             "report_to": "none",
         }
         if any((output / f"control_{concept}_work").glob("*_training/checkpoints/step-*")):
