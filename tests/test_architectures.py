@@ -22,6 +22,7 @@ from barrier_diffusers.data.encoding import encode_prompts, posteriors
 from barrier_diffusers.models.architectures import get_architecture, sampling_arguments
 from barrier_diffusers.models.autoencoders import arranged
 from barrier_diffusers.models.denoiser import PipelineDenoiser
+from barrier_diffusers.models.learned_tokens import learned_tokens
 from barrier_diffusers.models.rows.base import pack, unpack
 from barrier_diffusers.models.rows.flux import image_ids
 from barrier_diffusers.objectives import ObjectiveConfig, load_objective
@@ -388,6 +389,22 @@ def test_the_empty_prompt_is_the_missing_negative_one(name):
         found = pipeline.encode_prompt(["a boot"], do_classifier_free_guidance=True)
     torch.testing.assert_close(got["encoder_hidden_states"][:1], found[2])
     torch.testing.assert_close(got["encoder_attention_mask"][:1], found[3].float())
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_a_learned_token_reaches_the_prediction(name):
+    """Through every text encoder that the row names, as inversion and robust training need it."""
+    pipeline = build(name)
+    denoiser = PipelineDenoiser(pipeline)
+    noisy, timesteps = torch.randn(1, *denoiser.latent_shape(32)), torch.tensor([900.0])
+    with learned_tokens(pipeline, "boot") as new:
+        condition = denoiser.architecture.encode(pipeline, [f"a photo of a {new.words}"])
+        prediction = denoiser.predict(denoiser.network, noisy, timesteps, condition)
+        gradients = torch.autograd.grad(prediction.square().sum(), new.parameters)
+    assert len(gradients) == len(
+        [key for key in denoiser.architecture.tokenizers if getattr(pipeline, key) is not None]
+    )
+    assert all(gradient.abs().sum() > 0 for gradient in gradients)
 
 
 BLOCKS = {"hidream": 2, "z_image": 2, "lumina2": 2, "hunyuan_dit": 4, "auraflow": 3, "sana": 2, "flux": 5}
