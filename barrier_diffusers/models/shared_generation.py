@@ -43,7 +43,8 @@ class Mailbox:
         """Leave plain values and bytes; whoever sees them sees all."""
         parts = -(-len(content) // PART)
         for index in range(parts):
-            self.store.set(f"{key}/{index}", content[index * PART : (index + 1) * PART])
+            part: Any = content[index * PART : (index + 1) * PART]  # the stubs of torch know of texts alone
+            self.store.set(f"{key}/{index}", part)
         self.store.set(key, json.dumps({**facts, "parts": parts}))
 
     def has(self, key: str) -> bool:
