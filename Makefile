@@ -12,7 +12,7 @@ export TRANSFORMERS_VERBOSITY = error
 export DIFFUSERS_VERBOSITY = error
 
 .DEFAULT_GOAL := help
-.PHONY: help install unlearn unlearn-robust evaluate test test-slow table attack-table robustness-table bench bench-gpu reference embedded-model unlearn-classifier classifier-table \
+.PHONY: help install unlearn unlearn-robust evaluate test test-slow table attack-table robustness-table bench bench-gpu reference embedded-model control unlearn-classifier classifier-table \
 	embedded-resnet unlearn-ddpm ddpm-table embedded-ddpm retrained-ddpm quality style clean
 
 help: ## show this list
@@ -77,6 +77,15 @@ embedded-model: $(READY) ## train everything in assets/ again (Debian package da
 	$(LAUNCH) train_scripts/train_classifier.py
 	$(LAUNCH) train_scripts/train_text_to_image.py
 	$(BIN)/python train_scripts/score_text_to_image.py
+
+CONCEPT ?= dress
+
+control: $(READY) ## the yardstick of robustness: the embedded recipe without CONCEPT (Debian package dataset-fashion-mnist needed)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps open-clip-torch
+	test -d runs/fashion_mnist || $(BIN)/python train_scripts/prepare_fashion_mnist.py
+	$(LAUNCH) train_scripts/train_text_to_image.py --exclude_concepts '[$(CONCEPT)]' --pretrained_vae assets/fashion_sd/vae \
+		--output_dir runs/control_$(CONCEPT) --work_dir runs/control_$(CONCEPT)_work --checkpointing_steps 500 \
+		$(if $(wildcard runs/control_$(CONCEPT)_work/unet_training/checkpoints/step-*),--resume_from_checkpoint latest)
 
 unlearn-classifier: $(READY) ## make the embedded image classifier forget a class
 	$(LAUNCH) -m classification_ext.unlearn --config classification_ext/configs/fashion_class.yaml --overwrite_output_dir true

@@ -25,6 +25,8 @@ from transformers import (
 )
 
 from barrier_diffusers.evaluation.classifier import AttributeClassifier, ImageClassifier
+from barrier_diffusers.utils.failures import one_line
+from barrier_diffusers.utils.hub import require_on_hub
 from barrier_diffusers.utils.words import as_compared, same_name
 
 LABEL = "class"  # the one attribute of a classifier that has no others
@@ -200,7 +202,7 @@ class ClassifierSource:
                 network = loader.from_pretrained(source, use_safetensors=True, dtype=torch.float32, **options)
                 tokenizer = AutoTokenizer.from_pretrained(source, **options) if is_clip(config) else None
             except (OSError, ValueError) as error:
-                raise ValueError(f"{self.setting} {self.name!r} cannot be loaded: {error}") from error
+                raise ValueError(f"{self.setting} {self.name!r} cannot be loaded: {one_line(error)}") from error
         if is_clip(config):
             made: ImageClassifier = ZeroShotClassifier(network, processor, tokenizer, self._texts(config, wanted))
         else:
@@ -233,9 +235,10 @@ class ClassifierSource:
     def _config(self) -> PreTrainedConfig:
         kinds = "an AttributeClassifier, an image classifier of transformers, or a CLIP"
         try:
+            require_on_hub(self.name)
             config = AutoConfig.from_pretrained(str(self._path or self.name), trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{self.setting} {self.name!r} is not {kinds}: {error}") from error
+            raise ValueError(f"{self.setting} {self.name!r} is not {kinds}: {one_line(error)}") from error
         if is_clip(config) or any(name.endswith("ForImageClassification") for name in config.architectures or []):
             return config
         what = ", ".join(config.architectures or [type(config).__name__])
