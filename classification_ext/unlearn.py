@@ -257,7 +257,7 @@ def save_records(run: Run, before: dict[str, Any] | None, facts: dict[str, Any],
     print_table(before, after, f"{run.method.name}: forgotten {what}")
     if config.classes:  # random images are like those that stay: a classifier recognises most of them anyway
         advice = erase_more(config, "take another method")
-        warn_if_not_erased(after["unlearning_accuracy"]["value"], config.classes, advice)
+        warn_if_not_erased(after["unlearning_accuracy"], config.classes, advice)
     print(f"trained {facts['trained_percent']:.2f} % of the weights in {facts['seconds_training']:.1f} s")
 
 
