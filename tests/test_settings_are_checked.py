@@ -29,7 +29,7 @@ from barrier_diffusers.utils.checks import PathRule, Range, hints_of, looks_loca
 from barrier_diffusers.utils.checks import section_class as section_of
 from barrier_diffusers.utils.command_line import parse_config, run_script
 from barrier_diffusers.utils.help_page import LINES, WIDTH, groups_of
-from barrier_diffusers.utils.hub import require_on_hub
+from barrier_diffusers.utils.hub import _ask, require_on_hub
 
 SETTINGS = {  # script -> its settings
     "barrier_diffusers.scripts.unlearn_sd": "barrier_diffusers.workflow.settings:UnlearnConfig",
@@ -242,7 +242,7 @@ def unreachable(monkeypatch):
         port = probe.getsockname()[1]
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{port}")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    require_on_hub.cache_clear()
+    _ask.cache_clear()
 
 
 NAMED = {  # a setting that names something of the hub, in each script that reads one
@@ -278,7 +278,7 @@ def test_what_the_hub_says_of_a_name(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    require_on_hub.cache_clear()
+    _ask.cache_clear()
     for kind, what in {"model": "model", "dataset": "data set"}.items():
         with pytest.raises(ValueError, match=f"no {what} of that name on the hub: look at its spelling"):
             require_on_hub("owner/none", kind)
@@ -324,7 +324,11 @@ PATHS = ("_dir", "_dirs", "_or_path", "_weights", "base_model", "cache")
 def test_each_path_is_looked_at(script):
     for prefix, part in sections(settings_class(script)):
         for field in fields(part):
-            if field.name.endswith(PATHS) and field.name not in ("trained_weights", "overwrite_output_dir"):
+            if field.name.endswith(PATHS) and field.name not in (
+                "trained_weights",
+                "meta_weights",
+                "overwrite_output_dir",
+            ):
                 assert isinstance(rules_of(part).get(field.name), PathRule), f"{prefix}{field.name}"
 
 

@@ -24,7 +24,7 @@ class RobustConfig(Checked):
     # of the relearner's Adam, one at a time
     meta_learning_rates: list[float] = field(default_factory=lambda: [3e-5, 1e-4, 3e-4, 1e-3])
     meta_adapter_learning_rates: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3])  # where it has one
-    meta_adapter_rank: int = 8
+    meta_adapter_rank: int = 8  # of that adapter
     # maps that the adapter is on, named as barrier.targets
     meta_adapter_targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
     meta_num_images: int = 10  # forget images that it learns from, drawn anew each time

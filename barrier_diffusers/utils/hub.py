@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Literal
 
@@ -18,17 +21,35 @@ def is_cached(name: str, kind: Literal["model", "dataset"]) -> bool:
     return snapshots.is_dir() and any(snapshots.iterdir())
 
 
-@functools.cache  # one question a run
+_made: ContextVar[tuple[Path, ...]] = ContextVar("made", default=())
+
+
+@contextmanager
+def will_be_made(folders: Sequence[Path]) -> Iterator[None]:
+    """In the block what lies in these folders counts as there: an earlier stage of a workflow makes it."""
+    token = _made.set(tuple(folder.absolute() for folder in folders))
+    try:
+        yield
+    finally:
+        _made.reset(token)
+
+
 def require_on_hub(name: str, kind: Literal["model", "dataset"] = "model", revision: str | None = None) -> None:
-    """Nothing for a path that is there, and for a repository that is in the hub's cache or on the hub.
+    """Nothing for a path that is there or will be, and for a repository that is in the hub's cache or on the hub.
 
     Whatever else the hub answers (a licence to accept, a fault of its own) is left to whoever loads the repository.
 
     Raises:
         ValueError: there is no such path and no such repository or revision, or the hub cannot be asked.
     """
-    if Path(name).expanduser().exists() or is_cached(name, kind):
+    path = Path(name).expanduser()
+    if path.exists() or any(path.absolute().is_relative_to(folder) for folder in _made.get()) or is_cached(name, kind):
         return
+    _ask(name, kind, revision)
+
+
+@functools.cache  # one question a run
+def _ask(name: str, kind: Literal["model", "dataset"], revision: str | None) -> None:
     what = {"model": "model", "dataset": "data set"}[kind]
     absent = f"there is no file or folder {name!r} here, and"
     if constants.HF_HUB_OFFLINE:

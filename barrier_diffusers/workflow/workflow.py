@@ -45,6 +45,7 @@ from barrier_diffusers.utils.command_line import (
 )
 from barrier_diffusers.utils.files import require_writable, write_json
 from barrier_diffusers.utils.help_page import Flag, Group, groups_of, help_page
+from barrier_diffusers.utils.hub import will_be_made
 from barrier_diffusers.utils.installation import resolve_named_files, shipped
 from barrier_diffusers.utils.locks import FolderLock
 from barrier_diffusers.utils.open_settings import class_with_open_sections, section_of
@@ -380,7 +381,8 @@ def check_inputs(workflow: Workflow) -> None:
             check_paths(values, stage.config_class, made)
             config = config_from(stage.config_class, values)
             if hasattr(config, "check_inputs"):
-                config.check_inputs()
+                with will_be_made(made):
+                    config.check_inputs()
         except ValueError as error:
             raise ValueError(f"{stage.name}: {error}") from error
 
