@@ -318,6 +318,7 @@ def test_each_number_has_its_range_and_each_flag_its_comment(script):
 
 
 PATHS = ("_dir", "_dirs", "_or_path", "_weights", "base_model", "cache")
+NO_PATHS = ("trained_weights", "meta_weights", "overwrite_output_dir")
 
 
 @pytest.mark.parametrize("script", SETTINGS)
