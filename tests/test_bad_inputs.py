@@ -49,7 +49,7 @@ CASES = {
     ),
     "unlearn: contradiction": ("unlearn_sd", [*FASHION, "--barrier.constraint=projection"], "no protection loss"),
     "unlearn: resolution": ("unlearn_sd", [*FASHION, "--resolution=33"], "resolution is 33"),
-    "unlearn: no such judge": ("unlearn_sd", [*FASHION, "--evaluation.classifier=/no/such"], "there is no such file or folder"),
+    "unlearn: no such judge": ("unlearn_sd", [*FASHION, "--evaluation.classifier=/no/such"], "no such file or folder"),
     "unlearn: other files": ("unlearn_sd", [*FASHION, "--output_dir=TMP/mine"], "holds other files"),
     "unlearn: a file": ("unlearn_sd", [*FASHION, "--output_dir=TMP/mine/notes.txt"], "is a file"),
     "unlearn: no checkpoint": ("unlearn_sd", [*FASHION, "--resume_from_checkpoint=step-9"], "no checkpoint 'step-9'"),
