@@ -13,6 +13,7 @@ from typing import Any
 
 import diffusers
 import torch
+from models import SDXL
 
 from barrier_diffusers.models.architectures import get_architecture
 from barrier_diffusers.protection.targets import resolve_targets
@@ -31,19 +32,6 @@ class Model:
     arguments: dict[str, Any] = field(default_factory=dict)  # that are not the class's defaults
 
 
-SDXL = {
-    "sample_size": 128,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (320, 640, 1280),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 KOLORS = {"encoder_hid_dim": 4096, "encoder_hid_dim_type": "text_proj", "projection_class_embeddings_input_dim": 5632}
 SD3 = {"in_channels": 16, "out_channels": 16, "joint_attention_dim": 4096, "qk_norm": "rms_norm"}
 SD3_LARGE = {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192}

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from barrier_diffusers.data.columns import with_texts
 from barrier_diffusers.data.encoding import read_pixels
 from barrier_diffusers.data.readers import read_rows, rows_hash
+from barrier_diffusers.evaluation.accuracy import Answers
 from barrier_diffusers.evaluation.classifier import AttributeClassifier
 from barrier_diffusers.training.run_config import RunConfig, StageConfig
 from barrier_diffusers.training.trainer import ONE_CYCLE, Trainer, make_accelerator
@@ -132,7 +133,8 @@ def train_classifier(trainer: Trainer, config: ClassifierConfig, labels: dict[st
 
 def score(model: Any, config: ClassifierConfig, test: Dataset) -> dict[str, Any]:
     """Accuracy in percent of every attribute, and of every label of the first one."""
-    predicted = model.predict(as_pixels(images) for images in decode(test, config).split(256))
+    found = model.probabilities(as_pixels(images) for images in decode(test, config).split(256))
+    predicted = Answers(model.attributes, found).labels
     correct = {
         name: [says == true for says, true in zip(predicted[name], test[name], strict=True)]
         for name in config.attributes

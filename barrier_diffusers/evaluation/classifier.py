@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
@@ -42,7 +43,7 @@ class ResidualBlock(nn.Module):
         return torch.relu(self.norm2(self.conv2(hidden)) + self.shortcut(x))
 
 
-class ImageClassifier(nn.Module):
+class ImageClassifier(nn.Module, ABC):
     """A network that says what images show, with one set of labels per attribute.
 
     Attributes:
@@ -55,9 +56,9 @@ class ImageClassifier(nn.Module):
     resolution: int
     batch_size = 256
 
+    @abstractmethod
     def pixels(self, images: Tensor) -> Tensor:
         """Bytes (N, 3, H, W) -> what `forward` takes."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def probabilities(self, batches: Iterable[Tensor]) -> dict[str, Tensor]:
@@ -74,11 +75,6 @@ class ImageClassifier(nn.Module):
         """Probability of each label (N, J) per attribute, of N byte images; other sizes are resampled."""
         batches = as_image_set(images).batches(self.batch_size)
         return self.probabilities(self.pixels(batch) for batch in batches)
-
-    def predict(self, batches: Iterable[Tensor]) -> dict[str, list[str]]:
-        """Batches of what `pixels` gives -> the most likely label of each image per attribute."""
-        found = self.probabilities(batches)
-        return {name: [self.attributes[name][index] for index in found[name].argmax(1).tolist()] for name in found}
 
 
 class AttributeClassifier(ImageClassifier, PyTorchModelHubMixin):

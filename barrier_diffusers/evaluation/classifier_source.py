@@ -80,7 +80,28 @@ def groups_of(own: Sequence[str], names: Labels) -> dict[str, list[int]]:
     return groups
 
 
-class PretrainedClassifier(ImageClassifier):
+class ProcessedClassifier(ImageClassifier):
+    """A network of transformers, which is shown images as its own processor prepares them.
+
+    Args:
+        network: what is asked.
+        processor: its image processor.
+        labels: that it knows.
+    """
+
+    batch_size = 32
+
+    def __init__(self, network: Any, processor: Any, labels: Sequence[str]):
+        super().__init__()
+        self.network, self._processor = network, processor
+        self.attributes, self.resolution = {LABEL: list(labels)}, side_of_processor(processor)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """Bytes (N, 3, H, W) as the network's own processor prepares them."""
+        return self._processor(images=list(images.cpu()), return_tensors="pt")["pixel_values"]
+
+
+class PretrainedClassifier(ProcessedClassifier):
     """An image classifier of transformers; the probability of a label is the sum over those of the network's that
     mean it.
 
@@ -90,16 +111,9 @@ class PretrainedClassifier(ImageClassifier):
         groups: label -> numbers of the network's labels.
     """
 
-    batch_size = 32
-
     def __init__(self, network: nn.Module, processor: Any, groups: Mapping[str, Sequence[int]]):
-        super().__init__()
-        self.network, self._processor, self._groups = network, processor, list(groups.values())
-        self.attributes, self.resolution = {LABEL: list(groups)}, side_of_processor(processor)
-
-    def pixels(self, images: Tensor) -> Tensor:
-        """Bytes (N, 3, H, W) as the network's own processor prepares them."""
-        return self._processor(images=list(images.cpu()), return_tensors="pt")["pixel_values"]
+        super().__init__(network, processor, list(groups))
+        self._groups = list(groups.values())
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
         """Prepared images -> logits (N, J): of a label with several of the network's, their log-sum-exp."""
@@ -107,7 +121,7 @@ class PretrainedClassifier(ImageClassifier):
         return {LABEL: torch.stack([logits_NK[:, group].logsumexp(1) for group in self._groups], dim=1)}
 
 
-class ZeroShotClassifier(ImageClassifier):
+class ZeroShotClassifier(ProcessedClassifier):
     """A CLIP-like model that is shown images beside texts; a label's texts count as the mean of their directions.
 
     Args:
@@ -117,12 +131,8 @@ class ZeroShotClassifier(ImageClassifier):
         texts: label -> what it is asked with.
     """
 
-    batch_size = 32
-
     def __init__(self, network: Any, processor: Any, tokenizer: Any, texts: Labels):
-        super().__init__()
-        self.network, self._processor = network, processor
-        self.attributes, self.resolution = {LABEL: list(texts)}, side_of_processor(processor)
+        super().__init__(network, processor, list(texts))
         directions = []
         longest = network.config.text_config.max_position_embeddings
         with torch.no_grad():
@@ -132,10 +142,6 @@ class ZeroShotClassifier(ImageClassifier):
                     nn.functional.normalize(embedding(network.get_text_features(**tokens)), dim=1).mean(0)
                 )
         self.register_buffer("directions", nn.functional.normalize(torch.stack(directions), dim=1))
-
-    def pixels(self, images: Tensor) -> Tensor:
-        """Bytes (N, 3, H, W) as the network's own processor prepares them."""
-        return self._processor(images=list(images.cpu()), return_tensors="pt")["pixel_values"]
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
         """Prepared images -> logits (N, J): scaled cosines between an image and the labels' texts."""

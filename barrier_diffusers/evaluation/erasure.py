@@ -16,6 +16,7 @@ from barrier_diffusers.data.encoding import cached_tensors
 from barrier_diffusers.data.erased_concepts import ErasedConcepts, rows_about_others
 from barrier_diffusers.data.images import Images, as_image_set
 from barrier_diffusers.evaluation.accuracy import Answers, erasure_metrics
+from barrier_diffusers.evaluation.classifier import ImageClassifier
 from barrier_diffusers.evaluation.classifier_source import ClassifierSource
 from barrier_diffusers.evaluation.evaluation_split import load_rows
 from barrier_diffusers.evaluation.judge import attribute_of, check_judge, shortened
@@ -147,11 +148,19 @@ def generate_cached(
 
 
 def evaluate_erasure(
-    evaluation: ImageEvaluationConfig, asked: EvaluationPrompts, before: Images | None, after: Images
+    evaluation: ImageEvaluationConfig,
+    asked: EvaluationPrompts,
+    before: Images | None,
+    after: Images,
+    classifier: ImageClassifier | None = None,
 ) -> tuple[str, dict[str, Any]]:
-    """(attribute, metrics of `erasure_metrics` with the sampler's settings and counts); before may be unknown."""
-    assert evaluation.classifier is not None
-    classifier = evaluation.source.load(asked.forgotten)
+    """(attribute, metrics of `erasure_metrics` with the sampler's settings and counts).
+
+    Args:
+        before: None where nobody knows.
+        classifier: the one that the settings name, where it is loaded already.
+    """
+    classifier = classifier or evaluation.source.load(asked.forgotten)
     attribute = attribute_of(classifier.attributes, asked.forgotten)
     wanted = {name: labels_in_texts(asked.prompts, labels) for name, labels in classifier.attributes.items()}
     wanted[attribute] = [  # a prompt may ask for the concept by another name

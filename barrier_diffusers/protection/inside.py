@@ -171,8 +171,7 @@ class LossInside:
     def to(self, device: torch.device) -> None:
         """Move everything."""
         for group in self.groups:
-            group.region = group.region.to(device)
-            group.factor_DL = None if group.factor_DL is None else group.factor_DL.to(device)
+            group.to(device)
         self._build()
 
     def cut(self, share: Share | None) -> None:

@@ -62,6 +62,11 @@ class MapGroup:
     factor_DL: Tensor | None = None  # `thin_factor` of the region's residual
     share: Share | None = None  # the rows of the maps that this process holds; None: all
 
+    def to(self, device: torch.device) -> None:
+        """Move the region and its factor."""
+        self.region = self.region.to(device)
+        self.factor_DL = None if self.factor_DL is None else self.factor_DL.to(device)
+
     @property
     def held(self) -> list[ProtectedMap]:
         """The maps of which this process holds any row."""
@@ -566,8 +571,7 @@ class StackedLoss:
     def to(self, device: torch.device) -> None:
         """Move everything."""
         for group in self.groups:
-            group.region = group.region.to(device)
-            group.factor_DL = None if group.factor_DL is None else group.factor_DL.to(device)
+            group.to(device)
         self._build()
 
     def cut(self, share: Share | None) -> None:

@@ -25,7 +25,7 @@ from barrier_diffusers.utils.failures import explanation, is_bug
 from barrier_diffusers.utils.group_exit import is_in_group, leave_at_once
 from barrier_diffusers.utils.help_page import groups_of, help_page
 from barrier_diffusers.utils.installation import require_assets, resolve_named_files, where_assets_are
-from barrier_diffusers.utils.open_settings import class_with_open_sections
+from barrier_diffusers.utils.open_settings import class_with_open_sections, yaml_or_text
 from barrier_diffusers.utils.overlaps import check_overlaps, expand_outputs
 from barrier_diffusers.utils.signals import heeding_signals
 
@@ -156,7 +156,7 @@ def require_sections(sections: Mapping[str, type], arguments: Sequence[str]) -> 
         if word.startswith("--config"):
             where, given = f" ({value})", dict(nodes(read_yaml(value)))
         elif word.startswith("--") and name in sections:
-            given = {name: _yaml_or_text(value)}
+            given = {name: yaml_or_text(value)}
         for section in sections.keys() & given.keys():
             if given[section] is not None and not isinstance(given[section], Mapping):
                 raise ValueError(f"{section} is {given[section]!r}, but must be settings by name{where}")
@@ -168,13 +168,6 @@ def nodes(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
         yield f"{prefix}{name}", value
         if isinstance(value, Mapping):
             yield from nodes(value, f"{prefix}{name}.")
-
-
-def _yaml_or_text(value: str) -> Any:
-    try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
-        return value
 
 
 def sections_of(config_class: type, prefix: str = "") -> dict[str, type]:

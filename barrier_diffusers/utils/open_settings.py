@@ -77,7 +77,7 @@ def _top_level(arguments: Sequence[str]) -> dict[str, Any]:
         if flag == "config":
             values |= _mapping(value, is_file=True)
         else:
-            values[flag] = _read(value)
+            values[flag] = yaml_or_text(value)
     return values
 
 
@@ -103,11 +103,12 @@ def section_of(arguments: Sequence[str], section: str) -> dict[str, Any]:
             for parent in parents:
                 inner[parent] = dict(_mapping(inner.get(parent)))
                 inner = inner[parent]
-            inner[name] = _read(value)
+            inner[name] = yaml_or_text(value)
     return values
 
 
-def _read(value: str) -> Any:
+def yaml_or_text(value: str) -> Any:
+    """A word of a command line as YAML reads it, as it is where it is none."""
     try:
         return yaml.safe_load(value)
     except yaml.YAMLError:

@@ -115,7 +115,11 @@ class ConceptProtocol(Protocol):
         results: dict[str, Any] = {}
         if self.judge is not None:
             attribute, metrics = evaluate_erasure(
-                self.config.evaluation, self.asked, before=self.pair.before, after=self.pair.after
+                self.config.evaluation,
+                self.asked,
+                before=self.pair.before,
+                after=self.pair.after,
+                classifier=self.judge.classifier,
             )
             results["classes"] = metrics
             print_metrics(metrics, attribute, forgotten=self.asked.forgotten)
