@@ -208,8 +208,8 @@ def build_classifier(name: str, names: Sequence[str], resolution: int, num_chann
         if name in ARCHITECTURES:
             return Classifier(name, list(names), resolution, num_channels)
         labels = dict(enumerate(names))
-        require_on_hub(name)
         try:
+            require_on_hub(name)
             network = AutoModelForImageClassification.from_pretrained(
                 name,
                 dtype=torch.float32,

@@ -200,23 +200,34 @@ def _try_attention(device: torch.device, dtype: torch.dtype) -> None:
         attended.sum().backward()
 
 
-def add_adapter(network: Any, config: BarrierConfig, rank: int) -> None:
+def add_adapter(network: Any, config: BarrierConfig, rank: int, at_most: bool = False) -> None:
     """A LoRA adapter on exactly the maps that the config's targets and blocks name, its factors in float32.
+
+    Args:
+        at_most: a map that is narrower than `rank` gets an adapter of its own width instead of an error.
 
     Raises:
         ValueError: a rank above the width of one of the maps, from which on an adapter is no smaller than the weight.
     """
     assert config.targets is not None
     maps = resolve_targets(network, config.targets, config.blocks)
-    narrowest = min(maps, key=lambda linear_map: min(linear_map.outputs_first(linear_map.layer.weight).shape))
-    width = min(narrowest.outputs_first(narrowest.layer.weight).shape)
-    if rank > width:
+    widths = {one.name: min(one.outputs_first(one.layer.weight).shape) for one in maps}
+    narrow = {name: width for name, width in widths.items() if width < rank}
+    if narrow and not at_most:
+        narrowest = min(narrow, key=narrow.__getitem__)
         raise ValueError(
-            f"rank is {rank}, but the adapter of {narrowest.name} can have {width} at most, the lesser of its numbers "
-            "of inputs and outputs: set rank to that or less, or name wider maps in barrier.targets"
+            f"rank is {rank}, but the adapter of {narrowest} can have {narrow[narrowest]} at most, the lesser of its "
+            "numbers of inputs and outputs: set rank to that or less, or name wider maps in barrier.targets"
         )
-    names = [linear_map.name for linear_map in maps]
-    network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=names))
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        init_lora_weights="gaussian",
+        target_modules=list(widths),
+        rank_pattern=narrow,
+        alpha_pattern=narrow,
+    )
+    network.add_adapter(lora)
     cast_training_params(network, dtype=torch.float32)
 
 

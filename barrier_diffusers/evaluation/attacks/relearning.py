@@ -60,7 +60,7 @@ class RelearningConfig(LearningBudget):
     learning_rate: float = 1e-4
     num_images: int | None = 10
     trained_weights: Literal["adapter", "all"] = "adapter"  # a LoRA adapter, or every weight of the denoiser
-    rank: int = 8  # of the adapter
+    rank: int = 8  # of the adapter; a narrower map gets one of its own width
     targets: list[str] = field(default_factory=lambda: list(ATTENTION))  # maps that get one
     # steps of inversion first: the token that it finds stands in the captions and prompts; 0: the concept's own name
     token_steps: int = 0
@@ -135,7 +135,7 @@ def trained_parameters(network: Any, budget: RelearningConfig) -> Iterator[list[
     with torch.random.fork_rng():
         try:
             torch.manual_seed(budget.seed)  # of the adapter's first values
-            add_adapter(network, BarrierConfig(targets=budget.targets), rank=budget.rank)
+            add_adapter(network, BarrierConfig(targets=budget.targets), rank=budget.rank, at_most=True)
             yield [value for value in network.parameters() if value.requires_grad]
         finally:
             network.unload_lora()
