@@ -61,10 +61,11 @@ def settings_of(name):
 
 # settings that hold text and never name a file; a checkpoint is read from output_dir itself
 WORDS = set(
-    """attacks attention_backend attribute attributes anchor anchor_prompt caption_column caption_template concept
-    compile_backend concept_column dataset_subset exclude_labels extra_words forget_class forget_prompts hub_model_id
-    image_column initial_label initial_words label_column labels name project prompts protocol resume_from_checkpoint
-    retain_concepts retain_prompts revision split stages targets test_split trade_off train_split validation_prompt
+    """anchor anchor_prompt attacks attention_backend attribute attributes caption_column caption_template
+    compile_backend concept concept_column concept_synonyms dataset_subset exclude_concepts exclude_labels
+    extra_words forget_class forget_prompts hub_model_id image_column initial_label initial_words label_column
+    labels meta_adapter_targets name project prompts protocol resume_from_checkpoint retain_concepts
+    retain_prompts revision split stages targets test_split token_starts trade_off train_split validation_prompt
     variant vocabulary_package words""".split()
 )
 
