@@ -68,7 +68,7 @@ def settings_class(script):
 
 @pytest.fixture
 def hollow(tmp_path, monkeypatch):
-    """The working folder has the repository's assets, of which the models have no weights."""
+    """The working folder has the repository's assets, of which the models have no weights; wandb is not installed."""
     ignore = shutil.ignore_patterns("*.safetensors", "*.png")
     for name in ("fashion_sd", "fashion_ddpm", "fashion_resnet", "fashion_classifier"):
         shutil.copytree(ROOT / "assets" / name, tmp_path / "assets" / name, ignore=ignore)
@@ -78,6 +78,7 @@ def hollow(tmp_path, monkeypatch):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "file").write_text("")
     (tmp_path / "list.yaml").write_text("barrier: [a]\n")
+    monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -34,7 +34,8 @@ def test_the_wheel_holds_every_file_of_the_packages_and_nothing_else(wheel):
 
 
 def test_every_console_command_leads_to_a_function():
-    assert set(PROJECT["scripts"]) == {f"barrier-{name}" for name in "unlearn evaluate report workflow sweep".split()}
+    names = "unlearn evaluate report restore workflow sweep".split()
+    assert set(PROJECT["scripts"]) == {f"barrier-{name}" for name in names}
     for where in PROJECT["scripts"].values():
         module, _, function = where.partition(":")
         assert callable(getattr(importlib.import_module(module), function))
