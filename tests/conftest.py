@@ -11,10 +11,14 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
+from barrier_diffusers.evaluation.attacks import ATTACKS
+from barrier_diffusers.evaluation.extractors import EXTRACTORS
+from barrier_diffusers.evaluation.protocols import PROTOCOLS
 from barrier_diffusers.models.architectures import ARCHITECTURES
 from barrier_diffusers.objectives import OBJECTIVES
 
 torch.set_num_threads(1)
+REGISTRIES = (OBJECTIVES, ARCHITECTURES, ATTACKS, PROTOCOLS, EXTRACTORS)
 
 
 def make_unet(**changes):
@@ -121,7 +125,7 @@ def interruptible():
 @pytest.fixture(autouse=True)
 def own_registrations():
     """What a test registers leaves the registries with it."""
-    before = [(registry, dict(registry)) for registry in (OBJECTIVES, ARCHITECTURES)]
+    before = [(registry, dict(registry)) for registry in REGISTRIES]
     yield
     for registry, items in before:
         registry.clear()

@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from short_runs import BASE, ROOT
 
-from barrier_diffusers.models import architectures
+from barrier_diffusers.models.rows import stable_diffusion_3
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*_ext/README.md"))]
 FEWER = {  # what is written there -> what runs here
@@ -19,7 +19,7 @@ RUNS = {  # folder that a command of the page above makes -> what stands in for 
     "runs/ddpm_fashion": "assets/fashion_ddpm",
     "runs/classifier": "assets/fashion_resnet",
 }
-FRAGMENTS = {"Architecture(": vars(architectures)}  # code that begins so is a part of a file -> that file's names
+FRAGMENTS = {"Architecture(": vars(stable_diffusion_3)}  # code that begins so is a part of a file -> that file's names
 
 
 def snippets():

@@ -99,7 +99,7 @@ def with_call_defaults(values: dict[str, Any]) -> dict[str, Any]:
     if objective.get("name", "rl") not in CALL_OBJECTIVES:
         return values
     found = dict(values)
-    if not any(found.get(name) for name in RETAINED):
+    if not any(found.get(name) for name in RETAINED) and objective.get("alpha") != 0:
         anchors = [*as_list(objective.get("anchor")), *as_list(objective.get("anchor_prompt"))]
         kept = [text for text in anchors if not any(mentions(text, word) for word in as_list(values.get("concept")))]
         found["retain_prompts"] = list(dict.fromkeys(kept))
@@ -133,7 +133,7 @@ def unlearn(
             of that name, or `forget_prompts=[...]`.
         anchor: words that take the concept's place (`objective.anchor`), for objectives that steer to something.
         retain_prompts: of what is to stay, illustrated by the pipeline. The more, the more is kept: by default the
-            anchor alone.
+            anchor alone, and nothing where `objective.alpha` is 0.
         images: PIL images of the concept, used in place of illustrations.
         output_dir: gets what the script leaves there, pictures and metrics included; None: nothing is kept.
         settings: any other field of `UnlearnConfig`; sections as dictionaries, e.g. `max_train_steps=100,
