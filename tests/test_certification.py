@@ -5,7 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import make_small_unet, run_unet, unet_batches
+from forks import in_ranks
 from peft import LoraConfig
 from short_runs import ROOT, run
 
@@ -15,6 +17,7 @@ from barrier_diffusers.data.encoding import EncodedImages, NoisedBatches, encode
 from barrier_diffusers.data.erased_concepts import ErasedConcepts
 from barrier_diffusers.evaluation.certification import (
     CertificateConfig,
+    certify_pipeline,
     certify_saved,
     has_barrier,
     held_out_images,
@@ -23,7 +26,7 @@ from barrier_diffusers.evaluation.certification import (
 from barrier_diffusers.evaluation.erasure import ImageEvaluationConfig, make_evaluation_prompts
 from barrier_diffusers.models.denoiser import PipelineDenoiser
 from barrier_diffusers.models.loading import load_pipeline
-from barrier_diffusers.protection.certificate import sound_bound
+from barrier_diffusers.protection.certificate import MapObserver, sound_bound
 from barrier_diffusers.protection.order_statistics import (
     Split,
     attainable_quantile,
@@ -225,3 +228,65 @@ def test_weights_are_those_of_the_folder(runs):
     folder, _, _ = runs
     record = json.loads((folder / "with" / "certificate.json").read_text())
     assert record["hashes"]["unet"] == module_hash(load_pipeline(str(folder / "with")).unet)
+
+
+def _certify_together(rank, folder, count):
+    torch.set_num_threads(1)
+    if count > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=count)
+    pipeline, seen = load_pipeline(str(folder.parent / "with")), []
+    barrier = Barrier.from_pretrained(folder.parent / "with", pipeline.unet)
+    settings = CertificateConfig(num_images=10, quantile=0.5, batch_size=4)
+    held_out = held_out_images(settings, ImageEvaluationConfig(), SNEAKER)
+    pipeline.unet.register_forward_hook(lambda module, given, made: seen.append(len(made.sample)))
+    record = certify_pipeline(barrier, pipeline, held_out, settings, resolution=32)
+    batches = [4, 4, 2][rank::count]
+    assert seen == batches + [size for size in batches for _ in range(2)]  # maps, then the network now and before
+    (folder / f"{count}-{rank}.json").write_text(json.dumps(record))
+    if count > 1:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_share_the_batches_and_give_the_certificate_of_one(count, runs):
+    folder, _, _ = runs
+    for number in (1, count):
+        place = folder / f"by-{count}-{number}"
+        place.mkdir()
+        in_ranks(_certify_together, place, number, count=number)
+    one = (folder / f"by-{count}-1" / "1-0.json").read_text()
+    for rank in range(count):  # of four processes the last has no batch
+        assert (folder / f"by-{count}-{count}" / f"{count}-{rank}.json").read_text() == one
+
+
+def _certify_broken(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    unet = make_small_unet()
+    barrier = Barrier(unet, BarrierConfig(targets=["attn2.to_k"], reduced_dim=2))
+    barrier.setup_protection(unet_batches(), run_unet)
+    batches = unet_batches(4, seed=1)
+    batches[1] = (batches[1][0] * float("nan"), *batches[1][1:])
+    batches[1] = (*batches[1][:2], batches[1][2] * float("nan"))
+    with pytest.raises((RuntimeError, ValueError)) as caught:
+        barrier.certify(batches, run_unet, 0.5, shared=True)
+    (folder / f"{rank}.txt").write_text(str(caught.value))
+    dist.destroy_process_group()
+
+
+def test_what_fails_in_one_process_ends_the_others(tmp_path):
+    in_ranks(_certify_broken, tmp_path)
+    assert "failed in another process" in (tmp_path / "0.txt").read_text()
+    assert "non-finite" in (tmp_path / "1.txt").read_text()
+
+
+def test_counts_of_rows_do_not_round(unet):
+    """Large images have more rows than float32 counts."""
+    barrier = Barrier(unet, BarrierConfig(targets=["attn2.to_k"], reduced_dim=2))
+    barrier.setup_protection(unet_batches(), run_unet)
+    entry, region = barrier.maps[0], barrier.groups[0].region
+    observer = MapObserver("m", barrier.drift(entry), region, entry.layer.weight, None, base_is_current=False)
+    far = 1e6 * torch.ones(1, 3, region.mean.numel())
+    observer.outside += 2**24
+    observer.update(far)
+    assert int(observer.outside) == 2**24 + 3

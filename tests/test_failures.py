@@ -2,7 +2,9 @@
 
 import csv
 import io
+import os
 import re
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from short_runs import ROOT
 
 from barrier_diffusers.utils import failures
 from barrier_diffusers.utils.command_line import run_script
@@ -121,3 +124,43 @@ def test_the_traceback_can_be_asked_for(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("BARRIER_TRACEBACK", "1")
     error, _ = ended(lost_key, monkeypatch, capsys)
     assert isinstance(error, RuntimeError)
+
+
+LEFT_IN_ORDER = """
+import atexit, os
+from dataclasses import dataclass
+from barrier_diffusers.utils.command_line import run_script
+
+@dataclass
+class Config:
+    \"\"\"Settings of a script.\"\"\"
+
+    fail: bool = False
+
+class Group:
+    def __del__(self, write=os.write):
+        write(2, b"taken apart by the interpreter")
+
+group = Group()
+atexit.register(print, "what was registered ran")
+
+def main(config):
+    print("worked")
+    if config.fail:
+        raise ValueError("no such thing")
+
+run_script(main, Config)
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("fail", [False, True])
+def test_a_process_that_was_started_with_others_is_not_taken_apart(processes, fail, tmp_path):
+    """Leaving a group does not delete it: that is left to the interpreter, which threads of gloo may wait for."""
+    (tmp_path / "script.py").write_text(LEFT_IN_ORDER)
+    command = [sys.executable, "script.py", *(["--fail=true"] if fail else [])]
+    place = {**os.environ, "WORLD_SIZE": str(processes), "RANK": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=place, capture_output=True, text=True)
+    assert done.returncode == int(fail) and done.stdout == "worked\nwhat was registered ran\n"
+    assert ("taken apart" in done.stderr) == (processes == 1)
+    assert ("error: no such thing" in done.stderr) == fail

@@ -25,6 +25,7 @@ from barrier_diffusers.workflow.unlearning import (
     LoadedModel,
     Run,
     RunData,
+    certify,
     edit,
     encode_data,
     judge,
@@ -40,8 +41,7 @@ from barrier_diffusers.workflow.unlearning import (
 
 
 def conclude(run: Run, model: LoadedModel, data: RunData, before: Before, results: dict[str, Any]) -> None:
-    """Save -> judge -> report, in the main process."""
-    save_weights(run, model, data)
+    """Judge -> report, in the main process."""
     metrics = judge(run, model, data, before, results)
     save_records(run, model, data, metrics, results)
     print(f"{'adapter' if run.config.rank else 'pipeline'}: {run.output}")
@@ -55,7 +55,7 @@ def conclude(run: Run, model: LoadedModel, data: RunData, before: Before, result
 
 @in_output_folder(also_written=["README.md"])
 def main(config: UnlearnConfig) -> None:
-    """Load -> encode -> protect -> train -> conclude."""
+    """Load -> encode -> protect -> train -> save -> certify -> conclude."""
     run = open_unlearning(config)
     erased = read_erased(config.pretrained_model_name_or_path, config.revision)
     model = make_ready(run, load_base(config), erased)
@@ -66,6 +66,8 @@ def main(config: UnlearnConfig) -> None:
     else:
         unlearner = protect(run, model, data)
         results = train(run, model, data, unlearner)
+    with_helpers(model.pipeline, partial(save_weights, run, model, data))
+    certify(run, model, before)
     with_helpers(model.pipeline, partial(conclude, run, model, data, before, results))
     run.trainer.end_run()
 

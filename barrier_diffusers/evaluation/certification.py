@@ -30,8 +30,15 @@ from barrier_diffusers.protection.order_statistics import Split, attainable_quan
 from barrier_diffusers.protection.storage import PROJECTIONS_NAME, REGIONS_NAME
 from barrier_diffusers.utils.checks import INNER_SHARE, SEED, at_least, check_settings, rules
 from barrier_diffusers.utils.files import write_json
+from barrier_diffusers.utils.output_folder import is_first_process
 
 CERTIFICATE_NAME = "certificate.json"
+
+
+def say(line: str) -> None:
+    """Print in the first process of a run alone."""
+    if is_first_process():
+        print(line)
 
 
 @dataclass
@@ -90,12 +97,12 @@ def held_out_images(
         return None
     if concepts.source is not None:
         if evaluation.split == concepts.train_split:
-            print(f"no certificate: evaluation.split {evaluation.split!r} is what was trained on")
+            say(f"no certificate: evaluation.split {evaluation.split!r} is what was trained on")
             return None
         rows = image_text(retained_rows(load_rows(concepts, evaluation.split), concepts, erased=erased), concepts)
         where = f"split {evaluation.split!r} of {concepts.source}, without what is forgotten"
     elif asked is None or before_NHWC is None:
-        print("no certificate: there is no data set, and no image of the pipeline before it was changed")
+        say("no certificate: there is no data set, and no image of the pipeline before it was changed")
         return None
     else:
         gone = {*asked.forgotten, *asked.erased_before, *(" and ".join(earlier.concepts) for earlier in erased)}
@@ -108,11 +115,11 @@ def held_out_images(
         where = "images that the pipeline made of the retained prompts before it was changed"
     rows = rows.select(take_evenly(range(len(rows)), certificate.num_images, seed=certificate.seed))
     if len(rows) == 0:
-        print("no certificate: there are no held-out images of what is retained")
+        say("no certificate: there are no held-out images of what is retained")
         return None
     needed, chosen = samples_needed(certificate.quantile, certificate.confidence), certificate.split
     if chosen.num_calibration(len(rows)) < needed:
-        print(
+        say(
             f"certificate: {chosen.num_calibration(len(rows))} of {len(rows)} held-out images choose its bound, and "
             f"allow quantile {quantile_for(certificate, len(rows)):.2%} at confidence {certificate.confidence:.0%}; "
             f"{certificate.quantile:.2%} takes {needed}"
@@ -130,7 +137,8 @@ def quantile_for(certificate: CertificateConfig, num_images: int) -> float:
 def certify_pipeline(
     barrier: Barrier, pipeline: Any, held_out: HeldOut, certificate: CertificateConfig, resolution: int
 ) -> dict[str, Any]:
-    """The certificate as plain values, with what it was computed from; the same for the same weights and images.
+    """The certificate as plain values, with what it was computed from; the same for the same weights and images, and
+    for any number of processes, which all have to call this.
 
     Draws from no random state but its own.
     """
@@ -144,8 +152,10 @@ def certify_pipeline(
     batches = NoisedBatches(images, denoiser, certificate.batch_size, certificate.seed, device)
     quantile = quantile_for(certificate, len(rows))
     with autocast_denoiser(pipeline):
-        result = barrier.certify(batches, denoiser.predict_batch, quantile, certificate.confidence, certificate.split)
-    print(result)
+        result = barrier.certify(
+            batches, denoiser.predict_batch, quantile, certificate.confidence, certificate.split, shared=True
+        )
+    say(str(result))
     return {
         **result.to_dict(),
         "settings": asdict(certificate),
@@ -182,11 +192,14 @@ def write_certificate(
     certificate: CertificateConfig,
     resolution: int,
 ) -> None:
-    """Write certificate.json, if there is anything held out; nothing of an earlier run stays."""
-    (output / CERTIFICATE_NAME).unlink(missing_ok=True)
+    """Write certificate.json, if there is anything held out; nothing of an earlier run stays. All processes of a run
+    have to call this, and the first one writes."""
+    if is_first_process():
+        (output / CERTIFICATE_NAME).unlink(missing_ok=True)
     if held_out is not None:
         record = certify_pipeline(barrier, pipeline, held_out=held_out, certificate=certificate, resolution=resolution)
-        write_json(output / CERTIFICATE_NAME, record)
+        if is_first_process():
+            write_json(output / CERTIFICATE_NAME, record)
 
 
 def has_barrier(pipeline: str | None, lora_weights: str | None) -> bool:

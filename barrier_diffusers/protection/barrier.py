@@ -348,6 +348,7 @@ class Barrier:
         quantile: float = 0.99,
         confidence: float = 0.95,
         split: Split | None = None,
+        shared: bool = False,
     ) -> Certificate:
         """What is guaranteed on retain inputs like the held-out ones (docs/method.md section 6).
 
@@ -356,9 +357,12 @@ class Barrier:
 
         Args:
             split: which of the images choose the distribution-free bounds, and which check them.
+            shared: all processes of a group call this with the same loader, which has a length, and each looks at
+                batch k of its rank modulo their number; all get the certificate of one process, to the digit unless
+                `forward_fn` draws random numbers.
 
         Raises:
-            RuntimeError: setup_protection was not called.
+            RuntimeError: setup_protection was not called, or another process failed.
             ValueError: quantile or confidence outside (0, 1), or unusable data.
         """
         self._require_setup()
@@ -372,7 +376,8 @@ class Barrier:
             base_is_current=self.uses_adapter,
             snapshot_weights=self.snapshot_weights,
         )
-        return certify(trained, held_out_loader, forward_fn, Guarantee(quantile, confidence, split or Split()))
+        guarantee = Guarantee(quantile, confidence, split or Split())
+        return certify(trained, held_out_loader, forward_fn, guarantee, shared)
 
     @contextmanager
     def snapshot_weights(self) -> Iterator[None]:

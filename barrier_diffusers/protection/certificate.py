@@ -5,9 +5,10 @@ Shapes: B images, L rows of an image, D input features, K kept directions, O out
 
 from __future__ import annotations
 
+import itertools
 import os
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from barrier_diffusers.protection.drift import Drift
-from barrier_diffusers.protection.fitting import ForwardFn, first_tensor, kept_random_state
+from barrier_diffusers.protection.fitting import ForwardFn, first_tensor, in_all_processes, kept_random_state
 from barrier_diffusers.protection.loss import interval_ends
 from barrier_diffusers.protection.order_statistics import (
     RelativeDrift,
@@ -30,6 +32,7 @@ from barrier_diffusers.protection.order_statistics import (
 from barrier_diffusers.protection.recorder import evaluation_mode, record_inputs
 from barrier_diffusers.protection.region import ForgetRegion
 from barrier_diffusers.protection.sharding import whole
+from barrier_diffusers.protection.statistics import is_distributed, reduced
 from barrier_diffusers.protection.targets import ProtectedMap
 from barrier_diffusers.utils.files import write_json
 
@@ -138,10 +141,10 @@ class MapObserver:
             num_features = self.delta_OD.shape[1]  # float32 sums |dW x| with an error of at most D eps |dW| |x|
             self.noise_O = num_features * torch.finfo(torch.float32).eps * self.delta_OD.norm(dim=1)
         self.largest_per_image: list[Tensor] = []
-        zero = torch.zeros((), device=self.delta_OD.device)
+        device = self.delta_OD.device
         self.rows = 0
-        self.outside, self.broken, self.above = zero.clone(), zero.clone(), zero.clone()
-        self.radius, self.largest = zero.clone(), zero.clone()
+        self.outside, self.broken, self.above = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(3))
+        self.radius, self.largest = torch.zeros((), device=device), torch.zeros((), device=device)
 
     @torch.no_grad()
     def update(self, x_BLD: Tensor) -> None:
@@ -255,7 +258,53 @@ class Certificate:
         return f"relative drift <= {drift.certified:.4g} for {promise}; {checked}"
 
 
-def certify(trained: TrainedMaps, loader: Any, forward_fn: ForwardFn, guarantee: Guarantee) -> Certificate:
+@dataclass(frozen=True)
+class OwnBatches:
+    """The batches of a loader that one of several processes looks at: batch k is of process k modulo their number."""
+
+    loader: Any
+    index: int
+    count: int
+
+    def __len__(self) -> int:
+        return len(range(self.index, len(self.loader), self.count))
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(self.loader, self.index, None, self.count)
+
+    def combine(self, observers: Sequence[MapObserver], network: Tensor | None) -> Tensor | None:
+        """Give every observer what the processes have seen together, in the order of the batches; the same for the
+        network's drift. Counts are added and extremes compared: the order plays no part, and no digit changes."""
+        device = observers[0].delta_OD.device
+        sizes = torch.zeros(len(self.loader), dtype=torch.int64, device=device)
+        seen, own = observers[0].largest_per_image, len(self)
+        calls = len(seen) // own if own else 0  # of a map in a batch
+        for batch in range(own):
+            sizes[self.index + batch * self.count] = sum(len(part) for part in seen[batch * calls :][:calls])
+        owners = torch.arange(len(sizes), device=device) % self.count
+        mine = (owners == self.index).repeat_interleave(reduced(sizes))
+        given = reduced(torch.tensor(int(network is not None), device=device), dist.ReduceOp.MAX).item() > 0
+        table = torch.zeros(len(observers) + 1, len(mine), device=device)
+        if own:
+            table[:-1, mine] = torch.stack([observer.drift_per_image for observer in observers]).to(device)
+        if network is not None:
+            table[-1, mine] = network.to(device)
+        counts = [[torch.tensor(one.rows, device=device), one.outside, one.broken, one.above] for one in observers]
+        extremes = [[one.radius, one.largest] for one in observers]
+        table_MN = reduced(table).cpu()
+        counts_M4 = reduced(torch.stack([torch.stack(numbers) for numbers in counts]))
+        extremes_M2 = reduced(torch.stack([torch.stack(numbers) for numbers in extremes]), dist.ReduceOp.MAX)
+        for index, observer in enumerate(observers):
+            rows, observer.outside, observer.broken, observer.above = counts_M4[index].unbind()
+            observer.rows = int(rows)
+            observer.radius, observer.largest = extremes_M2[index].unbind()
+            observer.largest_per_image = [table_MN[index]]
+        return table_MN[-1] if given else None
+
+
+def certify(
+    trained: TrainedMaps, loader: Any, forward_fn: ForwardFn, guarantee: Guarantee, shared: bool = False
+) -> Certificate:
     """Observe every map and the whole network on held-out batches; see `Barrier.certify`."""
     order_statistic(1, guarantee.quantile, guarantee.confidence)  # refuses what lies outside (0, 1)
     observers: dict[str, MapObserver] = {}
@@ -274,9 +323,22 @@ def certify(trained: TrainedMaps, loader: Any, forward_fn: ForwardFn, guarantee:
         observers[name].update(rows_BLD)
 
     maps, alone = [linear_map for linear_map, _ in trained.regions], {name: name for name in observers}
-    with kept_random_state(trained.model, loader):
-        record_inputs(trained.model, maps, loader, forward_fn, observe, what="held-out", leader_of=alone)
-    network = _network_drift(trained, loader, forward_fn)
+    network: Tensor | None = None
+
+    def watch(batches: Any) -> dict[str, str]:
+        nonlocal network
+        with kept_random_state(trained.model, loader):
+            record_inputs(trained.model, maps, batches, forward_fn, observe, what="held-out", leader_of=alone)
+        network = _network_drift(trained, batches, forward_fn)
+        return {}
+
+    if shared and is_distributed():
+        own = OwnBatches(loader, dist.get_rank(), dist.get_world_size())
+        idle = len(own) == 0 and len(loader) > 0
+        in_all_processes(lambda: {} if idle else watch(own), next(trained.model.parameters()).device)
+        network = own.combine(list(observers.values()), network)
+    else:
+        watch(loader)
     worst_per_image = torch.stack([observer.drift_per_image for observer in observers.values()]).amax(0)
     return Certificate(
         maps=[observer.result(guarantee) for observer in observers.values()],

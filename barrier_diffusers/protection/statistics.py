@@ -21,7 +21,8 @@ LARGEST = 1e4  # likewise; farther values share the outermost bin (Chebyshev: at
 RATIO = 1.01  # between the edges of neighbouring bins
 
 
-def _reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+def reduced(tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """The tensor, by now combined with those of the other processes; all of them have to call it."""
     dist.all_reduce(tensor, op)
     return tensor
 
@@ -97,13 +98,13 @@ class Moments:
         self._add_waiting()
         if not is_distributed():
             return
-        count = _reduce(torch.tensor([self._added], dtype=torch.float64, device=self.mean_D.device))
+        count = reduced(torch.tensor([self._added], dtype=torch.float64, device=self.mean_D.device))
         total = int(count.item())
         if total == 0:
             return
-        mean_D = _reduce(self.mean_D * (self._added / total))
+        mean_D = reduced(self.mean_D * (self._added / total))
         delta_D = self.mean_D - mean_D
-        self.scatter_DD = _reduce(self.scatter_DD + torch.outer(delta_D, delta_D) * self._added)
+        self.scatter_DD = reduced(self.scatter_DD + torch.outer(delta_D, delta_D) * self._added)
         self.mean_D, self._added = mean_D, total
 
     @property
@@ -186,11 +187,11 @@ class ProjectionSketch:
         """Combine with the other processes' rows; histograms and extremes travel, rows never do."""
         if not is_distributed():
             return
-        _reduce(self.counts_KS)
-        _reduce(self.sums_KS)
+        reduced(self.counts_KS)
+        reduced(self.sums_KS)
         minimum_K, maximum_K = self._merge_extremes()
-        _reduce(minimum_K, dist.ReduceOp.MIN)
-        _reduce(maximum_K, dist.ReduceOp.MAX)
+        reduced(minimum_K, dist.ReduceOp.MIN)
+        reduced(maximum_K, dist.ReduceOp.MAX)
         self.count = int(self.counts_KS[0].sum().item())
 
     @property

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from barrier_diffusers.utils.checks import check_paths, check_settings, deferred_checks, hints_of, section_class
 from barrier_diffusers.utils.failures import explanation, is_bug
-from barrier_diffusers.utils.group_exit import is_in_group, leave_at_once
+from barrier_diffusers.utils.group_exit import has_company, leave_at_once
 from barrier_diffusers.utils.help_page import groups_of, help_page
 from barrier_diffusers.utils.installation import require_assets, resolve_named_files, where_assets_are
 from barrier_diffusers.utils.open_settings import class_with_open_sections, yaml_or_text
@@ -39,15 +39,15 @@ def run_script(main: Callable[[Any], None], config_class: type | Callable[[list[
 
     An error of input or environment ends in one line on stderr (failures.py) and exit status 1, a bad flag in exit
     status 2, a signal in one line too, wherever it comes. Set BARRIER_TRACEBACK=1 to see where an error came from.
-    A process of a group that has not left it ends at once (group_exit.py).
+    A process that was started with others ends at once (group_exit.py).
     """
     try:
         _run(main, config_class)
     except BaseException as error:
-        if is_in_group():
+        if has_company():
             leave_at_once(error)
         raise
-    if is_in_group():
+    if has_company():
         leave_at_once(None)
 
 

@@ -1,7 +1,9 @@
-"""How a process of a group ends that has not left it in order: at once, without the interpreter taking it apart.
+"""How a process ends that was started with others: at once, without the interpreter taking it apart.
 
 A thread of gloo may hold the last reference to a tensor and wait for the interpreter, while the interpreter, as it
-deletes the group, waits for that thread: such a process never ends, and the launcher waits for it.
+deletes the group, waits for that thread: such a process never ends, and the launcher waits for it. Leaving the group
+in order does not delete it: functions of torch that were defined while it was there hold it as a default, and it goes
+when the interpreter clears its modules.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ import traceback
 from typing import NoReturn
 
 
-def is_in_group() -> bool:
-    """Whether this process has others that it could wait for; torch is not imported for this."""
+def has_company() -> bool:
+    """Whether this process is, or was, of a group of several; torch is not imported for this."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # a launcher started it, and it may have left its group by now
+        return True
     dist = sys.modules.get("torch.distributed")
     return dist is not None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 

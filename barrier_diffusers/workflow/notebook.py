@@ -28,6 +28,7 @@ from barrier_diffusers.workflow.unlearning import (
     LoadedModel,
     Run,
     RunData,
+    certify,
     edit,
     encode_data,
     judge,
@@ -76,8 +77,7 @@ def left_as_it_was(pipeline: Any, network: Any, full_precision: bool) -> Iterato
 
 
 def _conclude(run: Run, model: LoadedModel, data: RunData, before: Before, results: dict[str, Any]) -> dict[str, Any]:
-    """Save and judge in the main process; the metrics."""
-    save_weights(run, model, data)
+    """Judge in the main process; the metrics."""
     metrics = judge(run, model, data, before, results)
     save_records(run, model, data, metrics, results)
     return metrics
@@ -182,6 +182,8 @@ def unlearn(
             results = train(run, model, data, protect(run, model, data))
         metrics = {key: value for key, value in results.items() if key != "history"}
         if before is not None:
+            with_helpers(pipeline, partial(save_weights, run, model, data))
+            certify(run, model, before)
             conclude = partial(_conclude, run, model, data, before, results)
             metrics = with_helpers(pipeline, conclude) or metrics
         run.trainer.end_run()

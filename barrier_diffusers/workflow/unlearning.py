@@ -133,9 +133,9 @@ class RunData:
 
 @dataclass
 class Before:
-    """How the pipeline was; empty in all processes but the main one."""
+    """How the pipeline was."""
 
-    images: np.ndarray  # (N, H, W, 3) of the evaluation prompts
+    images: np.ndarray  # (N, H, W, 3) of the evaluation prompts; none in all processes but the main one
     held_out: HeldOut | None  # what the certificate is about
 
 
@@ -275,27 +275,39 @@ def _read_and_encode(run: Run, model: LoadedModel) -> RunData:
 
 
 def look_before(run: Run, model: LoadedModel, data: RunData) -> Before:
-    """The pipeline's answers to the evaluation prompts and what is held out, which the main process gets; then every
+    """The pipeline's answers to the evaluation prompts, which the main process gets, and what is held out; then every
     process gets random numbers of its own, the first those that a single one would have."""
     before = with_helpers(model.pipeline, partial(_look, run, model, data))
+    if before is None:
+        images = None if run.config.source is not None else _images_before(run, model, data)  # the cache has them
+        before = Before(np.empty(0), _held_out(run, model, data, images))
     run.accelerator.wait_for_everyone()
     if run.accelerator.process_index:
         set_seed(run.config.seed + run.accelerator.process_index)
-    return before or Before(np.empty(0), None)
+    return before
 
 
 def _look(run: Run, model: LoadedModel, data: RunData) -> Before:
+    images = _images_before(run, model, data)
+    return Before(images, _held_out(run, model, data, images))
+
+
+def _images_before(run: Run, model: LoadedModel, data: RunData) -> np.ndarray:
     config = run.config
-    images = generate_cached(
+    return generate_cached(
         model.pipeline,
         data.prompts.prompts,
         sampling=config.evaluation.sampling,
         cache=run.cache,
         model_hash=model.made_by(config),
     )
+
+
+def _held_out(run: Run, model: LoadedModel, data: RunData, images: np.ndarray | None) -> HeldOut | None:
+    config = run.config
     if not config.protected:
-        return Before(images, None)
-    held_out = held_out_images(
+        return None
+    return held_out_images(
         config.certificate,
         config.evaluation,
         concepts=config,
@@ -303,7 +315,6 @@ def _look(run: Run, model: LoadedModel, data: RunData) -> Before:
         asked=data.prompts,
         before_NHWC=images,
     )
-    return Before(images, held_out)
 
 
 def protect(run: Run, model: LoadedModel, data: RunData) -> Unlearner:
@@ -394,17 +405,21 @@ def save_merged(run: Run, model: LoadedModel, data: RunData) -> None:
     save_pipeline(model.pipeline, run.output / "merged")
 
 
-def judge(run: Run, model: LoadedModel, data: RunData, before: Before, results: dict[str, Any]) -> dict[str, Any]:
-    """The certificate, the same images after, what the classifier says of them, and pictures; the metrics."""
-    config, output, prompts = run.config, run.output, data.prompts
+def certify(run: Run, model: LoadedModel, before: Before) -> None:
+    """Write the certificate; every process looks at its share of what is held out."""
     write_certificate(
-        output,
+        run.output,
         model.barrier,
         pipeline=model.pipeline,
         held_out=before.held_out,
-        certificate=config.certificate,
+        certificate=run.config.certificate,
         resolution=model.resolution,
     )
+
+
+def judge(run: Run, model: LoadedModel, data: RunData, before: Before, results: dict[str, Any]) -> dict[str, Any]:
+    """The same images after, what the classifier says of them, and pictures; the metrics."""
+    config, output, prompts = run.config, run.output, data.prompts
     after = generate_together(model.pipeline, prompts.prompts, config.evaluation.sampling, desc="images after")
     if config.merges_adapter:
         save_merged(run, model, data)
