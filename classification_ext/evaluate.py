@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from barrier_diffusers.evaluation.judged_model import require_another_control
+from barrier_diffusers.evaluation.judged_model import require_another
 from barrier_diffusers.evaluation.tables import print_gaps
 from barrier_diffusers.utils.command_line import run_script
 from barrier_diffusers.utils.files import write_json
@@ -44,7 +44,8 @@ def main(config: EvaluateConfig) -> None:
         if list(control.names) != list(model.names):
             raise ValueError(f"control {config.control!r} has other labels than what is judged")
         hashes["control"] = module_hash(control)
-        require_another_control(config.control, {"model": hashes["model"]}, control={"model": hashes["control"]})
+        judged, named = ({"weights": hashes[name]} for name in ("model", "control"))
+        require_another("control", config.control, judged=judged, named=named)
         metrics["relearning"] = relearning(model, control, splits, config=config, device=device)
     write_json(output / EVALUATION_NAME, manifest(config, hashes, metrics=metrics))
     print_table(None, metrics, title=config.pretrained_model_name_or_path)

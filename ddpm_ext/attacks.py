@@ -29,7 +29,7 @@ from barrier_diffusers.evaluation.attacks.running import (
     seen_record,
 )
 from barrier_diffusers.evaluation.judge import Judge, as_rgb
-from barrier_diffusers.evaluation.judged_model import PICTURE_NAME, require_another_control
+from barrier_diffusers.evaluation.judged_model import PICTURE_NAME, require_another
 from barrier_diffusers.evaluation.pictures import attacks_picture
 from barrier_diffusers.evaluation.tables import print_attacks, print_gaps
 from barrier_diffusers.models.generation import SamplingConfig, generate
@@ -117,7 +117,7 @@ def load_control(
     control = load_pipeline(config.control)
     if control.labels != pipeline.labels:
         raise ValueError(f"evaluation.control {config.control!r} has other labels than the pipeline that is judged")
-    require_another_control(config.control, module_hashes(pipeline), control=module_hashes(control))
+    require_another("control", config.control, judged=module_hashes(pipeline), named=module_hashes(control))
     return control
 
 

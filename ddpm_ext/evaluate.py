@@ -15,7 +15,7 @@ import torch
 
 from barrier_diffusers.evaluation.erasure import generate_cached
 from barrier_diffusers.evaluation.judge import as_rgb
-from barrier_diffusers.evaluation.judged_model import require_another_base
+from barrier_diffusers.evaluation.judged_model import require_another
 from barrier_diffusers.evaluation.pictures import image_rows
 from barrier_diffusers.evaluation.tables import print_metrics
 from barrier_diffusers.models.generation import generate
@@ -48,7 +48,7 @@ def main(config: EvaluateConfig) -> None:
         if base.labels != pipeline.labels:
             raise ValueError(f"{config.base_model!r} has other labels than {config.pretrained_model_name_or_path!r}")
         base_hashes = module_hashes(base)
-        require_another_base(config.base_model, module_hashes(pipeline), base=base_hashes)
+        require_another("base_model", config.base_model, judged=module_hashes(pipeline), named=base_hashes)
         made_by = fingerprint(base_hashes)
         before = generate_cached(base, asked.labels, sampling=sampling, cache=output / "cache", model_hash=made_by)
     images = generate(pipeline, asked.labels, sampling=sampling)

@@ -69,12 +69,22 @@ from tiny_encoders import (
 )
 from transformers import CLIPTextModelWithProjection
 
+HEADS = {"attention_head_dim": 8, "num_attention_heads": 2}
+LATENTS = {"in_channels": 4, "out_channels": 4}
+NO_CHECKER = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+NO_QUANT = {"use_quant_conv": False, "use_post_quant_conv": False}
+
 
 def vae(channels=4, levels=3, **changes):
     """Three levels, so 4 pixels a side for each latent position; four levels, 8 pixels."""
     kinds = {"down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels}
     sizes = {"block_out_channels": (8,) * levels, "latent_channels": channels, "norm_num_groups": 4, "sample_size": 32}
     return AutoencoderKL(**sizes, **kinds, **changes).eval()
+
+
+def flux_vae(channels, levels=3):
+    """The scale and shift that Flux's has, and many have taken from it."""
+    return vae(channels, levels, shift_factor=0.1159, scaling_factor=0.3611, **NO_QUANT)
 
 
 def unet(width, **changes):
@@ -100,9 +110,7 @@ def sd(prediction_type="epsilon"):
         scheduler=DDIMScheduler(
             prediction_type=prediction_type, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
         ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+        **NO_CHECKER,
     )
 
 
@@ -133,7 +141,7 @@ def sdxl():
 def sd3(with_t5=True, dual_attention_layers=(0,), qk_norm="rms_norm"):
     """SD3.5's layout; SD3 itself has no second attention and no norm of queries and keys."""
     return StableDiffusion3Pipeline(
-        vae=vae(4, shift_factor=0.0609, scaling_factor=1.5305, use_quant_conv=False, use_post_quant_conv=False),
+        vae=vae(4, shift_factor=0.0609, scaling_factor=1.5305, **NO_QUANT),
         text_encoder=clip(CLIPTextModelWithProjection),
         text_encoder_2=clip(CLIPTextModelWithProjection, 12),
         text_encoder_3=t5() if with_t5 else None,
@@ -143,11 +151,9 @@ def sd3(with_t5=True, dual_attention_layers=(0,), qk_norm="rms_norm"):
         transformer=SD3Transformer2DModel(
             sample_size=8,
             patch_size=2,
-            in_channels=4,
-            out_channels=4,
+            **LATENTS,
             num_layers=3,
-            attention_head_dim=8,
-            num_attention_heads=2,
+            **HEADS,
             joint_attention_dim=20,
             caption_projection_dim=16,
             pooled_projection_dim=20,
@@ -167,7 +173,7 @@ def sd3_plain():
 def flux(guidance_embeds=True):
     """Flux dev's layout: three double and two single blocks, embedded guidance, dynamic shifting."""
     return FluxPipeline(
-        vae=vae(2, shift_factor=0.1159, scaling_factor=0.3611, use_quant_conv=False, use_post_quant_conv=False),
+        vae=flux_vae(2),
         text_encoder=clip(),
         text_encoder_2=t5(),
         tokenizer=clip_tokenizer(),
@@ -176,8 +182,7 @@ def flux(guidance_embeds=True):
             in_channels=8,
             num_layers=3,
             num_single_layers=2,
-            attention_head_dim=8,
-            num_attention_heads=2,
+            **HEADS,
             joint_attention_dim=20,
             pooled_projection_dim=8,
             guidance_embeds=guidance_embeds,
@@ -193,21 +198,17 @@ def flux_schnell():
     return pipeline
 
 
-NO_QUANT = {"use_quant_conv": False, "use_post_quant_conv": False}
-
-
 def chroma():
     """Flux's layout without pooled text and guidance."""
     return ChromaPipeline(
-        vae=vae(2, shift_factor=0.1159, scaling_factor=0.3611, **NO_QUANT),
+        vae=flux_vae(2),
         text_encoder=t5(),
         tokenizer=t5_tokenizer(),
         transformer=ChromaTransformer2DModel(
             in_channels=8,
             num_layers=2,
             num_single_layers=1,
-            attention_head_dim=8,
-            num_attention_heads=2,
+            **HEADS,
             joint_attention_dim=20,
             axes_dims_rope=(2, 2, 4),
             approximator_num_channels=8,
@@ -238,8 +239,7 @@ def flux2_transformer(width, guidance_embeds):
         in_channels=8,
         num_layers=2,
         num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
+        **HEADS,
         joint_attention_dim=width,
         timestep_guidance_channels=16,
         axes_dims_rope=(2, 2, 2, 2),
@@ -287,8 +287,7 @@ def qwen_image():
             in_channels=16,
             out_channels=4,
             num_layers=2,
-            attention_head_dim=8,
-            num_attention_heads=2,
+            **HEADS,
             joint_attention_dim=16,
             axes_dims_rope=(2, 2, 4),
         ).eval(),
@@ -300,7 +299,7 @@ def qwen_image():
 
 def z_image():
     return ZImagePipeline(
-        vae=vae(4, shift_factor=0.1159, scaling_factor=0.3611, **NO_QUANT),
+        vae=flux_vae(4),
         text_encoder=qwen3(8),
         tokenizer=word_tokenizer(),
         transformer=ZImageTransformer2DModel(
@@ -320,7 +319,7 @@ def z_image():
 
 def lumina2():
     return Lumina2Pipeline(
-        vae=vae(4, levels=4, shift_factor=0.1159, scaling_factor=0.3611, **NO_QUANT),
+        vae=flux_vae(4, levels=4),
         text_encoder=gemma2(8),
         tokenizer=word_tokenizer(),
         transformer=Lumina2Transformer2DModel(
@@ -346,11 +345,9 @@ def cogview4():
         text_encoder=glm(8),
         tokenizer=word_tokenizer("left"),
         transformer=CogView4Transformer2DModel(
-            in_channels=4,
-            out_channels=4,
+            **LATENTS,
             num_layers=2,
-            attention_head_dim=8,
-            num_attention_heads=2,
+            **HEADS,
             text_embed_dim=8,
             time_embed_dim=8,
             condition_dim=4,
@@ -420,8 +417,7 @@ def sana():
         transformer=SanaTransformer2DModel(
             sample_size=32,
             patch_size=1,
-            in_channels=4,
-            out_channels=4,
+            **LATENTS,
             num_layers=2,
             num_attention_heads=2,
             attention_head_dim=8,
@@ -446,17 +442,14 @@ def hunyuan_dit():
             patch_size=2,
             in_channels=4,
             num_layers=4,
-            attention_head_dim=8,
-            num_attention_heads=2,
+            **HEADS,
             hidden_size=16,
             cross_attention_dim=8,
             cross_attention_dim_t5=24,
             pooled_projection_dim=4,
         ).eval(),
         scheduler=DDPMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction", clip_sample=False),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+        **NO_CHECKER,
     )
 
 
@@ -467,12 +460,10 @@ def auraflow():
         tokenizer=t5_tokenizer(),
         transformer=AuraFlowTransformer2DModel(
             sample_size=8,
-            in_channels=4,
-            out_channels=4,
+            **LATENTS,
             num_mmdit_layers=2,
             num_single_dit_layers=1,
-            attention_head_dim=8,
-            num_attention_heads=2,
+            **HEADS,
             joint_attention_dim=20,
             caption_projection_dim=16,
             pos_embed_max_size=256,
@@ -499,13 +490,11 @@ def hunyuan_image(guidance_embeds=True):
         text_encoder_2=t5(12, vocabulary=400),
         tokenizer_2=byt5_tokenizer(),
         transformer=HunyuanImageTransformer2DModel(
-            in_channels=4,
-            out_channels=4,
+            **LATENTS,
             num_layers=2,
             num_single_layers=1,
             num_refiner_layers=1,
-            attention_head_dim=8,
-            num_attention_heads=2,
+            **HEADS,
             guidance_embeds=guidance_embeds,
             text_embed_dim=16,
             text_embed_2_dim=12,
@@ -518,7 +507,7 @@ def hunyuan_image(guidance_embeds=True):
 def hidream():
     """Two CLIPs, T5 and Llama; a mixture of experts. The pipeline makes images of this one size."""
     return HiDreamImagePipeline(
-        vae=vae(4, shift_factor=0.1159, scaling_factor=0.3611, **NO_QUANT),
+        vae=flux_vae(4),
         text_encoder=clip(CLIPTextModelWithProjection, 8, length=128),
         tokenizer=clip_tokenizer(),
         text_encoder_2=clip(CLIPTextModelWithProjection, 12, length=128),
@@ -529,12 +518,10 @@ def hidream():
         tokenizer_4=word_tokenizer(),
         transformer=HiDreamImageTransformer2DModel(
             patch_size=2,
-            in_channels=4,
-            out_channels=4,
+            **LATENTS,
             num_layers=1,
             num_single_layers=1,
-            attention_head_dim=8,
-            num_attention_heads=2,
+            **HEADS,
             caption_channels=[20, 8],
             text_emb_dim=20,
             num_routed_experts=2,

@@ -9,13 +9,13 @@ import torch
 from short_evaluations import evaluate
 from short_runs import ROOT
 from small_clip import save_clip
-from transformers import CLIPProcessor, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+from transformers import AutoConfig, CLIPProcessor, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from barrier_diffusers.data.images import ByteImages
 from barrier_diffusers.evaluation.accuracy import Answers
 from barrier_diffusers.evaluation.classifier_source import ClassifierSource, first_names, groups_of
 from barrier_diffusers.evaluation.erasure import ImageEvaluationConfig
-from barrier_diffusers.evaluation.judge import Judge
+from barrier_diffusers.evaluation.judge import Judge, check_judge
 
 IMAGENET = ["tench, Tinca tinca", "English springer", "chain saw, chainsaw", "crane, crane bird", "crane"]
 IMAGENET += ["running shoe", "sneaker boot, gym shoe"]
@@ -144,3 +144,17 @@ def test_a_judge_that_is_none_or_does_not_fit_is_refused(vit_folder, clip_folder
         ImageEvaluationConfig(labels={"pet": ["dog"]})
     with pytest.raises(ValueError, match="cannot recognise sneaker; it knows class: tench"):
         config(vit_folder).check_judge(["sneaker"])
+
+
+def test_the_hub_is_asked_once_for_a_judge_and_a_folder_is_read_anew(vit_folder, monkeypatch):
+    asked, read = [], AutoConfig.from_pretrained
+
+    def counted(source, **options):
+        asked.append(source)
+        return read(vit_folder, **options)  # what the hub would send
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", counted)
+    for _ in range(2):
+        for name in ("someone/judge", vit_folder):
+            assert check_judge(ClassifierSource(name), ["tench"]) == "class"
+    assert asked.count("someone/judge") == 1 and asked.count(vit_folder) == 4

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 from scripts import the_script
 from short_runs import ROOT
@@ -129,7 +128,6 @@ CASES = {
 def nothing_long(tmp_path, monkeypatch):
     """No step is trained and no image made; what the cases name is there."""
     monkeypatch.chdir(ROOT)
-    AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setattr(torch.Tensor, "backward", lambda *_, **__: pytest.fail("training began"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("mine")

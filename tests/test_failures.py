@@ -126,6 +126,37 @@ def test_the_traceback_can_be_asked_for(tmp_path, monkeypatch, capsys):
     assert isinstance(error, RuntimeError)
 
 
+WORKER = """
+import signal, sys, time
+from barrier_diffusers.utils.group_exit import end_with_launcher
+from barrier_diffusers.utils.signals import heed_signals
+
+if sys.argv[1] == "waits":  # in a library, where no handler of Python runs
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+else:
+    heed_signals()
+end_with_launcher(look=0.05, grace=0.5)
+print("ready", flush=True)
+time.sleep(60)
+"""
+LAUNCHER = """
+import os, subprocess, sys
+worker = subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[2]], stdout=subprocess.PIPE)
+assert worker.stdout.readline() == b"ready\\n"
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize("doing", ["works", "waits"])
+def test_a_process_whose_launcher_was_killed_does_not_wait_for_it(doing):
+    """With it went the store that processes meet at, which another would ask for as long as the group may wait."""
+    place = {**os.environ, "TORCHELASTIC_USE_AGENT_STORE": "True", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", LAUNCHER, WORKER, doing]
+    done = subprocess.run(command, env=place, stderr=subprocess.PIPE, text=True, timeout=50)  # until the worker ends
+    assert done.returncode == -9 and done.stderr.startswith("the launcher is gone\n")
+    assert ("stopped by SIGTERM" in done.stderr) == (doing == "works")
+
+
 LEFT_IN_ORDER = """
 import atexit, os
 from dataclasses import dataclass

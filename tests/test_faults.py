@@ -15,7 +15,6 @@ import pytest
 import torch
 import unlearn_sd
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from datasets import load_dataset
 from kills import killed_and_resumed
 from PIL import Image
@@ -37,7 +36,6 @@ STEPS = {"max_train_steps": 4, "evaluation.classifier": "null", "evaluation.imag
 def in_repository(monkeypatch):
     """Relative paths of the configuration start at the repository."""
     monkeypatch.chdir(ROOT)
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from datetime import timedelta
 
 import pytest
-from accelerate.state import AcceleratorState
 from ddpm_models import Place
 from launching import launch
 
@@ -48,12 +47,10 @@ def test_processes_that_form_no_group_are_refused(tmp_path):
 
 @pytest.mark.parametrize("asked", [None, "no"])
 def test_the_precision_is_accelerates_unless_the_settings_name_one(asked, tmp_path, monkeypatch):
-    AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     config = RunConfig(output_dir=str(tmp_path / "run"), report_to="none", mixed_precision=asked)
     wanted = asked or "bf16"
     assert open_run(config).mixed_precision == config.mixed_precision == wanted
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_a_precision_that_nothing_here_trains_in_is_refused():

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 from pipelines import build
 from short_runs import BASE, ROOT, TINY, run, run_tiny
@@ -28,12 +27,6 @@ def nested(settings):
             place = place.setdefault(section, {})
         place[last] = json.loads(value) if isinstance(value, str) and value[0] in "[t" else value
     return found
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator_state():
-    """accelerate keeps the first run's precision for the whole process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def weights(network):

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from ddpm_models import Place
 from launching import launch
 from safetensors.torch import load_file
@@ -49,7 +48,6 @@ def cache(tmp_path_factory):
 def test_two_processes_equal_one(name, tmp_path, cache, monkeypatch):
     monkeypatch.chdir(ROOT)
     settings = {**COMMON, **VARIANTS[name]}
-    AcceleratorState._reset_state(reset_partial_state=True)
     run(tmp_path / "one", cache, train_batch_size=8, **settings)
     words = flags(tmp_path / "two", cache_dir=cache, train_batch_size=4, **settings)
     done = launch(["train_scripts/unlearn_sd.py"], words)

@@ -4,7 +4,6 @@ import sys
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from restore import RestoreConfig, main
 from safetensors.torch import load_file, save_file
 from short_runs import BASE, ROOT, run
@@ -16,7 +15,6 @@ from barrier_diffusers.utils.command_line import run_script
 @pytest.fixture(autouse=True)
 def in_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import numpy as np
 import pipelines
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from short_runs import ROOT, run
 from small_training import Small
 
@@ -28,7 +27,6 @@ SHORT = {"max_train_steps": 1, "evaluation.classifier": "null", "evaluation.imag
 def in_repository(monkeypatch):
     """Relative paths of the configuration start at the repository."""
     monkeypatch.chdir(ROOT)
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class Bomb:

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from accelerate.state import AcceleratorState
 from diffusers.optimization import SchedulerType
 from pipelines import build
 from short_runs import ROOT
@@ -31,13 +30,6 @@ from barrier_diffusers.utils.checks import section_class as section_of
 from barrier_diffusers.utils.command_line import parse_config, run_script
 from barrier_diffusers.utils.help_page import LINES, WIDTH, groups_of
 from barrier_diffusers.utils.hub import _ask, require_on_hub
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator_state():
-    """accelerate keeps the precision of a test before for the whole process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-
 
 SETTINGS = {  # script -> its settings
     "barrier_diffusers.scripts.unlearn_sd": "barrier_diffusers.workflow.settings:UnlearnConfig",

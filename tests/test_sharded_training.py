@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from launching import launch
 from safetensors.torch import load_file
 from short_runs import ROOT, flags, run
@@ -56,7 +55,6 @@ def distance(found, expected):
 def test_two_processes_that_share_the_weights_equal_one(name, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     settings, cache = {**COMMON, **VARIANTS[name]}, tmp_path / "cache"
-    AcceleratorState._reset_state(reset_partial_state=True)
     run(tmp_path / "one", cache, train_batch_size=8, **settings)
     settings |= {"cache_dir": cache, "train_batch_size": 4, "checkpointing_steps": 3}
     words = flags(tmp_path / "two", **settings)

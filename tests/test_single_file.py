@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 from tiny_encoders import FASHION
@@ -125,7 +124,6 @@ def test_without_configuration_and_network_the_error_says_what_to_do(checkpoint)
 
 
 def test_the_script_takes_it_and_saves_a_pipeline_folder(checkpoint, tmp_path):
-    AcceleratorState._reset_state(reset_partial_state=True)
     _, path = checkpoint
     settings = {
         "pretrained_model_name_or_path": path,

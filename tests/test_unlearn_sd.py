@@ -9,7 +9,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
@@ -26,12 +25,6 @@ GA = {"objective.name": "ga", "objective.anchor": "null"}
 def in_repository(monkeypatch, tmp_path):
     """Relative paths of the configuration start at the repository."""
     monkeypatch.chdir(ROOT)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator_state():
-    """accelerate keeps the first run's precision for the whole process, which here holds many runs."""
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

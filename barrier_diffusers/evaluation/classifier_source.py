@@ -6,6 +6,7 @@ Shapes: N images, H height, W width, K labels of the network, J labels that are 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -241,8 +242,8 @@ class ClassifierSource:
     def _config(self) -> PreTrainedConfig:
         kinds = "an AttributeClassifier, an image classifier of transformers, or a CLIP"
         try:
-            require_on_hub(self.name)
-            config = AutoConfig.from_pretrained(str(self._path or self.name), trust_remote_code=False)
+            path = self._path
+            config = hub_config(self.name) if path is None else read_config(str(path))
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{self.setting} {self.name!r} is not {kinds}: {one_line(error)}") from error
         if is_clip(config) or any(name.endswith("ForImageClassification") for name in config.architectures or []):
@@ -269,6 +270,22 @@ class ClassifierSource:
                 "each with a list of texts (an empty one: 'a photo of a LABEL')"
             )
         return {label: list(texts) or [TEMPLATE.format(label)] for label, texts in self.labels.items()}
+
+
+def read_config(source: str) -> PreTrainedConfig:
+    """The configuration of a folder or of a repository on the hub; none of its code runs."""
+    return AutoConfig.from_pretrained(source, trust_remote_code=False)
+
+
+@functools.cache  # every check and every stage of a workflow asks for it, and the hub for a second each time
+def hub_config(name: str) -> PreTrainedConfig:
+    """The configuration of a repository on the hub, as it was when this process first asked.
+
+    Raises:
+        ValueError, OSError: it cannot be had; the next call asks again.
+    """
+    require_on_hub(name)
+    return read_config(name)
 
 
 def is_clip(config: PreTrainedConfig) -> bool:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -44,36 +44,30 @@ def load_judged(config: EvaluateConfig) -> Any:
     return load_merged(config.pretrained_model_name_or_path, config.lora_weights)
 
 
-def require_another_base(base_model: str | None, judged: Mapping[str, str], base: Mapping[str, str]) -> None:
-    """Refuse a base that is what is judged.
+NOT_ITSELF = {  # setting -> what is wrong with naming what is judged there, and what to do
+    "base_model": "so before and after are the same: name the pipeline before it was unlearned, or set it to null",
+    "control": "so no attack could tell them apart: name a model that was trained without the concept",
+}
+
+
+def require_another(
+    setting: Literal["base_model", "control"],
+    where: str | None,
+    *,
+    judged: Mapping[str, str],
+    named: Mapping[str, str],
+) -> None:
+    """Refuse a base or a control that is what is judged.
 
     Args:
-        judged, base: hashes of the weights, by network.
+        where: value of the setting.
+        judged, named: hashes of the weights, by network, of what is judged and of what the setting names.
 
     Raises:
         ValueError: the weights are the same.
     """
-    if judged == base:
-        raise ValueError(
-            f"base_model {base_model!r} has the weights of what is judged, so before and after are the same: name the "
-            "pipeline before it was unlearned, or set base_model to null"
-        )
-
-
-def require_another_control(folder: str | None, judged: Mapping[str, str], control: Mapping[str, str]) -> None:
-    """Refuse a control that is what is judged.
-
-    Args:
-        judged, control: hashes of the weights, by network.
-
-    Raises:
-        ValueError: the weights are the same.
-    """
-    if judged == control:
-        raise ValueError(
-            f"control {folder!r} has the weights of what is judged, so no attack could tell them apart: name a "
-            "model that was trained without the concept"
-        )
+    if judged == named:
+        raise ValueError(f"{setting} {where!r} has the weights of what is judged, {NOT_ITSELF[setting]}")
 
 
 class JudgedModel:
@@ -116,12 +110,12 @@ class JudgedModel:
         self.control = load_merged(config.control) if config.control else None
         if self.control is not None:
             control = module_hashes(self.control)
-            require_another_control(config.control, own, control=control)
+            require_another("control", config.control, judged=own, named=control)
             self.hashes |= {f"{CONTROL_PREFIX}{name}": digest for name, digest in control.items()}
         self.base = load_pipeline(config.base_model) if config.base_model else None
         if self.base is not None:
             base = module_hashes(self.base)
-            require_another_base(config.base_model, own, base=base)
+            require_another("base_model", config.base_model, judged=own, named=base)
             self.hashes |= {f"{BASE_PREFIX}{name}": digest for name, digest in base.items()}
 
     def rows(self, prompts: PromptsConfig, label_column: str = "label") -> list[PromptRow]:

@@ -10,9 +10,15 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
+import threading
+import time
 import traceback
+from contextlib import suppress
 from typing import NoReturn
+
+LOOK, GRACE = 2.0, 300.0  # seconds between two looks at the launcher; and for what is left to do once it is gone
 
 
 def has_company() -> bool:
@@ -21,6 +27,29 @@ def has_company() -> bool:
         return True
     dist = sys.modules.get("torch.distributed")
     return dist is not None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def end_with_launcher(look: float = LOOK, grace: float = GRACE) -> None:
+    """From now on this process gets a SIGTERM, as the launcher itself would send it, when the launcher that started it
+    is gone without a word (killed, out of memory): training leaves a checkpoint. What has not ended after `grace`
+    seconds, as it waits for the store that went with the launcher, ends at once.
+
+    Nothing happens in a process that no launcher of torch started, or whose launcher keeps no store.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or sys.platform == "win32":
+        return
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(look)
+        with suppress(OSError):  # whoever read it may be gone, too
+            os.write(2, b"the launcher is gone\n")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(grace)
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=watch, name="launcher", daemon=True).start()
 
 
 def leave_at_once(error: BaseException | None) -> NoReturn:

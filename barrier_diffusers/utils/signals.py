@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from barrier_diffusers.utils.group_exit import end_with_launcher
 from barrier_diffusers.utils.quiet import quiet_libraries
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -77,4 +78,5 @@ def heeding_signals() -> Iterator[None]:
 _program = Path(getattr(sys.modules.get("__main__"), "__file__", None) or "").resolve()
 if _program.parent.name in SCRIPTS or _program.name.startswith("barrier-"):
     heed_signals()
+    end_with_launcher()
     quiet_libraries()
