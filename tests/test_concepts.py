@@ -26,7 +26,7 @@ from barrier_diffusers.evaluation.erasure import (
 )
 from barrier_diffusers.models.generation import SamplingConfig
 from barrier_diffusers.objectives import ObjectiveConfig
-from barrier_diffusers.utils.words import mentions
+from barrier_diffusers.utils.words import mentions, similar_words
 
 SKETCHES = ErasedConcepts(["pencil sketch"], ["a pencil sketch of a red bag", "a pencil sketch of a red boot"])
 IMAGES = FASHION.parent / "fashion_images"
@@ -175,6 +175,45 @@ def test_an_edit_reads_captions_alone(load):
     data = load(needs, erased=[SKETCHES], concept="hat", forget_prompts=["a hat"], **FEW)
     assert list(data.forget["text"]) == ["a hat"] * 3
     assert set(data.retain["text"]) == set(SKETCHES.captions) == set(data.retain_captions)
+
+
+FORMS = {  # caption, names -> words that may be one of them in another form
+    "Russian": ("две красные кроссовки", ["кроссовка"], ["кроссовки"]),
+    "Russian, no ending": ("пара кроссовок", ["кроссовка"], ["кроссовок"]),
+    "German": ("in alten Turnschuhen", ["Turnschuh"], ["turnschuhen"]),
+    "Italian": ("tre scarpe", ["scarpa"], ["scarpe"]),
+    "Greek": ("δύο γάτες", ["γάτα"], []),  # too short to tell
+    "last word of several": ("bei alten Meistern", ["alter Meister"], ["meistern"]),
+    "a form that has a rule": ("two sneakers", ["sneaker"], []),
+    "another name": ("in den Schuhen", ["Schuh", "Schuhen"], []),
+    "another word that begins alike": ("a booth", ["boot"], ["booth"]),
+    "a longer word": ("bootstrapping", ["boot"], []),
+    "no borders": ("赤いスニーカーズ", ["スニーカー"], []),
+    "short": ("a bagel", ["bag"], []),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_forms_of_a_word_that_no_rule_knows_are_pointed_out(name):
+    text, names, expected = FORMS[name]
+    assert similar_words(text, names) == expected
+
+
+def test_a_line_says_which_captions_are_left_out_and_which_may_have_been_meant(load, tmp_path, capsys):
+    captions = ["une botte", "rote Turnschuhe", "ein Turnschuh", "zwei Mützen", "eine Mütze", "ein Hut"]
+    pictures(tmp_path / "images", 6, {"text": captions, "kind": ["botte", "x", "x", "x", "x", "x"]})
+    settings = {"concept": "botte", "concept_column": "kind", "train_data_dir": str(tmp_path / "images"), **FEW}
+    data = load(erased=[ErasedConcepts(["Turnschuh"], [], ["Mütze", "Mützen"])], **settings)
+    assert sorted(data.retain["text"]) == ["ein Hut", "rote Turnschuhe"]
+    said = capsys.readouterr().out
+    assert (
+        "3 of 5 retain captions are about what was erased before (Turnschuh), like 'ein Turnschuh'; left out" in said
+    )
+    assert "neither the concept nor what was erased before: 'turnschuhe' in 'rote Turnschuhe'. If" in said
+    assert "add them to concept_synonyms, or to the synonyms in the base's erased_concepts.json" in said
+    load(erased=[ErasedConcepts(["Turnschuh"], [], ["Turnschuhe", "Mütze", "Mützen"])], **settings)
+    said = capsys.readouterr().out
+    assert "4 of 5 retain captions" in said and "neither" not in said
 
 
 def test_record_of_erased_concepts(tmp_path):

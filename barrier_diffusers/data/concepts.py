@@ -11,14 +11,16 @@ from datasets import Dataset, Features, Value, concatenate_datasets
 
 from barrier_diffusers.data.captions import anchor_captions, concepts_in_texts, cycle, swap_concept
 from barrier_diffusers.data.columns import with_texts
-from barrier_diffusers.data.erased_concepts import ErasedConcepts, captions_of, rows_about_others
+from barrier_diffusers.data.erased_concepts import ERASED_NAME, ErasedConcepts, captions_of, rows_about_others
 from barrier_diffusers.data.folders import announce
 from barrier_diffusers.data.generated_images import Illustrator
 from barrier_diffusers.data.prompt_checks import require_names_within_limit
 from barrier_diffusers.data.readers import read_rows, split_concepts, take_evenly
 from barrier_diffusers.models.generation import SamplingConfig
 from barrier_diffusers.utils.checks import DATA, FILE_OR_FOLDER, as_list, at_least, check_settings, rules
-from barrier_diffusers.utils.words import as_compared, mentions, replace_names, same_name
+from barrier_diffusers.utils.words import as_compared, mentions, replace_names, same_name, similar_words
+
+SHOWN = 5  # words in a line that points them out
 
 
 @dataclass(kw_only=True)
@@ -247,7 +249,11 @@ def load_concepts(
             renamed = [under_another_name(text, config.names[own], row) for text, own, row in written]
             forget = forget.remove_columns([caption]).add_column(caption, renamed)
             retain = without_concept(config, retain, config.source, config.synonyms)
-    retain = retain.select(rows_about_others(list(retain[caption]), erased))
+    retain = without_erased(retain, caption, erased)
+    names = [*config.concepts, *config.synonyms]
+    point_out_similar(
+        list(retain[caption]), names, [name for one in erased for name in (*one.concepts, *one.synonyms)]
+    )
     if config.source is not None:
         labels = sorted(set(retain[config.concept_column]))
         if config.retain_concepts is not None:
@@ -356,3 +362,38 @@ def without_concept(config: ConceptConfig, rows: Dataset, where: str, names: Seq
         return rows
     announce(f"{where}: {len(rows) - len(others)} of {len(rows)} captions name the concept; left out")
     return rows.select(others)
+
+
+def without_erased(rows: Dataset, column: str, erased: Sequence[ErasedConcepts]) -> Dataset:
+    """The retain rows that are about nothing that earlier runs erased; a line says how many are left out, and why."""
+    captions = list(rows[column])
+    others = rows_about_others(captions, erased)
+    if len(others) < len(rows):
+        gone = sorted(set(range(len(rows))) - set(others))
+        concepts = ", ".join(name for one in erased for name in one.concepts)
+        announce(
+            f"{len(gone)} of {len(rows)} retain captions are about what was erased before ({concepts}), "
+            f"like {captions[gone[0]]!r}; left out"
+        )
+    return rows.select(others)
+
+
+def point_out_similar(captions: Sequence[str], names: Sequence[str], erased: Sequence[str]) -> None:
+    """Print a line if retained captions have words that may be a name in another form, which no rule of English gives.
+
+    Args:
+        names: of the concepts.
+        erased: names of what was erased before.
+    """
+    found: dict[str, str] = {}
+    for caption in dict.fromkeys(captions):
+        found |= {word: caption for word in similar_words(caption, [*names, *erased]) if word not in found}
+    if not found:
+        return
+    shown = "; ".join(f"{word!r} in {caption!r}" for word, caption in list(found.items())[:SHOWN])
+    more = f"; and {len(found) - SHOWN} more words" if len(found) > SHOWN else ""
+    announce(
+        f"retained, as they name neither the concept nor what was erased before: {shown}{more}. "
+        "If these are forms of its name, add them to concept_synonyms"
+        + (f", or to the synonyms in the base's {ERASED_NAME}" if erased else "")
+    )

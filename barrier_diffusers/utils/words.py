@@ -10,6 +10,7 @@ else a letter or digit before or after a name makes it another word, and so does
 from __future__ import annotations
 
 import functools
+import os
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -165,6 +166,29 @@ def mentions(text: str, name: str) -> bool:
     (True, False)
     """
     return bool(find_names(text, [name]))
+
+
+def similar_words(text: str, names: Sequence[str]) -> list[str]:
+    """Words of a text that name nothing and may be the last word of a name in another form, as they are compared.
+
+    They begin like it and end differently: one letter of it may be gone, two where it has letters beyond English ones,
+    and three at most have come. Whether they mean it is for people to say.
+
+    >>> similar_words("две красные кроссовки", ["кроссовка"]), similar_words("in den Schuhen", ["Schuh"])
+    (['кроссовки'], ['schuhen'])
+    >>> similar_words("two sneakers in a booth", ["sneaker", "boot"])
+    ['booth']
+    """
+    lasts = [re.split("[ -]", as_compared(name))[-1] for name in names]
+    found = []
+    for word in re.findall(rf"{LETTER}+", as_compared(text)):
+        for last in lasts:
+            common = len(os.path.commonprefix([word, last]))
+            needed = max(4, len(last) - (1 if last.isascii() else 2))
+            if common >= needed and len(word) - common <= 3 and not find_names(word, [*names, *lasts]):
+                found.append(word)
+                break
+    return found
 
 
 def same_name(one: str, other: str) -> bool:
