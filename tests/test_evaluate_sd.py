@@ -52,7 +52,9 @@ def test_run_as_users_run_it(tmp_path):
         "report.html",
         "images",
         "cache",
+        "exported",
     }
+    assert [path.name for path in (output / "exported").iterdir()] == ["sneaker_inversion.safetensors"]
     record = json.loads((output / "metrics.json").read_text())
     names = ["inversion", "prompt_search", "relearning", "benign", "misspelled", "paraphrased"]
     assert [entry["attack"] for entry in record["attacks"]] == names

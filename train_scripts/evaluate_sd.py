@@ -5,7 +5,7 @@ bring back.
 
 Any field of `EvaluateConfig` is a dotted flag (`--inversion.num_steps 1000`). output_dir gets metrics.json, the same
 for the same settings, weights, images and machine, whether or not the run was interrupted; seconds.json, which never
-is; images/, attacks.png and report.html.
+is; images/, attacks.png and report.html; and exported/, with the tokens that attacks learned.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from barrier_diffusers.evaluation.protocols import make_protocols
 from barrier_diffusers.evaluation.protocols.concepts import ConceptProtocol
 from barrier_diffusers.evaluation.report import REPORT_NAME, write_report
 from barrier_diffusers.evaluation.settings import EvaluateConfig
+from barrier_diffusers.models.exporting import export_attackers
 from barrier_diffusers.utils.command_line import run_script
 from barrier_diffusers.utils.files import write_json
 from barrier_diffusers.utils.output_folder import in_output_folder
@@ -69,6 +70,7 @@ def main(config: EvaluateConfig) -> None:
         if attacked.has_curves:
             write_json(output / CURVES_NAME, attacked.curves)
         columns = min(PICTURE_COLUMNS, config.evaluation.images_per_label)
+        export_attackers(output, judged_model.pipeline, attacked.tokens)
         attacks_picture(attacked.plain, attacked.pictures, path=output / PICTURE_NAME, columns=columns)
         hashes |= {f"images of {known.concept}": images_hash(known.images) for known in forgotten}
     if concepts is not None and concepts.judge is not None:

@@ -47,6 +47,8 @@ def conclude(run: Run, model: LoadedModel, data: RunData, before: Before, result
     print(f"{'adapter' if run.config.rank else 'pipeline'}: {run.output}")
     if run.config.merges_adapter and run.config.robust.parts:
         print(f"give away {run.output / 'merged'} alone: an adapter can be taken off, and the concept is back")
+    for kind in run.config.export:
+        print(f"exported: {run.exported(kind)}")
     print(f"picture:  {run.output / 'before_after.png'}")
     print(f"report:   {write_report([run.output], run.output / REPORT_NAME)}")
     if run.repo_id is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from barrier_diffusers.data.readers import rows_hash
 from barrier_diffusers.evaluation.attack_gap import attack_gap
@@ -23,6 +24,7 @@ from barrier_diffusers.evaluation.attacks.running import (
     Key,
     curves_record,
     first_images,
+    learned_tokens,
     record_of,
     run_attacks,
 )
@@ -49,6 +51,7 @@ class Attacked:
     has_curves: bool  # whether there is more to them than `metrics` says
     plain: dict[str, np.ndarray]  # concept -> the first images (N, H, W, 3) of its plain prompts
     pictures: dict[str, np.ndarray]  # "attack: concept" -> the first images (N, H, W, 3) under attack
+    tokens: dict[str, dict[str, Tensor]]  # "CONCEPT_ATTACK" -> tokens that were learned, by text encoder
 
 
 def check_attacks(config: EvaluateConfig, judged_model: JudgedModel, forgotten: Sequence[Forgotten]) -> None:
@@ -140,7 +143,7 @@ def attack(
     curves = curves_record(results)
     has_curves = level is not None or any(len(row["marks"]) > 1 for row in curves)
     shown = {concept: first_small(images) for concept, images in plain.items()}
-    return Attacked(metrics, seconds, curves, has_curves, shown, first_images(results))
+    return Attacked(metrics, seconds, curves, has_curves, shown, first_images(results), learned_tokens(results))
 
 
 def gaps(results: Mapping[Key, AttackResults], usable: Mapping[str, float]) -> list[dict[str, Any]]:

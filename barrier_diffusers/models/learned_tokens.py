@@ -48,11 +48,18 @@ class NewWords:
 
     words: str  # what stands for them in a prompt: all tokens, with spaces between
     layers: list[LearnedTokens]  # one for each text encoder
+    encoders: list[str]  # names of these
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """The embeddings (T, D), one tensor for each text encoder."""
         return [layer.vectors for layer in self.layers]
+
+    def vectors(self) -> dict[str, Tensor]:
+        """Text encoder -> its embeddings (T, D) as they are now, on the CPU."""
+        return {
+            name: layer.vectors.detach().cpu().clone() for name, layer in zip(self.encoders, self.layers, strict=True)
+        }
 
 
 def text_encoders(pipeline: Any) -> list[tuple[str, str]]:
@@ -111,4 +118,4 @@ def learned_tokens(pipeline: Any, initial_words: str | None, count: int = 1, see
             for parent, name, embedding in embeddings_of(encoder):
                 stack.callback(setattr, parent, name, embedding)
                 setattr(parent, name, layers[-1])
-        yield NewWords(" ".join(tokens), layers)
+        yield NewWords(" ".join(tokens), layers, [encoder for _, encoder in text_encoders(pipeline)])

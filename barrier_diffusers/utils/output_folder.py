@@ -42,7 +42,7 @@ WRITTEN = (  # what scripts leave at the top of their folder; a folder of an ear
     *("barrier_config.json", "barrier_*.safetensors", "pytorch_lora_weights.safetensors", "training_config.json"),
     *("model_index.json", "config.json", "preprocessor_config.json", "model*.safetensors*"),
     *("unet", "transformer", "vae", "text_encoder*", "tokenizer*", "scheduler", "safety_checker"),
-    *("feature_extractor", "image_encoder", "merged", "validation", "images", f"{CHECKPOINTS}*"),
+    *("feature_extractor", "image_encoder", "merged", "exported", "validation", "images", f"{CHECKPOINTS}*"),
 )
 LATER = ("report.html", f"{CHECKPOINTS}*")  # what may come when a run has ended
 CACHED = ("latents-*", "text-*", "images-*", "features-*", "generated-*", "moments-*", "attack-*")  # names in a cache

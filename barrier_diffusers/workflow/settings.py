@@ -11,6 +11,7 @@ from barrier_diffusers.data.concepts import ConceptConfig, DataNeeds, concepts_o
 from barrier_diffusers.data.drawn_latents import DrawnLatentsConfig
 from barrier_diffusers.evaluation.certification import CertificateConfig
 from barrier_diffusers.evaluation.erasure import ImageEvaluationConfig
+from barrier_diffusers.models.exporting import ExportFormat
 from barrier_diffusers.objectives import Objective, load_objective
 from barrier_diffusers.training.run_config import DiffusionUnlearningConfig
 from barrier_diffusers.utils.checks import FILE, MODEL, Range, at_least, rules
@@ -36,6 +37,9 @@ class UnlearnConfig(ConceptConfig, DiffusionUnlearningConfig):  # jsonargparse r
     guidance_scale: float = 3.5  # what a denoiser with a guidance embedding (Flux dev) is told while it trains
     rank: int = 0  # of a LoRA adapter on the targets; 0 trains the full weights
     merge_adapter: bool = False  # with rank > 0: also save the merged pipeline, in output_dir/merged
+    # files for other programs (A1111, ComfyUI) in output_dir/exported, of Stable Diffusion 1.x, 2.x and SDXL:
+    # single_file, the pipeline as one checkpoint in its first release's layout; kohya, the adapter in kohya's names
+    export: list[ExportFormat] = field(default_factory=list)
     push_to_hub: bool = False  # upload output_dir at the end, without checkpoints, cache and logs
     hub_model_id: str | None = None  # repository; default: output_dir's name in the account of the token
     hub_private: bool = False  # a repository that is created is private
@@ -63,6 +67,15 @@ class UnlearnConfig(ConceptConfig, DiffusionUnlearningConfig):  # jsonargparse r
         DiffusionUnlearningConfig.__post_init__(self)
         if self.merge_adapter and self.rank == 0:
             raise ValueError("merge_adapter needs an adapter: set rank above 0")
+        if len(set(self.export)) < len(self.export):
+            raise ValueError(f"export names a format twice: {', '.join(self.export)}")
+        if "kohya" in self.export and self.rank == 0:
+            raise ValueError("export kohya is of an adapter: set rank above 0, or export single_file")
+        if "single_file" in self.export and self.rank and not self.merges_adapter:
+            raise ValueError(
+                "export single_file is of a whole pipeline, but rank > 0 leaves an adapter: set merge_adapter, or "
+                "export kohya"
+            )
         if self.trained_weights == "all" and self.rank:
             raise ValueError(
                 "trained_weights 'all' trains the weights themselves, not an adapter: set rank to 0, or let "

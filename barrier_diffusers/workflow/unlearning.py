@@ -34,6 +34,7 @@ from barrier_diffusers.evaluation.pictures import before_after_grid, loss_curves
 from barrier_diffusers.evaluation.tables import erase_more, print_metrics, warn_if_not_erased
 from barrier_diffusers.models.architectures import Architecture, components, get_architecture
 from barrier_diffusers.models.denoiser import PipelineDenoiser
+from barrier_diffusers.models.exporting import EXPORTED, export_kohya, export_single_file, require_layout
 from barrier_diffusers.models.loading import (
     add_adapter,
     choose_attention_backend,
@@ -83,6 +84,11 @@ class Run:
     def output(self) -> Path:
         """Folder of the result."""
         return Path(self.config.output_dir)
+
+    def exported(self, kind: str) -> Path:
+        """The file for other programs, called as the folder is, by which they call it."""
+        name = self.output.resolve().name
+        return self.output / EXPORTED / f"{name}{'_lora' if kind == 'kohya' else ''}.safetensors"
 
     @property
     def cache(self) -> Path:
@@ -173,14 +179,16 @@ def check_row(config: UnlearnConfig, objective: Objective, row: Architecture) ->
     """Refuse what a pipeline class cannot do.
 
     Raises:
-        ValueError: an adapter where diffusers saves and loads none, or a closed-form edit of tokens that are not where
-            the tokenizer puts them.
+        ValueError: an adapter where diffusers saves and loads none, a closed-form edit of tokens that are not where
+            the tokenizer puts them, or a file for other programs that know no such file.
     """
     if config.rank and not row.has_adapters:
         raise ValueError(
             f"rank is {config.rank}, but diffusers saves and loads no LoRA adapter for a {row.name}: "
             "set rank to 0, which trains the chosen weights themselves"
         )
+    for kind in config.export:
+        require_layout(row, f"export {kind}")
     if objective.edit is not None and not row.aligned_tokens:
         raise ValueError(
             f"objective {objective.name!r} pairs the tokens of two prompts, but the denoiser of a {row.name} does not "
@@ -386,14 +394,19 @@ def edit(run: Run, model: LoadedModel, data: RunData) -> dict[str, Any]:
 
 
 def save_weights(run: Run, model: LoadedModel, data: RunData) -> None:
-    """Write what is erased by now, the barrier, and last the pipeline or its adapter: what loads is whole."""
+    """Write what is erased by now, the barrier, and last the pipeline or its adapter: what loads is whole. Then the
+    same for other programs, if they are to have it."""
     config, output = run.config, run.output
     write_json(output / ERASED_NAME, as_json([*model.erased, data.forgotten]))
     (model.barrier if config.protected else config.barrier).save_pretrained(output)
     if config.rank:
         save_adapter(model.pipeline, output)
+        if "kohya" in config.export:
+            export_kohya(model.denoiser.architecture, output, run.exported("kohya"))
     else:
         save_pipeline(model.pipeline, output)
+        if "single_file" in config.export:
+            export_single_file(model.pipeline, run.exported("single_file"))
 
 
 def save_merged(run: Run, model: LoadedModel, data: RunData) -> None:
@@ -403,6 +416,8 @@ def save_merged(run: Run, model: LoadedModel, data: RunData) -> None:
     (run.output / "merged").mkdir(exist_ok=True)
     write_json(run.output / "merged" / ERASED_NAME, as_json([*model.erased, data.forgotten]))
     save_pipeline(model.pipeline, run.output / "merged")
+    if "single_file" in run.config.export:
+        export_single_file(model.pipeline, run.exported("single_file"))
 
 
 def certify(run: Run, model: LoadedModel, before: Before) -> None:

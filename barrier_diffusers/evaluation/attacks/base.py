@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 from datasets import Dataset
+from torch import Tensor
 
 from barrier_diffusers.data.captions import swap_concept
 from barrier_diffusers.data.readers import take_evenly
@@ -155,6 +156,8 @@ class Mark:
     num_steps: int  # 0: the attack takes none
     images_NHWC: np.ndarray  # bytes (N, H, W, 3), one image per prompt of the concept
     retained_NHWC: np.ndarray | None = None  # of the prompts of what is retained; None: the attack changes no weight
+    # text encoder -> embeddings (T, D) of the tokens that were learned and the prompts hold; empty: none were
+    tokens: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

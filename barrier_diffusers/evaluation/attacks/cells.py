@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load, save
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from barrier_diffusers.evaluation.attacks.base import ATTACKS, Forgotten, Mark, Variant
@@ -87,6 +89,7 @@ class CellResult:
     marks: list[Seen] = field(default_factory=list)  # by their steps; empty: it failed before the first
     failed: str | None = None  # why it ended before its last step
     picture: str = ""  # PNG with its first images at the strongest mark side by side, base64
+    tokens: str = ""  # that were learned by then, as `Mark` has them: a safetensors file, base64
 
     @property
     def strongest(self) -> Seen:
@@ -97,6 +100,10 @@ class CellResult:
         """The kept images, bytes (N, H, W, 3)."""
         strip = np.asarray(Image.open(io.BytesIO(base64.b64decode(self.picture))).convert("RGB"))
         return np.stack(np.split(strip, strip.shape[1] // strip.shape[0], axis=1))  # square ones
+
+    def learned_tokens(self) -> dict[str, Tensor]:
+        """Text encoder -> embeddings (T, D) of the tokens learned at the strongest mark; empty: none were."""
+        return load(base64.b64decode(self.tokens)) if self.tokens else {}
 
 
 def read_cell(path: Path) -> CellResult | None:
@@ -212,6 +219,7 @@ class CellRunner:
             failed=attempt.failed,
             seconds=round(time.perf_counter() - start, 2),
             picture=strip_of(marks[strongest].images_NHWC),
+            tokens=base64.b64encode(save(marks[strongest].tokens)).decode() if marks[strongest].tokens else "",
         )
 
     def _look(self, mark: Mark, known: Forgotten) -> Seen:

@@ -149,7 +149,7 @@ def inversion(pipeline: Any, forgotten: Forgotten, budget: InversionConfig) -> A
 
         def draw(num_steps: int) -> Mark:
             made = generate(pipeline, prompts, sampling=forgotten.sampling, desc="images after inversion")
-            return Mark(num_steps, made)
+            return Mark(num_steps, made, tokens=new.vectors())
 
         marks = Marks(budget, draw)
         moments = encode(pipeline, images, resolution=forgotten.resolution)

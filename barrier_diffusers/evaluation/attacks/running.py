@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from barrier_diffusers.data.concepts import ConceptConfig
 from barrier_diffusers.data.erased_concepts import ErasedConcepts
@@ -244,8 +245,8 @@ def curves_record(results: Mapping[Key, AttackResults]) -> list[dict[str, Any]]:
     for found in results.values():
         for number, cells in enumerate((found.first, found.second), start=1):
             for cell in cells:
-                values = asdict(replace(cell, marks=[], picture=""))
-                del values["picture"], values["seconds"]
+                values = asdict(replace(cell, marks=[], picture="", tokens=""))
+                del values["picture"], values["tokens"], values["seconds"]
                 marks = {str(seen.num_steps): seen_record(seen) for seen in cell.marks}
                 rows.append({**values, "round": number, "marks": marks})
     return rows
@@ -258,3 +259,14 @@ def first_images(results: Mapping[Key, AttackResults], model: str = ERASED) -> d
         for (attacked, attack, concept), found in results.items()
         if attacked == model and found.strongest is not None
     }
+
+
+def learned_tokens(results: Mapping[Key, AttackResults], model: str = ERASED) -> dict[str, dict[str, Tensor]]:
+    """ "CONCEPT_ATTACK" -> the tokens that the strongest attacker learned, by text encoder; attacks that learn none
+    are left out."""
+    found = {
+        f"{concept}_{attack}": of_attack.strongest[0].learned_tokens()
+        for (attacked, attack, concept), of_attack in results.items()
+        if attacked == model and of_attack.strongest is not None
+    }
+    return {name: tokens for name, tokens in found.items() if tokens}

@@ -76,6 +76,8 @@ class Architecture:
     texts: Callable[[Any, Sequence[str]], list[str]] = prompts_themselves  # what tokenizers are given for prompts
     sampling: Callable[[float, int], dict[str, Any]] = guidance_scale  # (scale, prompts) -> arguments of the pipeline
     check: Callable[[Any], None] = supported  # a ValueError for pipelines of the class that cannot be trained
+    # the weights as one file of the first release has them, for other programs; None: they read diffusers' own names
+    original_layout: Callable[[Any], dict[str, Tensor]] | None = None
 
     @property
     def name(self) -> str:

@@ -10,6 +10,7 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
+from barrier_diffusers.models.original_layout import of_sdxl, of_stable_diffusion
 from barrier_diffusers.models.rows.base import CROSS_ATTENTION, Architecture, CallContext
 from barrier_diffusers.objectives.base import Condition
 
@@ -66,6 +67,7 @@ ROWS = (
         encode=encode_sd,
         call=call_sd,
         adapter_layers=unet_adapter,
+        original_layout=of_stable_diffusion,
     ),
     Architecture(
         pipeline_class=StableDiffusionXLPipeline,
@@ -75,6 +77,7 @@ ROWS = (
         call=call_sdxl,
         tokenizers={"tokenizer": None, "tokenizer_2": None},
         adapter_layers=unet_adapter,
+        original_layout=of_sdxl,
     ),
     Architecture(
         pipeline_class=KolorsPipeline,
