@@ -12,6 +12,7 @@ from ddpm_models import Place, make_pipeline
 from diffusers import DDIMScheduler
 from peft import LoraConfig
 from robust_models import Toy
+from safetensors.torch import load_file
 from short_runs import run_tiny
 from torch.utils.data import default_collate
 
@@ -453,7 +454,32 @@ def test_a_projection_holds_the_biases_of_its_maps():
     assert {id(one) for one in barrier.trainable_parameters()} == {id(one) for one in toy.parameters} - held
 
 
+def test_training_goes_on_until_it_has_erased(tmp_path, capsys):
+    pipelines.build("sd").save_pretrained(tmp_path / "base")
+    more = {"robust.extra_steps": 5, "robust.token_interval": 2, "checkpointing_steps": 1}
+    unanchored = {**more, "objective.name": "ga", "objective.anchor": "null"}
+    erased = run_tiny(tmp_path / "base", tmp_path / "ga", **unanchored)
+    assert erased["num_steps"] == 2 and erased["erased"]["unsettled"] == 0
+    assert "not erased" not in capsys.readouterr().err
+    slow = {**more, "learning_rate": 1e-7}
+    never = run_tiny(tmp_path / "base", tmp_path / "rl", **slow)
+    assert never["num_steps"] == 7 and never["erased"]["unsettled"] == 1
+    assert "warning: not erased" in capsys.readouterr().err
+    whole = load_file(tmp_path / "rl/unet/diffusion_pytorch_model.safetensors")
+    again = run_tiny(tmp_path / "base", tmp_path / "rl", **slow, resume_from_checkpoint="step-5")
+    assert again["num_steps"] == 7 and again["history"] == never["history"]
+    for name, value in load_file(tmp_path / "rl/unet/diffusion_pytorch_model.safetensors").items():
+        assert torch.equal(value, whole[name])
+    # a run that was done early is not gone on with
+    resumed = run_tiny(tmp_path / "base", tmp_path / "ga", **unanchored, resume_from_checkpoint="latest")
+    assert resumed["num_steps"] == 2 and resumed["history"] == erased["history"]
+
+
 CONTRADICTIONS = {
+    "a last step that is not the last": (
+        {"lr_scheduler": "cosine", "robust": {"extra_steps": 10}},
+        "lr_scheduler cosine ends there",
+    ),
     "fresh weights and a bound": (
         {"objective": {"retain_target": "base", "alpha": 1.0}, "robust": {"fresh_share": 0.5}},
         "where the protection would hold them",

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from barrier_diffusers.protection.barrier import Barrier
 from barrier_diffusers.protection.sharding import own_part
+from barrier_diffusers.training.run_config import LEVEL_SCHEDULERS
 from barrier_diffusers.utils.checks import flat
 from barrier_diffusers.utils.files import WriteError, file_hash, put_in_place, remove, removed_on_failure, write_json
 from barrier_diffusers.utils.signals import SIGNALS, say_stopped, set_way_on
@@ -46,9 +47,6 @@ LEFT_OPEN = ("generation.batch_size", "resolution")  # had numbers for defaults;
 LENGTH = ("max_train_steps", "num_train_epochs")  # decide about weights after all where the learning rate follows them
 
 
-LEVEL = ("constant", "constant_with_warmup", "piecewise_constant")  # learning rates that ask for no last step
-
-
 class Stateful(Protocol):
     """What travels with the checkpoints beside model, optimizer, schedule and random numbers."""
 
@@ -60,7 +58,7 @@ class Stateful(Protocol):
 def deciding_settings(config: Any, num_processes: int) -> dict[str, Any]:
     """The settings that decide about the weights, by dotted name, as JSON gives them back."""
     values = asdict(config)
-    free = FREE - set(LENGTH) if values.get("lr_scheduler", LEVEL[0]) not in LEVEL else FREE
+    free = FREE - set(LENGTH) if values.get("lr_scheduler", "constant") not in LEVEL_SCHEDULERS else FREE
     deciding = dict(flat({name: value for name, value in values.items() if name not in free}))
     return json.loads(json.dumps({"num_processes": num_processes, **deciding}, default=str))
 

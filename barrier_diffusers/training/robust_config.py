@@ -40,6 +40,9 @@ class RobustConfig(Checked):
     token_num_steps: int = 100  # of AdamW, that a round learns for
     token_batch_size: int = 32  # forget images in each of them
     token_learning_rate: float = 1e-2  # of the embeddings
+    # steps that follow the run's own, at most: training goes on, token_interval steps at a time, as long as by the
+    # concept's name or a learned one half or more of the objective's loss is left; 0: it ends, erased or not
+    extra_steps: int = 0
     # share of a fresh initialisation in the weights at the start, from where the base is distilled back; 0: none
     fresh_share: float = 0.0
     # the objective's gradient is taken at weights that lie this far (Euclidean distance over all that trains) towards
@@ -67,6 +70,7 @@ class RobustConfig(Checked):
         token_num_steps=at_least(1),
         token_batch_size=at_least(1),
         token_learning_rate=ABOVE_0,
+        extra_steps=at_least(0),
         fresh_share=SHARE,
         sharpness=at_least(0),
         context_radius=at_least(0),

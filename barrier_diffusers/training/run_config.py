@@ -27,6 +27,7 @@ LR_SCHEDULERS = (  # names of diffusers.optimization, and our own one_cycle
     *("constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "linear", "polynomial", "one_cycle"),
     "piecewise_constant",
 )
+LEVEL_SCHEDULERS = ("constant", "constant_with_warmup", "piecewise_constant")  # those that ask for no last step
 
 
 @dataclass(kw_only=True)
@@ -175,6 +176,11 @@ class DiffusionUnlearningConfig(UnlearningConfig):
             raise ValueError(
                 "robust.fresh_share makes weights anew that the base has to teach: set objective.retain_target to "
                 "base and objective.alpha above 0"
+            )
+        if robust.extra_steps and self.lr_scheduler not in LEVEL_SCHEDULERS:
+            raise ValueError(
+                f"robust.extra_steps go on at the last step's learning rate, but lr_scheduler {self.lr_scheduler} "
+                f"ends there: set it to {' or '.join(LEVEL_SCHEDULERS[:2])}"
             )
         if robust.project_conflicts and self.objective.alpha == 0:
             raise ValueError("robust.project_conflicts needs a retain loss: set objective.alpha above 0")

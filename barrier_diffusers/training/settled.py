@@ -1,4 +1,4 @@
-"""Whether robust training has erased: the objective's loss on the same draws before and after, by every name."""
+"""Whether training has erased: the objective's loss on the same draws before and after, by every name."""
 
 from __future__ import annotations
 
@@ -50,6 +50,19 @@ class ErasureGauge:
         """Note the loss before training."""
         self.before = self.loss()
 
+    def is_erased(self, adversary: TokenAdversary | None) -> bool:
+        """Whether no name shows what was to be erased, as `result` counts it."""
+        return self._num_unsettled(self._losses(adversary)) == 0
+
+    def _losses(self, adversary: TokenAdversary | None) -> list[float]:
+        """By the concept's own name, and by every learned one."""
+        learned = len(adversary.tables) if adversary is not None else 0
+        return [self.loss(), *(self.loss(adversary, which) for which in range(learned))]
+
+    def _num_unsettled(self, losses: list[float]) -> int:
+        limit = LEFT * self.before if self.before > 0 else self.before
+        return sum(not loss < limit for loss in losses)
+
     def result(self, adversary: TokenAdversary | None, warn: bool = True) -> dict[str, Any]:
         """The losses before and after, and how many of the names still show what was to be erased; a line of warning
         if any does.
@@ -57,10 +70,8 @@ class ErasureGauge:
         An objective whose loss is a distance (rl, concept, esd) has settled where at most the share LEFT of it is
         left; one without a floor (ga, kl) where it has fallen.
         """
-        names = len(adversary.tables) if adversary is not None else 0
-        after = [self.loss(), *(self.loss(adversary, which) for which in range(names))]
-        limit = LEFT * self.before if self.before > 0 else self.before
-        unsettled = sum(not loss < limit for loss in after)
+        after = self._losses(adversary)
+        unsettled = self._num_unsettled(after)
         if unsettled and warn:
             print(
                 f"warning: not erased: of {len(after)} names, the concept's own and learned ones, {unsettled} have an "

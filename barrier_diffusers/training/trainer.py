@@ -218,6 +218,7 @@ class Trainer:
         parameters: Sequence[nn.Parameter],
         optimizer: torch.optim.Optimizer,
         loaders: Sequence[DataLoader],
+        extra_steps: int = 0,
     ) -> list[Iterator[Any]]:
         """Hand everything to accelerate and restore the checkpoint, if there is one; endless batches of each loader.
 
@@ -227,6 +228,7 @@ class Trainer:
             models: the networks that train.
             parameters: what the optimizer changes.
             loaders: an epoch is a pass over the first one.
+            extra_steps: that follow the settings' own unless `fit` is told that it is done.
 
         Raises:
             ValueError: the checkpoint does not fit.
@@ -242,7 +244,8 @@ class Trainer:
             self.parameters = [now[names[parameter]] for parameter in parameters]
         del names  # it holds the whole ones
         loaders = prepared[len(models) + 1 :]
-        self.max_steps = stage.max_train_steps or stage.num_train_epochs * -(-len(loaders[0]) // micro_steps)
+        own_steps = stage.max_train_steps or stage.num_train_epochs * -(-len(loaders[0]) // micro_steps)
+        self.max_steps = own_steps + extra_steps
         schedule = schedule_of(stage, optimizer, self.max_steps, accelerator.num_processes)
         self.schedule = accelerator.prepare(schedule)
         if not accelerator.trackers:  # another stage has them already
@@ -257,6 +260,7 @@ class Trainer:
         *,
         barrier: Barrier | None = None,
         after_step: Callable[[int], None] | None = None,
+        is_done: Callable[[int], bool] | None = None,
         desc: str = "unlearning",
         names: Sequence[str] = (),
     ) -> float:
@@ -271,6 +275,8 @@ class Trainer:
                 processes of every step.
             barrier: projects after each step; its loss, if any, is one of the terms.
             after_step: called with the number of steps done.
+            is_done: whether that number is enough; called before each step, with the same answer in all processes. The
+                `max_steps` are those done from then on.
             desc: of the progress bar.
             names: parts that the history has even where `terms` never gives them, as zeros.
 
@@ -286,6 +292,9 @@ class Trainer:
         start = time.perf_counter()
         with Interruption(accelerator) as interruption:
             for step in progress:
+                if is_done is not None and is_done(step):
+                    self.max_steps = step
+                    break
                 sums, flags = self._step(step, terms, barrier, interruption)
                 means = dict.fromkeys(names, 0.0) | sums
                 self.history.append(**means)

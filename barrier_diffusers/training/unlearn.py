@@ -323,13 +323,17 @@ class Unlearner:
             loaders.append(shuffled_batches(data.retain, size, seed, accelerator.num_processes))
         share_random_state(accelerator)
         forget, *retain = trainer.prepare(
-            models=[network], parameters=barrier.trainable_parameters(), optimizer=optimizer, loaders=loaders
+            models=[network],
+            parameters=barrier.trainable_parameters(),
+            optimizer=optimizer,
+            loaders=loaders,
+            extra_steps=config.robust.extra_steps,
         )
-        model, share = trainer.models[0], self._share
-        if config.robust.token_rounds * config.robust.token_interval >= trainer.max_steps:
+        model, share, own_steps = trainer.models[0], self._share, trainer.max_steps - config.robust.extra_steps
+        if config.robust.token_rounds * config.robust.token_interval >= own_steps:
             raise ValueError(
                 f"the last of robust.token_rounds is after step "
-                f"{config.robust.token_rounds * config.robust.token_interval}, but the run has {trainer.max_steps}: "
+                f"{config.robust.token_rounds * config.robust.token_interval}, but the run has {own_steps}: "
                 "lower robust.token_rounds or robust.token_interval"
             )
         terms = UnlearningTerms(
@@ -359,15 +363,31 @@ class Unlearner:
                 validate(step)
                 freeze_normalisation(model)
 
+        adversary = robust.adversary if robust is not None else None
+
+        def is_done(step: int) -> bool:
+            """Whether everything is erased after the run's own steps, looked at every so many."""
+            if gauge is None or step < own_steps or (step - own_steps) % config.robust.token_interval:
+                return False
+            with accelerator.autocast():
+                erased = torch.tensor(float(gauge.is_erased(adversary)), device=accelerator.device)
+            return bool(accelerator.reduce(erased, "mean") == 1)
+
         freeze_normalisation(model)
         with compiled(network, config.compile_backend if config.compile else None):
-            seconds = trainer.fit(terms, barrier=terms.barrier, after_step=after_step, names=terms.names)
+            seconds = trainer.fit(
+                terms,
+                barrier=terms.barrier,
+                after_step=after_step,
+                names=terms.names,
+                is_done=is_done if config.robust.extra_steps else None,
+            )
         if mask is not None:
             mask.detach()
         erased: dict[str, Any] = {}
-        if robust is not None and gauge is not None:
+        if gauge is not None:
             with accelerator.autocast():
-                erased["erased"] = gauge.result(robust.adversary, warn=accelerator.is_main_process)
+                erased["erased"] = gauge.result(adversary, warn=accelerator.is_main_process)
         return {
             **erased,
             "history": trainer.history.values,
@@ -415,9 +435,9 @@ class Unlearner:
         )
 
     def _gauge(self, forget: Any) -> ErasureGauge | None:
-        """What tells whether robust training has erased, with the loss before it; None without any robust part."""
+        """What tells whether training has erased, with the loss before it; None without any part that asks for it."""
         config = self.config
-        if not config.robust.parts:
+        if not config.robust.parts and not config.robust.extra_steps:
             return None
         maker = StepMaker(
             self.barrier.model, self.denoiser, options=config.objective, reference=self.reference, sampler=self.sampler
