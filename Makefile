@@ -62,6 +62,7 @@ bench: $(READY) ## what the protection costs, measured here; the tables of docs/
 	$(call BENCH,step,step_lora,--rank 16 --repeats 3)
 	$(call BENCH,step,step_full,--repeats 3)
 	$(call BENCH,setup,setup,--baseline false --batch_size 1 --repeats 1 --sizes 1 16)
+	$(call BENCH,setup,setup_all,--targets all --baseline false --batch_size 1 --repeats 1 --sizes 1 16)
 	$(call BENCH,scaling,scaling,--repeats 3)
 
 bench-gpu: $(READY) ## the same on a CUDA GPU, in bf16 and batches of 8 (a quarter of an hour)
