@@ -8,7 +8,7 @@ from tiny_encoders import FASHION
 from barrier_diffusers import Barrier, BarrierConfig
 from barrier_diffusers.data.encoding import encode_prompts
 from barrier_diffusers.objectives import ObjectiveConfig, PromptEdit, get_objective
-from barrier_diffusers.objectives.uce import aligned_tokens, edit_keys_and_values, ridge_edit
+from barrier_diffusers.objectives.uce import aligned_tokens, edit_keys_and_values, free_directions, ridge_edit
 
 
 def test_the_edit_is_the_minimum():
@@ -24,6 +24,40 @@ def test_the_edit_is_the_minimum():
 def test_nothing_changes_where_anchor_and_prompt_agree():
     weight, tokens = torch.randn(5, 8).double(), torch.randn(6, 8).double()
     torch.testing.assert_close(ridge_edit(weight, tokens, tokens, tokens[:0], 1.0, 0.1), weight)
+
+
+def test_within_free_directions_the_edit_is_the_minimum():
+    torch.manual_seed(0)
+    weight, forget, anchor, preserve = (torch.randn(*size).double() for size in ((5, 8), (6, 8), (6, 8), (9, 8)))
+    free = torch.linalg.qr(torch.randn(8, 3).double()).Q
+    edited = ridge_edit(weight, forget, anchor, preserve, 0.7, 0.2, free)
+    change = (edited - weight) @ free
+    torch.testing.assert_close(change @ free.T, edited - weight)
+    inside = change.clone().requires_grad_()
+    moved = weight + inside @ free.T
+    loss = (forget @ moved.T - anchor @ weight.T).square().sum() + 0.2 * (moved - weight).square().sum()
+    loss = loss + 0.7 * (preserve @ (moved - weight).T).square().sum()
+    (gradient,) = torch.autograd.grad(loss, inside)
+    assert gradient.abs().max() < 1e-9
+    everything = torch.eye(8, dtype=torch.float64)
+    plain = ridge_edit(weight, forget, anchor, preserve, 0.7, 0.2)
+    torch.testing.assert_close(ridge_edit(weight, forget, anchor, preserve, 0.7, 0.2, everything), plain)
+
+
+def test_in_the_null_space_what_is_retained_is_answered_as_before():
+    torch.manual_seed(0)
+    weight, forget, anchor = (torch.randn(*size).double() for size in ((5, 8), (6, 8), (6, 8)))
+    preserve = torch.randn(9, 4).double() @ torch.randn(4, 8).double()  # of rank 4
+    free = free_directions(preserve, 0.0)
+    assert free.shape == (8, 4)
+    edited = ridge_edit(weight, forget, anchor, preserve, 0.0, 1e-6, free)
+    torch.testing.assert_close(preserve @ edited.T, preserve @ weight.T)
+    assert (edited - weight).norm() > 0.1
+    # a share of the squared length frees the directions that hold it, the weakest first
+    scaled = torch.diag(torch.tensor([10.0, 1.0, 0.1])).double()
+    assert [free_directions(scaled, share).shape[1] for share in (1e-3, 0.02)] == [1, 2]
+    with pytest.raises(ValueError, match="raise objective.null_space"):
+        free_directions(torch.eye(3).double(), 0.1)
 
 
 @pytest.mark.parametrize(

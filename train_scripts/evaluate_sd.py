@@ -25,6 +25,7 @@ from barrier_diffusers.evaluation.protocols import make_protocols
 from barrier_diffusers.evaluation.protocols.concepts import ConceptProtocol
 from barrier_diffusers.evaluation.report import REPORT_NAME, write_report
 from barrier_diffusers.evaluation.settings import EvaluateConfig
+from barrier_diffusers.evaluation.weight_drift import print_drift, weight_drift
 from barrier_diffusers.models.exporting import export_attackers
 from barrier_diffusers.utils.command_line import run_script
 from barrier_diffusers.utils.files import write_json
@@ -60,6 +61,9 @@ def main(config: EvaluateConfig) -> None:
         )
 
     metrics: dict[str, Any] = {}
+    if judged_model.base is not None:
+        metrics["weight_drift"] = weight_drift(judged_model.base, judged_model.pipeline)
+        print_drift(metrics["weight_drift"])
     for protocol in protocols:
         metrics |= protocol.run()
     hashes, seconds = dict(judged_model.hashes), {}

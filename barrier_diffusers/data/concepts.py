@@ -18,7 +18,15 @@ from barrier_diffusers.data.prompt_checks import require_names_within_limit
 from barrier_diffusers.data.readers import read_rows, split_concepts, take_evenly
 from barrier_diffusers.models.generation import SamplingConfig
 from barrier_diffusers.utils.checks import DATA, FILE_OR_FOLDER, as_list, at_least, check_settings, rules
-from barrier_diffusers.utils.words import as_compared, mentions, replace_names, same_name, similar_words
+from barrier_diffusers.utils.words import (
+    JOINT,
+    as_compared,
+    mentions,
+    parts_of,
+    replace_names,
+    same_name,
+    similar_words,
+)
 
 SHOWN = 5  # words in a line that points them out
 
@@ -31,11 +39,14 @@ class ConceptConfig:
     illustrates. Nothing but `concept` means the prompt "<concept>".
     """
 
-    concept: str | list[str]  # values of concept_column to forget; with prompts: the words that name the concept
+    # values of concept_column to forget; with prompts: the words that name the concept. "pencil sketch + sneaker" is
+    # what shows both: each part alone is retained
+    concept: str | list[str]
     # other words for the concept, or concept -> its other words: forgotten, left out of what is retained, and
     # exchanged for the anchor's as its name is
     concept_synonyms: list[str] | dict[str, list[str]] = field(default_factory=list)
-    concept_column: str = "class"  # column whose values name what an image shows
+    # column whose values name what an image shows; several, as "style + class", for joint concepts
+    concept_column: str = "class"
     train_data_dir: str | None = None  # folder with an image and a caption column, readable by `datasets`
     dataset_name: str | None = None  # or a hub name
     train_split: str = "train"  # of the data set
@@ -285,7 +296,12 @@ def load_concept_rows(config: ConceptConfig, split: str) -> Dataset:
     """
     assert config.source is not None
     image, caption, column = config.image_column, config.caption_column, config.concept_column
-    rows = with_texts(read_rows(config.source, split, image, (column,), caption), column)
+    rows = read_rows(config.source, split, image, tuple(parts_of(column)), caption)
+    for part in parts_of(column):
+        rows = with_texts(rows, part)
+    if JOINT in column:
+        together = zip(*(rows[part] for part in parts_of(column)), strict=True)
+        rows = rows.add_column(column, [JOINT.join(values) for values in together])
     if caption in rows.column_names:
         return with_texts(rows, caption, lists=True)
     captions = [config.caption_template.format(name.replace("_", " ")) for name in rows[column]]

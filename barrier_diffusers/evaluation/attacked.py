@@ -28,7 +28,7 @@ from barrier_diffusers.evaluation.attacks.running import (
     record_of,
     run_attacks,
 )
-from barrier_diffusers.evaluation.judged_model import CONTROL_PREFIX, JudgedModel
+from barrier_diffusers.evaluation.judged_model import CONTROL_PREFIX, JudgedModel, source_of_judged
 from barrier_diffusers.evaluation.protocols.concepts import ConceptProtocol
 from barrier_diffusers.evaluation.settings import EvaluateConfig
 from barrier_diffusers.evaluation.tables import print_attacks, print_gaps
@@ -74,11 +74,11 @@ def check_attacks(config: EvaluateConfig, judged_model: JudgedModel, forgotten: 
 def scene_of(config: EvaluateConfig, concepts: ConceptProtocol, forgotten: Sequence[Forgotten]) -> Scene:
     """What the cells of this evaluation share."""
     judged_model, judge = concepts.judged_model, concepts.judge
-    assert config.pretrained_model_name_or_path is not None and judge is not None
-    models: dict[str, tuple[str, str | None]] = {ERASED: (config.pretrained_model_name_or_path, config.lora_weights)}
+    assert judge is not None
+    models: dict[str, tuple[str, str | None, str | None]] = {ERASED: source_of_judged(config)}
     hashes = {ERASED: fingerprint(judged_model.hashes_of(""))}
     if config.control is not None:
-        models[CONTROL] = (config.control, None)
+        models[CONTROL] = (config.control, None, None)
         hashes[CONTROL] = fingerprint(judged_model.hashes_of(CONTROL_PREFIX))
     files = [path for path in as_list(config.module) if path.endswith(".py")]
     facts = [module_hash(judge.classifier)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
@@ -17,6 +18,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from barrier_diffusers.data.images import Images, as_image_set
+from barrier_diffusers.utils.words import JOINT, parts_of
 
 
 def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
@@ -127,3 +129,51 @@ class AttributeClassifier(ImageClassifier, PyTorchModelHubMixin):
         """Images (N, 3, H, W) in [-1, 1] -> logits (N, J) per attribute."""
         features = self.embed(pixels)
         return {name: head(features) for name, head in self.heads.items()}
+
+
+class JointClassifier(ImageClassifier):
+    """A classifier that also says what images show of several attributes at once ("red + sneaker"): the probability of
+    a joint label is the product of those of its parts.
+
+    Args:
+        classifier: whose attributes they are.
+        names: of the attributes, in the order of the parts.
+    """
+
+    def __init__(self, classifier: ImageClassifier, names: Sequence[str]):
+        super().__init__()
+        self.classifier, self.names = classifier, list(names)
+        self.attributes = with_joint(classifier.attributes, names)
+        self.resolution, self.batch_size = classifier.resolution, classifier.batch_size
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """What the classifier is shown."""
+        return self.classifier.pixels(images)
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Images -> logits (N, J) per attribute, the joint one's in the order of `itertools.product`."""
+        found = self.classifier(pixels)
+        joint_NJ = torch.zeros(len(pixels), 1, device=pixels.device)
+        for name in self.names:
+            joint_NJ = (joint_NJ.unsqueeze(2) + found[name].float().log_softmax(1).unsqueeze(1)).flatten(1)
+        return {**found, JOINT.join(self.names): joint_NJ}
+
+
+def with_joint(attributes: Mapping[str, Sequence[str]], names: Sequence[str]) -> dict[str, list[str]]:
+    """The attributes, and the joint one of those that are named ("colour + class")."""
+    joint = [JOINT.join(parts) for parts in itertools.product(*(attributes[name] for name in names))]
+    return {**{name: list(labels) for name, labels in attributes.items()}, JOINT.join(names): joint}
+
+
+def joint_attributes(attributes: Mapping[str, Sequence[str]], wanted: Sequence[str]) -> list[str]:
+    """The attributes that the parts of joint labels are labels of; none if the labels are not joint, or unknown."""
+    parts = [parts_of(label) for label in wanted]
+    if not parts or len(parts[0]) < 2 or len({len(one) for one in parts}) > 1:
+        return []
+    if any(set(wanted) <= set(known) for known in attributes.values()):
+        return []
+    owners = [
+        next((name for name, known in attributes.items() if set(labels) <= set(known)), None)
+        for labels in zip(*parts, strict=True)
+    ]
+    return [name for name in owners if name is not None] if None not in owners else []

@@ -25,7 +25,13 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from barrier_diffusers.evaluation.classifier import AttributeClassifier, ImageClassifier
+from barrier_diffusers.evaluation.classifier import (
+    AttributeClassifier,
+    ImageClassifier,
+    JointClassifier,
+    joint_attributes,
+    with_joint,
+)
 from barrier_diffusers.utils.failures import one_line
 from barrier_diffusers.utils.hub import require_on_hub
 from barrier_diffusers.utils.words import as_compared, same_name
@@ -188,7 +194,8 @@ class ClassifierSource:
         """
         own = self._own_attributes()
         if own is not None:
-            return own
+            joint = joint_attributes(own, wanted)
+            return with_joint(own, joint) if joint else own
         config = self._config()
         return {LABEL: list(self._texts(config, wanted) if is_clip(config) else self._groups(config, wanted))}
 
@@ -200,7 +207,9 @@ class ClassifierSource:
         """
         with torch.random.fork_rng():  # building a network draws its first weights
             if self._own_attributes() is not None:
-                return AttributeClassifier.from_pretrained(str(self._path or self.name)).eval()
+                own = AttributeClassifier.from_pretrained(str(self._path or self.name)).eval()
+                joint = joint_attributes(own.attributes, wanted)
+                return JointClassifier(own, joint).eval() if joint else own
             config, source = self._config(), str(self._path or self.name)
             options: dict[str, Any] = {"trust_remote_code": False}
             try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from barrier_diffusers.data.concepts import ConceptConfig, concepts_of
 from barrier_diffusers.data.encoding import cached_tensors
 from barrier_diffusers.data.erased_concepts import ErasedConcepts, rows_about_others
 from barrier_diffusers.data.images import Images, as_image_set
-from barrier_diffusers.evaluation.accuracy import Answers, erasure_metrics
+from barrier_diffusers.evaluation.accuracy import Answers, erasure_metrics, share
 from barrier_diffusers.evaluation.classifier import ImageClassifier
 from barrier_diffusers.evaluation.classifier_source import ClassifierSource
 from barrier_diffusers.evaluation.evaluation_split import load_rows
@@ -24,6 +24,7 @@ from barrier_diffusers.models.generation import SamplingConfig, filters_off, sid
 from barrier_diffusers.models.shared_generation import generate_together
 from barrier_diffusers.utils.checks import MODEL, at_least, check_settings, rules
 from barrier_diffusers.utils.run_records import fingerprint
+from barrier_diffusers.utils.words import JOINT, parts_of
 
 
 @dataclass
@@ -177,6 +178,10 @@ def evaluate_erasure(
         forgotten=asked.forgotten,
         erased_before=asked.erased_before,
     )
+    if JOINT in attribute:
+        add_parts_alone(
+            metrics, {when: found.labels[attribute] for when, found in answers.items()}, wanted[attribute], asked
+        )
     rows = [row for row, label in enumerate(wanted[attribute]) if label in asked.forgotten]
     for when, found in answers.items():
         metrics["details"] |= found.beliefs(attribute, wanted[attribute], rows=rows, when=when)
@@ -184,3 +189,25 @@ def evaluate_erasure(
     sampling = evaluation.sampling.sized(next(iter(as_image_set(after))).shape[-1])
     facts = {"num_images": len(asked.prompts), "seeds": seeds, "sampling": asdict(sampling)}
     return attribute, {**metrics, **facts, "classifier": evaluation.classifier}
+
+
+def add_parts_alone(
+    metrics: dict[str, Any],
+    answers: Mapping[str, Sequence[str]],
+    wanted: Sequence[str | None],
+    asked: EvaluationPrompts,
+) -> None:
+    """Add to the metrics what is left of each part of a joint concept: the share of the images asked for the part
+    without the rest of the concept that show what they were asked for.
+
+    Args:
+        answers: before and after -> the joint label recognised in each image.
+        wanted: the joint label that each was asked for.
+    """
+    for part in dict.fromkeys(part for concept in asked.forgotten for part in parts_of(concept)):
+        gone = {*asked.forgotten, *asked.erased_before}
+        rows = [row for row, label in enumerate(wanted) if label and label not in gone and part in parts_of(label)]
+        for when, found in answers.items() if rows else ():
+            counted = share([found[row] == wanted[row] for row in rows])
+            metrics["details"][f"{part}_alone_accuracy_{when}"] = counted
+            metrics[f"{part}_alone_accuracy_{when}"] = counted["value"]

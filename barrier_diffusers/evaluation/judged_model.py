@@ -14,7 +14,7 @@ from barrier_diffusers.data.images import ImageFiles
 from barrier_diffusers.data.prompt_files import PromptRow, PromptsConfig, read_prompts
 from barrier_diffusers.evaluation.image_folder import generate_folder, read_folder, scheduler_facts
 from barrier_diffusers.models.denoiser import PipelineDenoiser
-from barrier_diffusers.models.loading import ADAPTER_NAME, load_merged, load_pipeline, module_hashes
+from barrier_diffusers.models.loading import ADAPTER_NAME, SINGLE_FILES, load_merged, load_pipeline, module_hashes
 from barrier_diffusers.utils.files import file_hash
 from barrier_diffusers.utils.run_records import FILES, MANIFEST_NAME
 
@@ -41,7 +41,15 @@ def load_judged(config: EvaluateConfig) -> Any:
     """The pipeline under judgement, its adapter merged into the weights; None where images are judged."""
     if config.pretrained_model_name_or_path is None:
         return None
-    return load_merged(config.pretrained_model_name_or_path, config.lora_weights)
+    return load_merged(*source_of_judged(config))
+
+
+def source_of_judged(config: EvaluateConfig) -> tuple[str, str | None, str | None]:
+    """(pipeline, adapter, pipeline with the configurations) of what is judged: a single file has those of its base."""
+    name = config.pretrained_model_name_or_path
+    assert name is not None
+    single = Path(name).suffix in SINGLE_FILES and Path(config.base_model or "").suffix not in SINGLE_FILES
+    return name, config.lora_weights, config.base_model if single else None
 
 
 NOT_ITSELF = {  # setting -> what is wrong with naming what is judged there, and what to do

@@ -23,6 +23,7 @@ from barrier_diffusers.utils.files import written_whole
 from barrier_diffusers.utils.run_records import MANIFEST_NAME, METRICS_NAME, numbers
 
 REPORT_NAME = "report.html"
+MOST_DRIFTED = 40  # tensors of a network whose drift is shown; metrics.json has all
 LOSSES = "Losses per training step"
 PICTURES = {  # file of a run -> what it shows
     "before_after.png": "Images before and after, the same prompts and seeds",
@@ -244,7 +245,7 @@ def render(runs: Sequence[RunRecord]) -> str:
         for run in runs
     ]
     picture = as_data_uri(trade_off(points)) if len(points) > 1 else None
-    return environment.get_template("report.html").render(shown=shown, trade_off=picture)
+    return environment.get_template("report.html").render(shown=shown, trade_off=picture, most_drifted=MOST_DRIFTED)
 
 
 def write_report(folders: Sequence[str | Path], path: Path) -> Path:

@@ -88,13 +88,21 @@ def load_pipeline(
         ) from error
 
 
-def load_merged(name: str, lora_weights: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
+def load_merged(
+    name: str,
+    lora_weights: str | None = None,
+    pipeline_config: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
     """A pipeline with the adapter of a folder, if one is named, merged into its weights.
+
+    Args:
+        pipeline_config: of a single file; see `load_pipeline`.
 
     Raises:
         ValueError, OSError: see `load_pipeline` and `load_adapter`.
     """
-    pipeline = load_pipeline(name, dtype=dtype, denoiser_dtype=dtype)
+    pipeline = load_pipeline(name, dtype=dtype, denoiser_dtype=dtype, pipeline_config=pipeline_config)
     if lora_weights:
         load_adapter(pipeline, lora_weights)
         pipeline.fuse_lora()

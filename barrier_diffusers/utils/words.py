@@ -34,6 +34,7 @@ IRREGULAR = {
     "woman": "women",
 }
 SINGULARS = {plural: singular for singular, plural in IRREGULAR.items()}
+JOINT = " + "  # between the parts of a joint name: it is about what shows all of them
 HISSING = ("s", "x", "z", "ch", "sh")
 
 
@@ -143,8 +144,23 @@ def _pattern(names: tuple[str, ...]) -> re.Pattern[str] | None:
     return re.compile("|".join(choices)) if choices else None
 
 
+def parts_of(name: str) -> list[str]:
+    """The parts of a joint name, which a text names if it names each of them; of any other name, the name itself.
+
+    >>> parts_of("pencil sketch + sneaker"), parts_of("sneaker")
+    (['pencil sketch', 'sneaker'], ['sneaker'])
+    """
+    return [part.strip() for part in name.split(JOINT)]
+
+
 def find_names(text: str, names: Sequence[str]) -> list[tuple[int, int, int]]:
-    """Where a text names what: (number of the name, start, end in `text`), from left to right, the longest first."""
+    """Where a text names what: (number of the name, start, end in `text`), from left to right, the longest first.
+
+    A joint name ("red + sneaker") reaches from the first of its parts to the last.
+    """
+    joint = [number for number, name in enumerate(names) if JOINT in name]
+    if joint:
+        return _find_joint(text, names, joint)
     pattern = _pattern(tuple(names))
     if pattern is None:
         return []
@@ -157,6 +173,16 @@ def find_names(text: str, names: Sequence[str]) -> list[tuple[int, int, int]]:
             end -= 1
         found.append((int(match.lastgroup[1:]), starts[match.start()], end))
     return found
+
+
+def _find_joint(text: str, names: Sequence[str], joint: Sequence[int]) -> list[tuple[int, int, int]]:
+    others = [number for number in range(len(names)) if number not in joint]
+    found = [(others[at], start, end) for at, start, end in find_names(text, [names[number] for number in others])]
+    for number in joint:
+        places = [find_names(text, [part])[:1] for part in parts_of(names[number])]
+        if all(places):
+            found.append((number, min(place[0][1] for place in places), max(place[0][2] for place in places)))
+    return sorted(found, key=lambda match: (match[1], -match[2]))
 
 
 def mentions(text: str, name: str) -> bool:
@@ -210,7 +236,18 @@ def replace_names(text: str, names: Sequence[str], replacement: str) -> str | No
 
     >>> replace_names("two red sneakers", ["sneaker", "gym shoe"], "boot")
     'two red boots'
+
+    Of a joint name each part is replaced by that of the replacement, if it has as many.
+
+    >>> replace_names("a pencil sketch of a red sneaker", ["pencil sketch + sneaker"], "photo + sneaker")
+    'a photo of a red sneaker'
     """
+    for name in names:
+        pairs = list(zip(parts_of(name), parts_of(replacement), strict=False))
+        if JOINT in name and len(pairs) == len(parts_of(name)) == len(parts_of(replacement)) and mentions(text, name):
+            for part, other in pairs:
+                text = text if part == other else replace_names(text, [part], other) or text
+            return text
     spans = find_names(text, names)
     if not spans:
         return None

@@ -134,7 +134,8 @@ def strip_of(images_NHWC: np.ndarray) -> str:
 class Scene:
     """What all cells share; it can be sent to another process."""
 
-    models: dict[str, tuple[str, str | None]]  # model -> its folder or hub id, and the folder of its adapter
+    # model -> its folder, hub id or file, its adapter's folder, and of a file the pipeline with its configurations
+    models: dict[str, tuple[str, str | None, str | None]]
     hashes: dict[str, str]  # model -> fingerprint of its weights
     forgotten: list[Forgotten]
     classifier: ClassifierSource  # of the judge

@@ -33,6 +33,7 @@ from barrier_diffusers.models.learned_tokens import NewWords, learned_tokens
 from barrier_diffusers.objectives.base import Condition
 from barrier_diffusers.training.learning import encode, frozen, learn
 from barrier_diffusers.utils.checks import at_least, rules
+from barrier_diffusers.utils.words import parts_of
 
 RANDOM = "random tokens"  # a start of the search
 
@@ -57,7 +58,7 @@ class InversionConfig(LearningBudget):
 
     def words(self, forgotten: Forgotten) -> str | None:
         """The words at whose embeddings the tokens start; None: random tokens."""
-        return None if self.start == "random" else self.initial_words or forgotten.concept
+        return None if self.start == "random" else self.initial_words or " ".join(parts_of(forgotten.concept))
 
     def check(self, pipeline: Any, forgotten: Forgotten) -> None:
         """Enough images, captions that name the concept, and room for the tokens in every prompt."""
