@@ -13,7 +13,7 @@ export DIFFUSERS_VERBOSITY = error
 
 .DEFAULT_GOAL := help
 .PHONY: help install unlearn unlearn-robust evaluate test test-slow table attack-table robustness-table bench bench-gpu reference embedded-model control unlearn-classifier classifier-table \
-	embedded-resnet unlearn-ddpm ddpm-table embedded-ddpm retrained-ddpm quality style clean
+	embedded-resnet unlearn-ddpm ddpm-table embedded-ddpm retrained-ddpm demo test-demo quality style clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -117,6 +117,22 @@ retrained-ddpm: $(READY) ## the yardstick: a DDPM that never saw a sneaker, judg
 
 reference: $(READY) ## write the settings and API pages in docs/ from the source
 	$(BIN)/python docs/write_reference.py
+
+DEMO := .venv-demo
+
+$(DEMO)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DEMO)
+	grep -v '^pillow==' constraints.txt > $(DEMO)/constraints.txt
+	$(DEMO)/bin/python -m pip install --quiet --constraint $(DEMO)/constraints.txt torch==2.13.0
+	$(DEMO)/bin/python -m pip install --quiet --constraint $(DEMO)/constraints.txt --editable '.[demo]' \
+		pytest pytest-timeout playwright
+	@touch $@
+
+demo: $(DEMO)/.installed ## a page that draws a prompt before and after `make unlearn`, in an environment of its own
+	$(DEMO)/bin/barrier-demo $(RUN)
+
+test-demo: $(DEMO)/.installed ## the page in a headless browser (Debian package chromium needed)
+	$(DEMO)/bin/python -m pytest tests/test_demo.py
 
 quality: $(READY) ## lint and types only
 	$(BIN)/ruff check .

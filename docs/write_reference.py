@@ -24,6 +24,7 @@ PAGES = {  # page of docs/settings -> its scripts; a script that no page names i
     "unlearn": ("train_scripts/unlearn_sd.py",),
     "evaluate": ("train_scripts/evaluate_sd.py", "train_scripts/generate_sd.py", "train_scripts/report.py"),
     "restore": ("train_scripts/restore.py", "train_scripts/export.py"),
+    "demo": ("train_scripts/demo.py",),
     "pipelines": ("train_scripts/run_pipeline.py", "train_scripts/sweep.py"),
     "training": ("train_scripts/*.py",),
     "classifiers": ("classification_ext/*.py",),

@@ -1,34 +1,14 @@
 """barrier_diffusers/evaluation/report.py: one self-contained page about one run or several."""
 
 import base64
-import json
 import re
 
 import pytest
 from report import ReportConfig, main
-from written_runs import share, write_run
+from written_runs import share, write_certificate, write_run
 
 from barrier_diffusers.evaluation.report import read_run, render
 from barrier_diffusers.utils.command_line import run_script
-
-
-def relative(certified, largest):
-    known = (
-        {"coverage": 0.75, "coverage_interval_95": [0.19, 0.99], "tightness": certified / largest} if certified else {}
-    )
-    unknown = {"coverage": None, "coverage_interval_95": None, "tightness": None}
-    counts = {"num_test": 4, "num_above": 1, "num_distinct": 7}
-    return {"certified": certified, "largest_test": largest, **counts, **(known or unknown)}
-
-
-def write_certificate(folder):
-    entry = {"name": "attn2.to_k", "sound": 4.5, "largest_output_drift": 0.5, "sound_holds": False, "moment": 2.0}
-    paper = {"quantile": 0.98, "confidence": 0.95, "maps": [{**entry, "relative": relative(0.25, 0.125)}]}
-    paper |= {"network": relative(None, 0.0625), "every_map": None, "drift_norms": {"attn2.to_k": 0.03125}}
-    paper["held_out"] = {"num_images": 9, "where": "split 'test' of <somewhere>"}
-    paper["held_out"] |= {"calibration": {"num_images": 5}, "test": {"num_images": 4}}
-    paper |= {"split": {"calibration": 0.6, "seed": 11}, "contradicted": ["attn2.to_k"]}
-    (folder / "certificate.json").write_text(json.dumps(paper))
 
 
 def test_the_page_has_the_numbers_and_needs_no_other_file(tmp_path):

@@ -38,6 +38,7 @@ SETTINGS = {  # script -> its settings
     "barrier_diffusers.scripts.report": "barrier_diffusers.scripts.report:ReportConfig",
     "barrier_diffusers.scripts.restore": "barrier_diffusers.scripts.restore:RestoreConfig",
     "barrier_diffusers.scripts.export": "barrier_diffusers.scripts.export:ExportConfig",
+    "barrier_diffusers.scripts.demo": "barrier_diffusers.workflow.demo:DemoConfig",
     "barrier_diffusers.scripts.sweep": "barrier_diffusers.workflow.sweeps:SweepConfig",
     "barrier_diffusers.scripts.run_pipeline": "barrier_diffusers.workflow.workflow:WorkflowConfig",
     "barrier_diffusers.scripts.score_text_to_image": "barrier_diffusers.scripts.score_text_to_image:ScoreConfig",

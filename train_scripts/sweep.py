@@ -2,8 +2,9 @@
 
     python train_scripts/sweep.py --sweep train_scripts/sweeps/fashion_class.yaml --output_dir runs/sweeps/fashion
 
-The file is in wandb's sweep format, and `wandb sweep FILE` runs the same trials. Here Optuna draws them, and a journal
-in output_dir holds them. The last worker leaves results.csv, results.md, importances.png and trade_off.png.
+The file is in wandb's sweep format. Optuna draws the trials, and a journal in output_dir holds them; the last worker
+leaves results.csv, results.md, importances.png and trade_off.png. With `--wandb true` the same trials are a sweep on
+wandb's server, which this command creates, and whose first agent it is.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from barrier_diffusers.workflow.processes import Stopped
 from barrier_diffusers.workflow.sweep_file import read_sweep
 from barrier_diffusers.workflow.sweep_report import MARKDOWN_NAME, report
 from barrier_diffusers.workflow.sweeps import SweepConfig, Worker, check_sweep
+from barrier_diffusers.workflow.wandb_sweeps import check_wandb, run_on_wandb
 from barrier_diffusers.workflow.workflow import stop_message
 
 
@@ -31,6 +33,10 @@ def main(config: SweepConfig) -> None:
         for point in points:
             print(shlex.join([str(shipped("train_scripts/run_pipeline.py")), *sweep.command_line(point)]))
         print(f"{len(points) or 'no fixed'} trials; {len(workflows)} of them checked in full")
+        return
+    if config.wandb:
+        check_wandb(sweep.words)
+        run_on_wandb(sweep, ROOT, config.wandb_sweep, config.num_trials)
         return
     worker = Worker(config, sweep, ROOT)
     require_writable(config.output_dir)

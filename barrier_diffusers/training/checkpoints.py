@@ -38,7 +38,7 @@ FREE = frozenset(
     ("output_dir", "cache_dir", "overwrite_output_dir", "merge_adapter", "evaluation", "report_to")
     + ("max_train_steps", "num_train_epochs", "checkpointing_steps", "checkpoints_total_limit")
     + ("resume_from_checkpoint", "validation_prompt", "validation_steps")
-    + ("push_to_hub", "hub_model_id", "hub_private")
+    + ("push_to_hub", "hub_model_id", "hub_private", "report_artifact")
 )
 
 

@@ -109,6 +109,16 @@ class Tracker(Rule):
         return f"{' and '.join(wanted)} cannot log here: pip install {' or '.join(wanted)}, or set it to none"
 
 
+def require_wandb(artifact: bool, report_to: str, setting: str) -> None:
+    """A ValueError where a result is to be an artifact, but no tracker that keeps such is asked for.
+
+    Args:
+        setting: that names the tracker.
+    """
+    if artifact and (report_to not in ("wandb", "all") or not importlib.util.find_spec("wandb")):
+        raise ValueError(f"only wandb keeps artifacts: set {setting} to wandb (pip install wandb), or leave it out")
+
+
 @dataclass(frozen=True)
 class Needs(Rule):
     """A switch that needs a package, where it is on."""

@@ -188,6 +188,8 @@ def wants_help(arguments: Sequence[str]) -> bool:
 def parse_config(config_class: type, arguments: list[str]) -> Any:
     """An instance of a settings dataclass from `--config FILE.yaml` and dotted flags; lists are `[A, B]` or `A B`.
 
+    A class with a field's name as `POSITIONAL` takes that setting also as a first word without a flag.
+
     Raises:
         ArgumentError, TypeError, ValueError: a setting that is unknown, missing or not as its rule wants it.
         SystemExit: after the help page that was asked for.
@@ -198,6 +200,9 @@ def parse_config(config_class: type, arguments: list[str]) -> Any:
         )
         print(page, end="")
         raise SystemExit(0)
+    first = getattr(config_class, "POSITIONAL", None)
+    if first is not None and arguments and not arguments[0].startswith("-"):
+        arguments = [f"--{first}", *arguments]
     arguments = join_lists(list_fields(config_class), arguments)
     require_sections(sections_of(config_class), arguments)
     config_class = class_with_open_sections(config_class, arguments)

@@ -14,7 +14,7 @@ from barrier_diffusers.evaluation.erasure import ImageEvaluationConfig
 from barrier_diffusers.models.exporting import ExportFormat
 from barrier_diffusers.objectives import Objective, load_objective
 from barrier_diffusers.training.run_config import DiffusionUnlearningConfig
-from barrier_diffusers.utils.checks import FILE, MODEL, Range, at_least, rules
+from barrier_diffusers.utils.checks import FILE, MODEL, Range, at_least, require_wandb, rules
 from barrier_diffusers.utils.hub import require_on_hub
 
 
@@ -43,6 +43,7 @@ class UnlearnConfig(ConceptConfig, DiffusionUnlearningConfig):  # jsonargparse r
     push_to_hub: bool = False  # upload output_dir at the end, without checkpoints, cache and logs
     hub_model_id: str | None = None  # repository; default: output_dir's name in the account of the token
     hub_private: bool = False  # a repository that is created is private
+    report_artifact: bool = False  # wandb, if report_to names it, also gets the result, without checkpoints and cache
     # what the protection knows of retain inputs: recorded from images, or (keys and values of cross-attention, which
     # read nothing else) the text embeddings of the retain captions and prompts; other maps are recorded either way
     retain_statistics: Literal["images", "prompts"] = "images"
@@ -65,6 +66,7 @@ class UnlearnConfig(ConceptConfig, DiffusionUnlearningConfig):  # jsonargparse r
     def __post_init__(self) -> None:
         ConceptConfig.__post_init__(self)
         DiffusionUnlearningConfig.__post_init__(self)
+        require_wandb(self.report_artifact, self.report_to, "report_to")
         if self.merge_adapter and self.rank == 0:
             raise ValueError("merge_adapter needs an adapter: set rank above 0")
         if len(set(self.export)) < len(self.export):

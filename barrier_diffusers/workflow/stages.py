@@ -27,7 +27,14 @@ SKIPPED = ("cache", "logs", "checkpoints")  # folders at the top of a result tha
 
 WITHOUT_EFFECT = frozenset(  # settings that change no number of a result
     ("output_dir", "cache_dir", "overwrite_output_dir", "resume_from_checkpoint", "report_to")
-    + ("checkpointing_steps", "checkpoints_total_limit", "push_to_hub", "hub_model_id", "hub_private")
+    + (
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_private",
+        "report_artifact",
+    )
 )
 
 

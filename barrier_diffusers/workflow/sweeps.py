@@ -60,6 +60,8 @@ class SweepConfig:
     grace_seconds: float = 120.0  # without a sign of life, after which a trial's worker counts as killed
     max_retries: int = 3  # of a trial whose worker was killed
     trade_off: list[str] | None = None  # two metrics of results.json, drawn against each other
+    wandb: bool = False  # create the sweep on wandb's server, which then draws, and run its trials here
+    wandb_sweep: str | None = None  # with wandb: no new sweep, but trials of this one, [ENTITY/PROJECT/]ID
     dry_run: bool = False  # only show the trials' command lines
 
     RULES = rules(
@@ -75,6 +77,10 @@ class SweepConfig:
         check_settings(self)
         if self.trade_off is not None and len(self.trade_off) != 2:
             raise ValueError("trade_off must be two metrics, one for each axis")
+        if self.wandb_sweep is not None and not self.wandb:
+            raise ValueError("wandb_sweep is a sweep on wandb's server: set wandb")
+        if self.wandb and self.trade_off is not None:
+            raise ValueError("trade_off is drawn of trials in output_dir, but with wandb it is wandb that has them")
 
 
 class EveryPoint(GridSampler):

@@ -31,7 +31,9 @@ from barrier_diffusers.evaluation.erasure import (
     make_evaluation_prompts,
 )
 from barrier_diffusers.evaluation.pictures import before_after_grid, loss_curves, strip
+from barrier_diffusers.evaluation.report import read_run
 from barrier_diffusers.evaluation.tables import erase_more, print_metrics, warn_if_not_erased
+from barrier_diffusers.evaluation.tracker_pages import Comparison, log_artifact, log_comparison, log_record
 from barrier_diffusers.models.architectures import Architecture, components, get_architecture
 from barrier_diffusers.models.denoiser import PipelineDenoiser
 from barrier_diffusers.models.exporting import EXPORTED, export_kohya, export_single_file, require_layout
@@ -381,6 +383,7 @@ def train(run: Run, model: LoadedModel, data: RunData, unlearner: Unlearner) -> 
 
 def edit(run: Run, model: LoadedModel, data: RunData) -> dict[str, Any]:
     """Change the weights in closed form, every process its own in the same way; the same results."""
+    run.accelerator.init_trackers("logs")  # no loop does
     start = time.perf_counter()
     apply_edit(
         run.objective,
@@ -442,6 +445,8 @@ def judge(run: Run, model: LoadedModel, data: RunData, before: Before, results: 
     before_after_grid(before.images, after, prompts.labels, red, output / "before_after.png")
     if results["history"]:
         loss_curves(results["history"], output / "loss_curves.png")
+    shown = Comparison(prompts.prompts, prompts.labels, red, before_NHWC=before.images, after_NHWC=after)
+    log_comparison(run.accelerator.trackers, shown, results["num_steps"])
     facts = {key: value for key, value in results.items() if key != "history"}
     metrics: dict[str, Any] = {"num_images": len(after), **facts}
     if config.evaluation.classifier:
@@ -456,7 +461,8 @@ def judge(run: Run, model: LoadedModel, data: RunData, before: Before, results: 
 def save_records(
     run: Run, model: LoadedModel, data: RunData, metrics: dict[str, Any], results: dict[str, Any]
 ) -> None:
-    """Write the model card, the manifest and last the metrics, without which nothing reports on the run."""
+    """Write the model card, the manifest and last the metrics, without which nothing reports on the run; then show it
+    in the trackers."""
     config, pipeline = run.config, model.pipeline
     row = get_architecture(type(pipeline).__name__)
     card = ModelCardFacts(
@@ -473,3 +479,7 @@ def save_records(
     hashes = {"base_denoiser": model.hashes[row.denoiser], **module_hashes(pipeline)}
     write_json(run.output / MANIFEST_NAME, manifest(config, hashes, **results))
     write_json(run.output / METRICS_NAME, metrics)
+    trackers, record = run.accelerator.trackers, read_run(run.output)
+    log_record(trackers, record, results["num_steps"])
+    if config.report_artifact:
+        log_artifact(trackers, run.output, record)

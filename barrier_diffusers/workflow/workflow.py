@@ -451,7 +451,7 @@ def run_workflow(workflow: Workflow, wait_seconds: float = 0) -> dict[str, Any]:
         results = collect(workflow.results(), workflow.config.score)
         before = workflow.output / RESULTS_NAME
         if not before.is_file() or json.loads(before.read_text(encoding="utf-8")) != results:
-            publish(workflow.config.track, workflow.output, workflow.settings, results)
+            publish(workflow.config.track, workflow.output, workflow.settings, results, workflow.results())
             write_json(before, results)
     return results
 
