@@ -39,7 +39,7 @@ class DemoConfig(Checked):
     base_model: str | None = None  # folder or hub id; None: what the run says that it started from
     host: str = "127.0.0.1"  # 0.0.0.0: whoever reaches this machine can use the page
     port: int | None = None  # None: the first that is free from 7860 on
-    open_browser: bool = False
+    open_browser: bool = False  # show the page at once, where there is a desktop
     sampling: SamplingConfig | None = None  # where the sliders stand at first; None: as the run was evaluated
 
     POSITIONAL = "folder"
