@@ -29,7 +29,7 @@ from barrier_diffusers.evaluation.attacks.running import (
     seen_record,
 )
 from barrier_diffusers.evaluation.judge import Judge, as_rgb
-from barrier_diffusers.evaluation.judged_model import PICTURE_NAME, require_another
+from barrier_diffusers.evaluation.judged_model import PICTURE_NAME, require_alike, require_another
 from barrier_diffusers.evaluation.pictures import attacks_picture
 from barrier_diffusers.evaluation.tables import print_attacks, print_gaps
 from barrier_diffusers.models.generation import SamplingConfig, generate
@@ -118,6 +118,7 @@ def load_control(
     if control.labels != pipeline.labels:
         raise ValueError(f"evaluation.control {config.control!r} has other labels than the pipeline that is judged")
     require_another("control", config.control, judged=module_hashes(pipeline), named=module_hashes(control))
+    require_alike(config.control, judged=pipeline.unet, control=control.unet)
     return control
 
 

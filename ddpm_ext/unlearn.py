@@ -31,6 +31,7 @@ from barrier_diffusers.models.loading import module_hashes
 from barrier_diffusers.models.shared_generation import generate_together, with_helpers
 from barrier_diffusers.objectives import Objective
 from barrier_diffusers.protection.targets import Snapshots, snapshot_of
+from barrier_diffusers.training.relearner import adapted_maps
 from barrier_diffusers.training.trainer import Trainer, open_run
 from barrier_diffusers.training.unlearn import Unlearner, rates_of_maps
 from barrier_diffusers.utils.command_line import run_script
@@ -142,6 +143,8 @@ def load_model(config: UnlearnConfig, device: torch.device) -> LoadedModel:
     pipeline = load_pipeline(config.pretrained_model_name_or_path).to(device)
     barrier = Barrier(pipeline.unet, config.barrier, config.trained_weights)
     rates_of_maps(barrier.maps, config.learning_rates)  # an error now, not after the data is read
+    if config.robust.has_adapter:
+        adapted_maps(pipeline.unet, config.robust.meta_adapter_targets)
     snapshots = {linear_map.name: snapshot_of(linear_map.layer) for linear_map in barrier.maps}
     return LoadedModel(pipeline, barrier, module_hashes(pipeline), snapshots)
 

@@ -552,7 +552,8 @@ BROKEN_METADATA = {
     "too few cells": (b"file_name,text\n0.png\n", "line 2: fewer cells than columns"),
     "open quote": (b'file_name,text\n0.png,"a boot\n', "metadata.csv', line 2: a quote is never closed"),
     "another encoding": ("file_name,text\n0.png,café\n".encode("latin-1"), "metadata.csv' is not in UTF-8"),
-    "no file names": (b"name,text\n0.png,a boot\n", "row 0: there is no file_name"),
+    "no file names": (b"name,text\n0.png,a boot\n", "row 0: there is no file_name; it has name, text"),
+    "semicolons": (b"file_name;text\n0.png;a boot\n", "row 0: there is no file_name; it has file_name;text"),
     "an empty caption": (b"file_name,text\n0.png,\n1.png,a boot\n", "row 0 of column 'text' is empty"),
 }
 
@@ -563,6 +564,36 @@ def test_metadata_that_cannot_be_read_is_refused_by_name(name, tmp_path):
     (three(tmp_path / "d") / "metadata.csv").write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(message)):
         load_image_text(str(tmp_path / "d"), "train")
+
+
+def test_metadata_that_say_two_things_of_an_image(tmp_path, capsys, unprinted):
+    folder = three(tmp_path / "d")
+    lines = [{"file_name": "0.png", "text": "a\u2028boot"}, {"file_name": "1.png", "text": "a bag"}]
+    lines.append({"file_name": "./0.png", "text": "a hat"})
+    path = folder / "metadata.jsonl"
+    path.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines), encoding="utf-8")
+    assert list(load_image_text(str(folder), "train")["text"]) == ["a\u2028boot", "a bag"]
+    assert f"{path}: row 2 names '0.png' again; its first row counts" in capsys.readouterr().out
+    (folder / "metadata.csv").write_text("file_name,text\n0.png,a coat\n")
+    with pytest.raises(ValueError, match=r"holds metadata.csv and metadata.jsonl: keep the one that is right"):
+        load_image_text(str(folder), "train")
+
+
+OTHER_SPELLINGS = {  # values of a column, concepts -> what the refusal says
+    "capitals": (["boot", "Boot", "bag"], ["boot"], "rows have kind = 'Boot' beside 'boot': make them one value"),
+    "a space": (["boot", "boot ", "bag"], ["boot"], "rows have kind = 'boot ' beside 'boot'"),
+    "an accent": (["café", DECOMPOSED, "bag"], ["café"], "rows have kind = "),
+    "no such value": (["Boot ", "bag"], ["boot"], "known are Boot , bag; the data write it 'Boot '"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_SPELLINGS)
+def test_another_spelling_of_the_concept_is_not_retained(name):
+    values, concepts, message = OTHER_SPELLINGS[name]
+    rows = Dataset.from_dict({"kind": values})
+    with pytest.raises(ValueError, match=re.escape(message)):
+        split_concepts(rows, "kind", concepts)
+    assert len(split_concepts(rows, "kind", values[:-1])[0]) == len(values) - 1  # all of them named
 
 
 def test_an_image_that_changes_is_another_data_set(tmp_path):

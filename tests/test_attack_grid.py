@@ -218,6 +218,9 @@ def test_a_control_that_is_what_is_judged_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(ValueError, match="has the weights of what is judged"):
         evaluate(tmp_path / "run", control=BASE, **QUICK)
+    build("sd").save_pretrained(tmp_path / "small")
+    with pytest.raises(ValueError, match="of another kind or size than the UNet2DConditionModel that is judged"):
+        evaluate(tmp_path / "run", control=tmp_path / "small", **QUICK)
     with pytest.raises(ValueError, match="control is about attacks, and there is none"):
         evaluate(tmp_path / "run", control=BASE, **{**QUICK, "attacks": "[]"})
 

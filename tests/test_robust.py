@@ -507,6 +507,23 @@ CONTRADICTIONS = {
         {"compile": True, "robust": {"meta_steps": [1], "meta_weights": "adapter"}},
         "set robust.meta_weights to trained",
     ),
+    "a part's setting without the part": (
+        {"robust": {"token_count": 2}},
+        "robust.token_count is set, but nothing reads it: it is for robust.token_rounds, which is off",
+    ),
+    "how often nothing happens": ({"robust": {"meta_every": 5}}, "for robust.meta_steps, which is off"),
+    "an adapter that nobody has": (
+        {"robust": {"meta_steps": [1], "meta_adapter_rank": 4}},
+        "robust.meta_adapter_rank is set, but nothing reads it: robust.meta_weights is 'trained'",
+    ),
+    "rates of the other kind": (
+        {"robust": {"meta_steps": [1], "meta_weights": "adapter", "meta_learning_rates": [0.1]}},
+        "robust.meta_learning_rates is set, but nothing reads it",
+    ),
+    "tokens after the end": (
+        {"robust": {"token_rounds": 2}, "max_train_steps": 100},
+        "the last of robust.token_rounds is after step 120, but the run has 100",
+    ),
     "no rate": ({"robust": {"meta_learning_rates": []}}, "robust.meta_learning_rates is empty"),
     "no step": ({"robust": {"meta_steps": [0]}}, "robust.meta_steps is 0, but must be at least 1"),
     "no training": (

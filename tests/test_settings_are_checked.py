@@ -207,6 +207,18 @@ CASES = {
         ["--unlearn.train_data_dir=assets/fashion_image"],
         "unlearn: train_data_dir 'assets/fashion_image' does not exist",
     ),
+    "a network for a pipeline": (
+        SD,
+        ["--pretrained_model_name_or_path=assets/fashion_sd/unet"],
+        "pretrained_model_name_or_path 'assets/fashion_sd/unet' is no pipeline, as it has no model_index.json: it",
+    ),
+    "a judge's folder for a control": (
+        JUDGE,
+        ["--control=assets/fashion_classifier"],
+        "control 'assets/fashion_classifier' is no pipeline, as it has no model_index.json",
+    ),
+    "a control that is nowhere": (JUDGE, ["--control=nobody/nothing"], "'nobody/nothing' here, and no model of that"),
+    "a CLIP that is nowhere": (JUDGE, ["--clip=nobody/clip"], "no file or folder 'nobody/clip' here, and no model of"),
     "misspelled CLIP": (JUDGE, ["--clip=./clip"], "clip is './clip', but there is no such file or folder"),
     "shadow models": (
         "classification_ext.evaluate",

@@ -118,6 +118,13 @@ def test_a_control_takes_the_vae_as_it_is_reads_every_word_and_never_sees_the_co
         ({"exclude_concepts": "['']"}, 2, "exclude_concepts has an empty name"),
         ({"pretrained_vae": "nowhere"}, 1, "pretrained_vae is 'nowhere', but there is no such folder"),
         ({"pretrained_vae": "assets/fashion_sd/vae"}, 1, "but the settings in `vae` say"),
+        ({"pretrained_vae": "assets/fashion_sd"}, 1, "holds no AutoencoderKL: name 'assets/fashion_sd/vae'"),
+        ({"pretrained_vae": "assets/fashion_sd/unet"}, 1, "pretrained_vae 'assets/fashion_sd/unet' holds no Auto"),
+        ({"unet.block_out_channels": "[8, 18]"}, 2, "unet.block_out_channels is 18, but must be a multiple of 4"),
+        ({"vae.block_out_channels": "[4, 8]"}, 2, "vae.block_out_channels is 4, but must be a multiple of 8"),
+        ({"text.hidden_size": 17}, 2, "text.hidden_size is 17, but must be a multiple of 2"),
+        ({"resolution": 18}, 2, "resolution is 18, but must be a multiple of 4"),
+        ({"text.max_length": 5}, 1, "are the same as far as they are read: raise it to 8"),
     ],
 )
 def test_a_control_that_cannot_be_trained_is_refused(changes, code, message, data, tmp_path, monkeypatch, capsys):

@@ -15,7 +15,7 @@ import barrier_diffusers.utils.signals  # noqa: F401  # isort: skip  # first: fr
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -69,9 +69,18 @@ class VaeConfig(StageConfig):
 
     RULES = rules(block_out_channels=at_least(1), latent_channels=at_least(1), kl_weight=at_least(0))
     ONE_CYCLE_WARMUP = 0.1
+    NUM_GROUPS: ClassVar = 8  # of its group norms
 
     def __post_init__(self) -> None:
         check_settings(self)
+        require_divisible("vae.block_out_channels", self.block_out_channels, self.NUM_GROUPS, "groups of its norms")
+
+
+def require_divisible(setting: str, values: list[int], by: int, what: str) -> None:
+    """A ValueError that names the setting, for values that cannot be cut into so many parts."""
+    for value in values:
+        if value % by:
+            raise ValueError(f"{setting} is {value}, but must be a multiple of {by}, the {what}")
 
 
 @dataclass
@@ -105,6 +114,10 @@ class TextConfig(Checked):
         max_length=at_least(3),
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_divisible("text.hidden_size", [self.hidden_size], self.num_attention_heads, "text.num_attention_heads")
+
 
 @dataclass(kw_only=True)
 class UnetConfig(StageConfig):
@@ -135,6 +148,9 @@ class UnetConfig(StageConfig):
 
     def __post_init__(self) -> None:
         check_settings(self)
+        require_divisible(
+            "unet.block_out_channels", self.block_out_channels, self.norm_num_groups, "unet.norm_num_groups"
+        )
 
 
 @dataclass(kw_only=True)
@@ -164,6 +180,29 @@ class TrainConfig(RunConfig):
         require_different(self.exclude_concepts, "exclude_concepts")
         if not all(concept.strip() for concept in self.exclude_concepts):
             raise ValueError("exclude_concepts has an empty name: name words of captions")
+        halvings = len(self.vae.block_out_channels) + len(self.unet.block_out_channels) - 2
+        require_divisible("resolution", [self.resolution], 2**halvings, "halvings of the side in autoencoder and UNet")
+
+    def check_inputs(self) -> None:
+        """A ValueError for a pretrained_vae that is none, or one of another size than the settings in `vae` say."""
+        if self.pretrained_vae is None:
+            return
+        folder = Path(self.pretrained_vae).expanduser()
+        try:
+            found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            found = {}
+        if found.get("_class_name") != AutoencoderKL.__name__:
+            inside = f": name {str(folder / 'vae')!r}" if (folder / "vae" / "config.json").is_file() else ""
+            raise ValueError(f"pretrained_vae {self.pretrained_vae!r} holds no AutoencoderKL{inside}")
+        self.require_size(self.pretrained_vae, found["latent_channels"], len(found["block_out_channels"]))
+
+    def require_size(self, folder: str, latent_channels: int, levels: int) -> None:
+        """A ValueError for an autoencoder with other latents or levels than the settings in `vae` say."""
+        found = {"latent_channels": latent_channels, "levels": levels}
+        wanted = {"latent_channels": self.vae.latent_channels, "levels": len(self.vae.block_out_channels)}
+        if found != wanted:
+            raise ValueError(f"the autoencoder in {folder!r} has {found}, but the settings in `vae` say {wanted}")
 
     @property
     def announcement(self) -> str:
@@ -191,7 +230,7 @@ def train_vae(accelerator: Accelerator, config: TrainConfig, dataset: Dataset) -
         block_out_channels=tuple(settings.block_out_channels),
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
-        norm_num_groups=8,
+        norm_num_groups=settings.NUM_GROUPS,
     )
     rows = image_batches(dataset, config.image_column, config.resolution)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.learning_rate, weight_decay=1e-4)
@@ -341,6 +380,29 @@ def rows_without(captions: list[str], concepts: list[str]) -> list[int]:
     return kept
 
 
+def require_read(tokenizer: CLIPTokenizer, captions: list[str]) -> None:
+    """A ValueError if captions are the same where the tokenizer cuts them; a line if it cuts any.
+
+    Args:
+        captions: distinct ones.
+    """
+    whole: list[list[int]] = tokenizer(captions).input_ids
+    length = tokenizer.model_max_length
+    cut = [caption for caption, ids in zip(captions, whole, strict=True) if len(ids) > length]
+    seen: dict[tuple[int, ...], str] = {}
+    for caption, ids in zip(captions, whole, strict=True):
+        other = seen.setdefault(tuple(ids[: length - 1]), caption)
+        if other != caption and len(ids) > length:
+            raise ValueError(
+                f"text.max_length is {length}, and {other!r} and {caption!r} are the same as far as they are read: "
+                f"raise it to {max(map(len, whole))}"
+            )
+    if cut:
+        print(
+            f"{len(cut)} of {len(captions)} captions have more than {length} tokens (text.max_length), like {cut[0]!r}"
+        )
+
+
 def require_made_from(folder: Path, now: dict[str, Any]) -> None:
     """A ValueError for an autoencoder of other data or settings; of an earlier version's, which has no record, a
     warning."""
@@ -371,10 +433,7 @@ def open_vae(config: TrainConfig, accelerator: Accelerator, dataset: Dataset) ->
         else:
             train_vae(accelerator, config, dataset)
     vae = AutoencoderKL.from_pretrained(folder, dtype=torch.float32)
-    found = {"latent_channels": vae.config.latent_channels, "levels": len(vae.config.block_out_channels)}
-    wanted = {"latent_channels": config.vae.latent_channels, "levels": len(config.vae.block_out_channels)}
-    if found != wanted:
-        raise ValueError(f"the autoencoder in {str(folder)!r} has {found}, but the settings in `vae` say {wanted}")
+    config.require_size(str(folder), vae.config.latent_channels, len(vae.config.block_out_channels))
     return vae.to(accelerator.device).eval().requires_grad_(False)
 
 
@@ -389,6 +448,10 @@ def main(config: TrainConfig) -> None:
     if accelerator.num_processes > 1:
         raise ValueError("this recipe trains in one process: launch it with --num_processes 1")
     output, work = Path(config.output_dir), Path(config.work_dir)
+    # a control reads the same words as a model that learned all rows: what it never saw is the pictures
+    text = (sorted(set(captions)), config.text.extra_words, config.text.max_length)
+    tokenizer = cut_clip_vocabulary(vocabulary, *text, work / "tokenizer")
+    require_read(tokenizer, sorted(set(captions)))
     set_seed(config.seed)
     vae = open_vae(config, accelerator, dataset)
     name = f"moments-{fingerprint(dataset._fingerprint, module_hash(vae), config.seed)}.safetensors"
@@ -398,9 +461,6 @@ def main(config: TrainConfig) -> None:
     if config.pretrained_vae is None:
         scale = 1 / sample_latents(moments[: 2**14], 1.0, torch.Generator().manual_seed(config.seed)).std().item()
         vae.register_to_config(scaling_factor=scale)
-    # a control reads the same words as a model that learned all rows: what it never saw is the pictures
-    text = (sorted(set(captions)), config.text.extra_words, config.text.max_length)
-    tokenizer = cut_clip_vocabulary(vocabulary, *text, work / "tokenizer")
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,

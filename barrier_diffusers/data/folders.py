@@ -212,19 +212,23 @@ def _described(content: FolderContent, caption_column: str) -> tuple[dict[str, d
     folders = sorted({parent.as_posix() for name in content.names for parent in Path(name).parents}, key=len)
     known = set(content.names)
     for folder in folders:  # a metadata file further down knows better
-        for metadata in METADATA_NAMES:
-            path = content.root / folder / metadata
-            if not path.is_file():
-                continue
+        found = [name for name in METADATA_NAMES if (content.root / folder / name).is_file()]
+        if len(found) > 1:
+            raise ValueError(f"{str(content.root / folder)!r} holds {' and '.join(found)}: keep the one that is right")
+        for path in (content.root / folder / name for name in found):
+            own: set[str] = set()
             for number, row in enumerate(read_metadata(path)):
                 named = os.path.normpath(os.path.join(folder, str(row.pop("file_name")))).replace(os.sep, "/")
+                if named in own:
+                    announce(f"{path}: row {number} names {named!r} again; its first row counts")
+                    continue
+                own.add(named)
                 if named not in known:
                     if not (content.root / named).exists():
                         announce(f"{path}: row {number} names {named!r}, which is not there")
                     continue
                 rows[named] |= row
-                described.add(named)
-            break
+            described |= own & known
     classes = content.classes or [""] * len(content.names)
     for name, class_name in zip(content.names, classes, strict=True):
         row = rows[name]
@@ -249,14 +253,15 @@ def read_metadata(path: Path) -> list[dict[str, Any]]:
         if path.suffix == ".parquet":
             rows = pyarrow.parquet.read_table(path).to_pylist()
         elif path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in read_text(path).splitlines() if line.strip()]
+            rows = [json.loads(line) for line in read_text(path).split("\n") if line.strip()]
         else:
             rows = [{name: cell or None for name, cell in row.items()} for _, row in CsvFile(path)]
     except (json.JSONDecodeError, pyarrow.ArrowException) as error:
         raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-            raise ValueError(f"{str(path)!r}, row {number}: there is no file_name")
+            there = f"; it has {', '.join(map(str, row))}" if isinstance(row, dict) else ""
+            raise ValueError(f"{str(path)!r}, row {number}: there is no file_name{there}")
     return rows
 
 

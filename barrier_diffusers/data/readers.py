@@ -15,6 +15,7 @@ from barrier_diffusers.data.columns import texts_of, with_texts
 from barrier_diffusers.data.folders import METADATA_NAMES, find_images, read_image_folder
 from barrier_diffusers.data.pixels import as_rgb, reason
 from barrier_diffusers.utils.hub import require_on_hub
+from barrier_diffusers.utils.words import as_compared
 
 
 def read_rows(
@@ -149,7 +150,8 @@ def split_concepts(
     """(rows whose `column` is one of `concepts`, which are the `role` rows; all others).
 
     Raises:
-        ValueError: a missing column, or a concept no row has (zero forget images).
+        ValueError: a missing column, a concept no row has (zero forget images), or rows whose value is another
+            spelling of it, which would be retained.
     """
     if column not in dataset.column_names:
         raise ValueError(f"the data has no column {column!r}; it has {', '.join(dataset.column_names)}")
@@ -158,7 +160,15 @@ def split_concepts(
     for concept in concepts:
         if concept not in known:
             listed = ", ".join(known[:50]) + (f" and {len(known) - 50} more" if len(known) > 50 else "")
-            raise ValueError(f"zero {role} images: no row has {column} = {concept!r}; known are {listed}")
+            near = [value for value in known if as_compared(value) == as_compared(concept)]
+            hint = f"; the data write it {near[0]!r}" if near else ""
+            raise ValueError(f"zero {role} images: no row has {column} = {concept!r}; known are {listed}{hint}")
+        same = [value for value in known if value not in concepts and as_compared(value) == as_compared(concept)]
+        if same:
+            raise ValueError(
+                f"rows have {column} = {same[0]!r} beside {concept!r}: make them one value, or name both, as all that "
+                "is not named is something else"
+            )
     wanted = set(concepts)
     forget = [index for index, value in enumerate(values) if value in wanted]
     retain = [index for index, value in enumerate(values) if value not in wanted]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import nn
 
 from barrier_diffusers.data.images import ImageFiles
 from barrier_diffusers.data.prompt_files import PromptRow, PromptsConfig, read_prompts
@@ -78,6 +79,24 @@ def require_another(
         raise ValueError(f"{setting} {where!r} has the weights of what is judged, {NOT_ITSELF[setting]}")
 
 
+def require_alike(where: str | None, *, judged: nn.Module, control: nn.Module) -> None:
+    """Refuse a control that cannot have been trained as what is judged was.
+
+    Args:
+        where: value of the setting.
+        judged, control: the denoisers.
+
+    Raises:
+        ValueError: they are of another class, or have weights of other names or shapes.
+    """
+    one, other = ({name: value.shape for name, value in network.state_dict().items()} for network in (judged, control))
+    if type(judged) is not type(control) or one != other:
+        raise ValueError(
+            f"control {where!r} has a {type(control).__name__} of another kind or size than the "
+            f"{type(judged).__name__} that is judged: name a model that was trained as it was without the concept"
+        )
+
+
 class JudgedModel:
     """Gives every protocol the images of its prompts.
 
@@ -119,6 +138,8 @@ class JudgedModel:
         if self.control is not None:
             control = module_hashes(self.control)
             require_another("control", config.control, judged=own, named=control)
+            networks = [PipelineDenoiser(pipeline).network for pipeline in (self.pipeline, self.control)]
+            require_alike(config.control, judged=networks[0], control=networks[1])
             self.hashes |= {f"{CONTROL_PREFIX}{name}": digest for name, digest in control.items()}
         self.base = load_pipeline(config.base_model) if config.base_model else None
         if self.base is not None:

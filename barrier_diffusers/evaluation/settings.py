@@ -17,7 +17,7 @@ from barrier_diffusers.evaluation.fidelity import FidelityConfig
 from barrier_diffusers.evaluation.lpips import LpipsConfig
 from barrier_diffusers.evaluation.membership import MembershipConfig
 from barrier_diffusers.evaluation.protocols import PROTOCOLS
-from barrier_diffusers.models.loading import ADAPTER_NAME
+from barrier_diffusers.models.loading import ADAPTER_NAME, require_pipeline
 from barrier_diffusers.utils.checks import (
     DATA,
     FILE_OR_FOLDER,
@@ -129,9 +129,13 @@ class EvaluateConfig:
             raise ValueError(f"lora_weights {self.lora_weights!r} is not a folder with {ADAPTER_NAME}")
 
     def check_inputs(self) -> None:
-        """A ValueError for a pipeline that is nowhere, or a judge that does not know the concepts."""
-        for name in filter(None, (self.pretrained_model_name_or_path, self.base_model)):
-            require_on_hub(name)
+        """A ValueError for a pipeline or a CLIP that is nowhere, or a judge that does not know the concepts."""
+        for setting in ("pretrained_model_name_or_path", "base_model", "control"):
+            name = getattr(self, setting)
+            if name is not None:
+                require_pipeline(name, setting)
+        if self.clip is not None:
+            require_on_hub(self.clip)
         if self.judges_concepts:
             self.evaluation.check_judge(self.concept_config.concepts)
 

@@ -66,7 +66,7 @@ def load_pipeline(
         raise ValueError(f"pipeline_config and original_config belong to a .safetensors file, but {name!r} is none")
     if name.startswith((".", "/", "~")) and not path.is_dir():
         raise ValueError(f"pipeline folder {name!r} does not exist")
-    require_on_hub(name, revision=revision)
+    require_pipeline(name, revision=revision)
     found = DiffusionPipeline.load_config(str(path) if path.is_dir() else name, revision=revision)
     row = get_architecture(found["_class_name"])
     absent = {part: None for part in row.optional if (found.get(part) or [None])[0] is None}
@@ -86,6 +86,35 @@ def load_pipeline(
             f"{error} Pickled weights (.bin) are never read, as they can run any code: where you trust them, load and "
             "save the pipeline with safe_serialization=True"
         ) from error
+
+
+def require_pipeline(name: str, setting: str = "", revision: str | None = None) -> None:
+    """Refuse what can be no pipeline, without reading any weights.
+
+    Args:
+        setting: that names it, for messages.
+
+    Raises:
+        ValueError: a folder without a model_index.json, or a name that neither this machine nor the hub knows.
+    """
+    path = Path(name).expanduser()
+    if path.suffix in SINGLE_FILES:
+        return
+    if not path.is_dir():
+        require_on_hub(name, revision=revision)
+        return
+    if (path / DiffusionPipeline.config_name).is_file():
+        return
+    advice = "name the folder of a whole pipeline"
+    if (path / ADAPTER_NAME).is_file():
+        advice = "it holds an adapter: name its base model here"
+        merged = path / "merged"
+        if (merged / DiffusionPipeline.config_name).is_file():
+            advice += f", or {str(merged)!r}, which has the adapter in its weights"
+    elif (path / "config.json").is_file():
+        advice = "it holds one network: " + advice
+    what = f"{setting} {name!r}".strip()
+    raise ValueError(f"{what} is no pipeline, as it has no {DiffusionPipeline.config_name}: {advice}")
 
 
 def load_merged(

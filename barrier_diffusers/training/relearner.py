@@ -137,7 +137,10 @@ def adapted_maps(network: nn.Module, targets: Sequence[str]) -> list[ProtectedMa
     Raises:
         ValueError: a target that names nothing, or a grouped convolution or an embedding.
     """
-    maps = resolve_targets(network, targets)
+    try:
+        maps = resolve_targets(network, targets)
+    except ValueError as error:
+        raise ValueError(f"robust.meta_adapter_targets: {error}") from error
     for linear_map in maps:
         if linear_map.is_table or getattr(linear_map.layer, "groups", 1) > 1:
             raise ValueError(

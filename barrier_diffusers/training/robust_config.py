@@ -3,7 +3,7 @@
 Annotations are evaluated at once, as in run_config.py.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import ClassVar, Literal
 
 from barrier_diffusers.utils.checks import ABOVE_0, SHARE, Checked, Range, at_least, rules
@@ -85,7 +85,32 @@ class RobustConfig(Checked):
             raise ValueError("robust.token_starts holds empty words: write name, random, or some words")
         if self.meta_token_share and not (self.meta_steps and self.token_rounds):
             raise ValueError("robust.meta_token_share needs robust.meta_steps and robust.token_rounds")
+        self._refuse_unread()
 
+    def _refuse_unread(self) -> None:
+        for name in (one.name for one in fields(self)):
+            part = next((part for prefix, part in self.READ_BY.items() if name.startswith(prefix)), None)
+            made = type(self).__dataclass_fields__[name].default_factory
+            default = getattr(type(self), name) if made is MISSING else made()
+            if part is None or name in self.PARTS or getattr(self, name) == default:
+                continue
+            if not getattr(self, part) and not (name == "meta_num_images" and self.sharpness):
+                raise ValueError(f"robust.{name} is set, but nothing reads it: it is for robust.{part}, which is off")
+            if name.startswith("meta_adapter_") and self.meta_weights == "trained":
+                raise ValueError(f"robust.{name} is set, but nothing reads it: robust.meta_weights is 'trained'")
+            if name == "meta_learning_rates" and self.meta_weights == "adapter":
+                raise ValueError(f"robust.{name} is set, but nothing reads it: robust.meta_weights is 'adapter'")
+
+    def check_rounds(self, num_steps: int) -> None:
+        """A ValueError if the last token would be learned when a run of so many steps has ended."""
+        last = self.token_rounds * self.token_interval
+        if last >= num_steps:
+            raise ValueError(
+                f"the last of robust.token_rounds is after step {last}, but the run has {num_steps}: lower "
+                "robust.token_rounds or robust.token_interval"
+            )
+
+    READ_BY: ClassVar = {"meta_": "meta_steps", "token_": "token_rounds"}  # what settings begin with -> their part
     PARTS: ClassVar = ("meta_steps", "token_rounds", "fresh_share", "sharpness", "context_radius", "project_conflicts")
 
     @property

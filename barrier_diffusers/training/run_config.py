@@ -182,6 +182,8 @@ class DiffusionUnlearningConfig(UnlearningConfig):
                 f"robust.extra_steps go on at the last step's learning rate, but lr_scheduler {self.lr_scheduler} "
                 f"ends there: set it to {' or '.join(LEVEL_SCHEDULERS[:2])}"
             )
+        if self.max_train_steps is not None:
+            robust.check_rounds(self.max_train_steps)
         if robust.project_conflicts and self.objective.alpha == 0:
             raise ValueError("robust.project_conflicts needs a retain loss: set objective.alpha above 0")
         if robust.fresh_share and self.protected:

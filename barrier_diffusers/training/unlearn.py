@@ -330,12 +330,7 @@ class Unlearner:
             extra_steps=config.robust.extra_steps,
         )
         model, share, own_steps = trainer.models[0], self._share, trainer.max_steps - config.robust.extra_steps
-        if config.robust.token_rounds * config.robust.token_interval >= own_steps:
-            raise ValueError(
-                f"the last of robust.token_rounds is after step "
-                f"{config.robust.token_rounds * config.robust.token_interval}, but the run has {own_steps}: "
-                "lower robust.token_rounds or robust.token_interval"
-            )
+        config.robust.check_rounds(own_steps)
         terms = UnlearningTerms(
             self.objective,
             StepMaker(

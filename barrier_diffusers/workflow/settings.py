@@ -12,10 +12,10 @@ from barrier_diffusers.data.drawn_latents import DrawnLatentsConfig
 from barrier_diffusers.evaluation.certification import CertificateConfig
 from barrier_diffusers.evaluation.erasure import ImageEvaluationConfig
 from barrier_diffusers.models.exporting import ExportFormat
+from barrier_diffusers.models.loading import require_pipeline
 from barrier_diffusers.objectives import Objective, load_objective
 from barrier_diffusers.training.run_config import DiffusionUnlearningConfig
 from barrier_diffusers.utils.checks import FILE, MODEL, Range, at_least, require_wandb, rules
-from barrier_diffusers.utils.hub import require_on_hub
 
 
 @dataclass(kw_only=True)
@@ -98,7 +98,7 @@ class UnlearnConfig(ConceptConfig, DiffusionUnlearningConfig):  # jsonargparse r
 
     def check_inputs(self) -> None:
         """A ValueError for a judge that does not know the concepts, or a base model that is nowhere."""
-        require_on_hub(self.pretrained_model_name_or_path, revision=self.revision)
+        require_pipeline(self.pretrained_model_name_or_path, "pretrained_model_name_or_path", self.revision)
         self.evaluation.check_judge(self.concepts)
 
     @property

@@ -55,6 +55,7 @@ from barrier_diffusers.models.shared_generation import generate_together, with_h
 from barrier_diffusers.objectives import Objective
 from barrier_diffusers.protection.barrier import Barrier
 from barrier_diffusers.training.checkpoints import SIZE
+from barrier_diffusers.training.relearner import adapted_maps
 from barrier_diffusers.training.token_adversary import PromptVocabulary
 from barrier_diffusers.training.trainer import Trainer, open_run
 from barrier_diffusers.training.unlearn import Unlearner, apply_edit, maps_of_prompts, prompt_inputs, rates_of_maps
@@ -225,6 +226,8 @@ def make_ready(run: Run, pipeline: Any, erased: list[ErasedConcepts]) -> LoadedM
         add_adapter(network, config.barrier, config.rank)
     barrier = Barrier(network, config.barrier, config.trained_weights)
     rates_of_maps(barrier.maps, config.learning_rates)  # an error now, not after the data is read
+    if config.robust.has_adapter:
+        adapted_maps(network, config.robust.meta_adapter_targets)
     if run.objective.check_maps is not None:
         run.objective.check_maps(barrier.maps)
     return LoadedModel(pipeline, denoiser, barrier=barrier, resolution=config.resolution, hashes=hashes, erased=erased)
