@@ -22,14 +22,14 @@ from diffusers.optimization import SchedulerType
 from pipelines import build
 from short_runs import ROOT
 
-from barrier_diffusers.models.loading import add_adapter
+from barrier_diffusers.models.loading import add_adapter, require_pipeline
 from barrier_diffusers.protection.config import BarrierConfig
 from barrier_diffusers.training.run_config import LR_SCHEDULERS, RunConfig
 from barrier_diffusers.utils.checks import PathRule, Range, hints_of, looks_local, rules_of
 from barrier_diffusers.utils.checks import section_class as section_of
 from barrier_diffusers.utils.command_line import parse_config, run_script
 from barrier_diffusers.utils.help_page import LINES, WIDTH, groups_of
-from barrier_diffusers.utils.hub import _ask, require_on_hub
+from barrier_diffusers.utils.hub import _ask, require_on_hub, will_be_made
 
 SETTINGS = {  # script -> its settings
     "barrier_diffusers.scripts.unlearn_sd": "barrier_diffusers.workflow.settings:UnlearnConfig",
@@ -451,3 +451,15 @@ def test_a_rank_above_the_width_is_refused_before_any_data_is_read(tmp_path, mon
     (data / "broken.png").write_text("")
     words = ["--config", CONFIGS[SD], "--rank=2000", f"--train_data_dir={data}", f"--output_dir={tmp_path / 'run'}"]
     assert "rank is 2000, but the adapter of " in refusal(SD, words, monkeypatch, capsys)
+
+
+def test_a_pipeline_that_a_stage_makes_anew_need_not_be_whole_yet(tmp_path):
+    (tmp_path / "runs/unlearned/unet").mkdir(parents=True)  # as a killed stage left it
+    half = str(tmp_path / "runs/unlearned")
+    with pytest.raises(ValueError, match="control '.*unlearned' is no pipeline"):
+        require_pipeline(half, "control")
+    (tmp_path / "runs/unlearned/pytorch_lora_weights.safetensors").write_text("")
+    with pytest.raises(ValueError, match="it holds an adapter: name its base model here$"):
+        require_pipeline(half)
+    with will_be_made([tmp_path / "runs"]):
+        require_pipeline(half, "control")

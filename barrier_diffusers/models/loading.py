@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar as disable_transform
 from barrier_diffusers.models.architectures import components, get_architecture
 from barrier_diffusers.protection.config import BarrierConfig
 from barrier_diffusers.protection.targets import resolve_targets
-from barrier_diffusers.utils.hub import require_on_hub
+from barrier_diffusers.utils.hub import is_being_made, require_on_hub
 from barrier_diffusers.utils.run_records import module_hash
 
 ADAPTER_NAME = "pytorch_lora_weights.safetensors"  # the file that `load_lora_weights` looks for
@@ -98,7 +98,7 @@ def require_pipeline(name: str, setting: str = "", revision: str | None = None) 
         ValueError: a folder without a model_index.json, or a name that neither this machine nor the hub knows.
     """
     path = Path(name).expanduser()
-    if path.suffix in SINGLE_FILES:
+    if path.suffix in SINGLE_FILES or is_being_made(path):
         return
     if not path.is_dir():
         require_on_hub(name, revision=revision)

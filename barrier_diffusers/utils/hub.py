@@ -34,6 +34,11 @@ def will_be_made(folders: Sequence[Path]) -> Iterator[None]:
         _made.reset(token)
 
 
+def is_being_made(path: Path) -> bool:
+    """Whether what lies here will be there, or be made anew, by the time it is read; see `will_be_made`."""
+    return any(path.absolute().is_relative_to(folder) for folder in _made.get())
+
+
 def require_on_hub(name: str, kind: Literal["model", "dataset"] = "model", revision: str | None = None) -> None:
     """Nothing for a path that is there or will be, and for a repository that is in the hub's cache or on the hub.
 
@@ -43,7 +48,7 @@ def require_on_hub(name: str, kind: Literal["model", "dataset"] = "model", revis
         ValueError: there is no such path and no such repository or revision, or the hub cannot be asked.
     """
     path = Path(name).expanduser()
-    if path.exists() or any(path.absolute().is_relative_to(folder) for folder in _made.get()) or is_cached(name, kind):
+    if path.exists() or is_being_made(path) or is_cached(name, kind):
         return
     _ask(name, kind, revision)
 
