@@ -511,6 +511,10 @@ CONTRADICTIONS = {
         {"robust": {"token_count": 2}},
         "robust.token_count is set, but nothing reads it: it is for robust.token_rounds, which is off",
     ),
+    "a setting that another part reads": (
+        {"robust": {"meta_num_images": 3, "sharpness": 0.1, "meta_every": 2}},
+        "robust.meta_every is set, but nothing reads it",
+    ),
     "how often nothing happens": ({"robust": {"meta_every": 5}}, "for robust.meta_steps, which is off"),
     "an adapter that nobody has": (
         {"robust": {"meta_steps": [1], "meta_adapter_rank": 4}},

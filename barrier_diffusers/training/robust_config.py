@@ -94,7 +94,7 @@ class RobustConfig(Checked):
             default = getattr(type(self), name) if made is MISSING else made()
             if part is None or name in self.PARTS or getattr(self, name) == default:
                 continue
-            if not getattr(self, part) and not (name == "meta_num_images" and self.sharpness):
+            if not getattr(self, part) and not getattr(self, self.ALSO_READ_BY.get(name, part)):
                 raise ValueError(f"robust.{name} is set, but nothing reads it: it is for robust.{part}, which is off")
             if name.startswith("meta_adapter_") and self.meta_weights == "trained":
                 raise ValueError(f"robust.{name} is set, but nothing reads it: robust.meta_weights is 'trained'")
@@ -111,6 +111,7 @@ class RobustConfig(Checked):
             )
 
     READ_BY: ClassVar = {"meta_": "meta_steps", "token_": "token_rounds"}  # what settings begin with -> their part
+    ALSO_READ_BY: ClassVar = {"meta_num_images": "sharpness", "token_interval": "extra_steps"}
     PARTS: ClassVar = ("meta_steps", "token_rounds", "fresh_share", "sharpness", "context_radius", "project_conflicts")
 
     @property
