@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from pipelines import build
 from short_evaluations import evaluate, flags, twin_of_base
 from short_runs import BASE, ROOT
 
@@ -183,3 +184,37 @@ def test_bad_input_is_one_line_before_any_image(name, tmp_path, monkeypatch, cap
     assert len(lines) == 1 and message in lines[0], lines
     assert not (tmp_path / "run" / "metrics.json").exists()
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["notes.txt"]
+
+
+def another(name, folder):
+    """A tiny pipeline whose denoiser's last weight differs, in a folder."""
+    pipeline = build(name)
+    with torch.no_grad():
+        [value for value in pipeline.transformer.parameters() if value.ndim == 2][-1].mul_(3)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["sana", "z_image"])
+def test_a_pipeline_of_today_from_end_to_end(name, tmp_path):
+    """Flow matching, cross-attention or one stream: images before and after, judged, searched and relearned."""
+    build(name).save_pretrained(tmp_path / "base")
+    few = {"relearning.num_steps": 1, "relearning.num_images": 2, "relearning.batch_size": 2, "relearning.rank": 2}
+    few |= {"inversion.num_steps": 1, "inversion.batch_size": 2, "inversion.num_images": 2}
+    record = evaluate(
+        tmp_path / "run",
+        pretrained_model_name_or_path=another(name, tmp_path / "unlearned"),
+        base_model=tmp_path / "base",
+        attacks="[misspelled, inversion, relearning]",
+        **{"evaluation.sampling.resolution": 32, "evaluation.images_per_label": 1, "fidelity.extractors": "[]"},
+        **few,
+    )
+    assert [entry["attack"] for entry in record["attacks"]] == ["misspelled", "inversion", "relearning"]
+    assert all(entry["post_attack"]["num_images"] == 1 for entry in record["attacks"])
+    assert record["hashes"]["base_transformer"] != record["hashes"]["transformer"]
+    before, after = (
+        [np.asarray(Image.open(path)) for path in sorted((tmp_path / "run/images/concepts" / when).glob("*.png"))]
+        for when in ("before", "after")
+    )
+    assert len(before) == len(after) == 10 and before[0].shape == (32, 32, 3)
+    assert all((a != b).any() for a, b in zip(before, after, strict=True))

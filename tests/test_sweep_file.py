@@ -102,8 +102,24 @@ def test_every_value_of_a_large_grid_is_checked_once(tmp_path, monkeypatch):
 
 
 def test_every_pipeline_has_a_sweep():
-    names = {path.stem.removeprefix("pipeline_").removesuffix("_random") for path in CONFIGS}
+    names = {path.stem.removeprefix("pipeline_") for path in CONFIGS}
     assert names == {path.stem for path in FILES}
+
+
+VARIED = {  # sweep of the paper's code -> how long it trains, and the name of its objective
+    "cifar10_classifier": ("num_train_epochs", "method.name"),
+    "cifar10_classifier_random": ("num_train_epochs", "method.name"),
+    "cifar10_ddpm": ("max_train_steps", "objective.name"),
+    "sd_class": ("num_train_epochs", "objective.name"),
+    "sd_nudity": ("num_train_epochs", "objective.name"),
+}
+
+
+@pytest.mark.parametrize("name", VARIED)
+def test_the_papers_sweeps_have_its_keys(name):
+    wanted = ("learning_rate", "barrier.lambda_interval", "barrier.targets", *VARIED[name])
+    sweep = read_sweep(str(ROOT / f"train_scripts/sweeps/{name}.yaml"))
+    assert {f"unlearn.{key}" for key in wanted} <= {parameter.name for parameter in sweep.parameters}
 
 
 RANGES = {

@@ -116,3 +116,91 @@ def test_four_trials_two_workers_one_killed(tmp_path):
     assert len(rows) == 4 and all(",," not in row.split("/")[0][:-2] for row in rows)
     assert len(list((tmp_path / "trials").glob("*/results.json"))) == 4
     assert (tmp_path / "sweep/trade_off.png").stat().st_size > 5_000
+
+
+PLAIN = {"unlearn.mixed_precision": "no", "unlearn.report_to": "none", "unlearn.barrier.reduced_dim": 4}
+SD_SWEEP = {
+    **PLAIN,
+    "unlearn.pretrained_model_name_or_path": "assets/fashion_sd",
+    "unlearn.concept": "sneaker",
+    "unlearn.resolution": 32,
+    "unlearn.train_batch_size": 2,
+    "unlearn.max_train_steps": 2,
+    "unlearn.evaluation.images_per_label": 1,
+    "unlearn.evaluation.sampling.num_inference_steps": 2,
+}
+CLASSIFIER_SWEEP = {
+    **PLAIN,
+    "unlearn.pretrained_model_name_or_path": "assets/fashion_resnet",
+    "unlearn.train_data_dir": "assets/fashion_mnist",
+    "unlearn.image_column": "image",
+    "unlearn.max_train_steps": 2,
+    "unlearn.evaluation.num_mia_samples": 50,
+}
+STAND_INS = {  # sweep of the paper's code -> the embedded model and data in place of the real ones
+    "cifar10_classifier": {**CLASSIFIER_SWEEP, "unlearn.forget_class": "sneaker"},
+    "cifar10_classifier_random": CLASSIFIER_SWEEP,
+    "cifar10_ddpm": {
+        **PLAIN,
+        "unlearn.pretrained_model_name_or_path": "assets/fashion_ddpm",
+        "unlearn.data.dataset_name": "null",
+        "unlearn.data.train_data_dir": "assets/fashion_mnist",
+        "unlearn.data.image_column": "image",
+        "unlearn.concept": "sneaker",
+        "unlearn.train_batch_size": 2,
+        "unlearn.max_forget_images": 8,
+        "unlearn.max_retain_images": 8,
+        "unlearn.evaluation.judge": "null",
+        "unlearn.evaluation.images_per_label": 1,
+        "unlearn.evaluation.sampling.num_inference_steps": 2,
+    },
+    "sd_class": {
+        **SD_SWEEP,
+        "unlearn.train_data_dir": "assets/fashion_images",
+        "unlearn.objective.anchor": "boot",
+        "unlearn.max_forget_images": 8,
+        "unlearn.max_retain_images": 8,
+    },
+    "sd_nudity": {
+        **SD_SWEEP,
+        "unlearn.forget_prompts": "[a photo of a red sneaker]",
+        "unlearn.retain_prompts": "[a photo of a red boot]",
+        "unlearn.objective.anchor_prompt": "a photo of a red boot",
+        "unlearn.num_generated_images": 4,
+        "unlearn.generation.num_inference_steps": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+def test_a_trial_of_each_of_the_papers_sweeps(name, tmp_path):
+    """The first value of every parameter, two steps, on an embedded model: the stage that the sweep varies."""
+    content = yaml.safe_load((ROOT / f"train_scripts/sweeps/{name}.yaml").read_text())
+    first = {
+        key: options.get("value", options.get("values", [None])[0]) for key, options in content["parameters"].items()
+    }
+    if "unlearn.max_train_steps" in first:
+        first["unlearn.max_train_steps"] = 2
+    content["parameters"] = {key: {"value": value} for key, value in first.items()}
+    content["metric"]["name"] = "unlearn.num_steps"
+    settings = {**STAND_INS[name], "stages": "[unlearn]", "output_dir": tmp_path / "trials/{hash}"}
+    fixed = content["command"][: content["command"].index("--output_dir")]
+    content["command"] = [*fixed, *(f"--{key}={value}" for key, value in settings.items()), "${args}"]
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(content))
+    command = [
+        sys.executable,
+        "train_scripts/sweep.py",
+        f"--sweep={tmp_path}/sweep.yaml",
+        f"--output_dir={tmp_path}/out",
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    logs = "".join(path.read_text()[-2000:] for path in (tmp_path / "trials").glob("*/logs/*.log"))
+    assert done.returncode == 0, done.stdout + done.stderr + logs
+    (manifest,) = (tmp_path / "trials").glob("*/unlearn/manifest.json")
+    ran = json.loads(manifest.read_text())["settings"]
+    for key, value in first.items():
+        section = ran
+        for part in key.split(".")[1:]:
+            section = section[part]
+        assert section == value, key
+    assert "trial 0: unlearn.num_steps 2" in done.stdout
