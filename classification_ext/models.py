@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from barrier_diffusers.evaluation.classifier import ResidualBlock, shortcut
+from barrier_diffusers.utils.files import reading_tensors
 from barrier_diffusers.utils.hub import require_on_hub
 
 # only classes of transformers: no code of a model's folder is ever run, nor is leave asked to run it
@@ -181,7 +182,7 @@ def load_classifier(name_or_path: str) -> AnyClassifier:
     known = _config(folder)
     require_on_hub(name_or_path)
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), reading_tensors(folder):
             if "architecture" in known:
                 return Classifier.from_pretrained(str(folder)).float()
             network = AutoModelForImageClassification.from_pretrained(name_or_path, dtype=torch.float32, **OURS)

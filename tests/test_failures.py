@@ -4,6 +4,7 @@ import csv
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,11 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_small_unet, run_unet, unet_batches
 from PIL import Image
+from pipelines import build
 from short_runs import ROOT
 
+from barrier_diffusers import Barrier, BarrierConfig
+from barrier_diffusers.evaluation.classifier_source import ClassifierSource
+from barrier_diffusers.models.loading import add_adapter, load_adapter, load_pipeline
+from barrier_diffusers.models.publishing import save_adapter as publish_adapter
 from barrier_diffusers.utils import failures
 from barrier_diffusers.utils.command_line import run_script
+from classification_ext.models import load_classifier
 
 
 @dataclass
@@ -195,3 +203,44 @@ def test_a_process_that_was_started_with_others_is_not_taken_apart(processes, fa
     assert done.returncode == int(fail) and done.stdout == "worked\nwhat was registered ran\n"
     assert ("taken apart" in done.stderr) == (processes == 1)
     assert ("error: no such thing" in done.stderr) == fail
+
+
+def save_regions(folder):
+    unet = make_small_unet()
+    barrier = Barrier(unet, BarrierConfig(targets=["attn2.to_k"], reduced_dim=2))
+    barrier.setup_protection(unet_batches(), run_unet)
+    barrier.save_pretrained(folder)
+
+
+def save_adapter(folder):
+    pipeline = build("sd")
+    add_adapter(pipeline.unet, BarrierConfig(targets=["attn2.to_k"]), 2)
+    for name, value in pipeline.unet.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(value)  # else it changes nothing, which is refused
+    publish_adapter(pipeline, folder)
+
+
+READ = {  # what is read -> (file, how its folder is made, how it is read)
+    "denoiser": ("unet/diffusion_pytorch_model", lambda to: build("sd").save_pretrained(to), load_pipeline),
+    "text encoder": ("text_encoder/model", lambda to: build("sd").save_pretrained(to), load_pipeline),
+    "adapter": ("pytorch_lora_weights", save_adapter, lambda folder: load_adapter(build("sd"), folder)),
+    "judge": (
+        "model",
+        lambda to: shutil.copytree(ROOT / "assets/fashion_classifier", to),
+        lambda folder: ClassifierSource(folder).load(["sneaker"]),
+    ),
+    "classifier": ("model", lambda to: shutil.copytree(ROOT / "assets/fashion_resnet", to), load_classifier),
+    "snapshot": ("barrier_snapshot", save_regions, lambda folder: Barrier.from_pretrained(folder, make_small_unet())),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_damaged_file_of_weights_is_named(name, tmp_path):
+    file, make, read = READ[name]
+    make(tmp_path / "made")
+    read(str(tmp_path / "made"))
+    path = tmp_path / "made" / f"{file}.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])  # a copy that was broken off
+    with pytest.raises(ValueError, match=f"'{re.escape(str(path))}' is no whole .safetensors file"):
+        read(str(tmp_path / "made"))

@@ -33,6 +33,7 @@ from barrier_diffusers.evaluation.classifier import (
     with_joint,
 )
 from barrier_diffusers.utils.failures import one_line
+from barrier_diffusers.utils.files import reading_tensors
 from barrier_diffusers.utils.hub import require_on_hub
 from barrier_diffusers.utils.words import as_compared, same_name
 
@@ -205,7 +206,7 @@ class ClassifierSource:
         Raises:
             ValueError: as `attributes`, or weights that cannot be had.
         """
-        with torch.random.fork_rng():  # building a network draws its first weights
+        with torch.random.fork_rng(), reading_tensors(Path(self.name).expanduser()):  # building draws first weights
             if self._own_attributes() is not None:
                 own = AttributeClassifier.from_pretrained(str(self._path or self.name)).eval()
                 joint = joint_attributes(own.attributes, wanted)

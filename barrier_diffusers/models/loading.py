@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar as disable_transform
 from barrier_diffusers.models.architectures import components, get_architecture
 from barrier_diffusers.protection.config import BarrierConfig
 from barrier_diffusers.protection.targets import resolve_targets
+from barrier_diffusers.utils.files import reading_tensors
 from barrier_diffusers.utils.hub import is_being_made, require_on_hub
 from barrier_diffusers.utils.run_records import module_hash
 
@@ -71,14 +72,15 @@ def load_pipeline(
     row = get_architecture(found["_class_name"])
     absent = {part: None for part in row.optional if (found.get(part) or [None])[0] is None}
     try:
-        return row.pipeline_class.from_pretrained(
-            str(path) if path.is_dir() else name,
-            revision=revision,
-            variant=variant,
-            dtype={"default": dtype, row.denoiser: denoiser_dtype},
-            use_safetensors=True,
-            **absent,
-        )
+        with reading_tensors(path):
+            return row.pipeline_class.from_pretrained(
+                str(path) if path.is_dir() else name,
+                revision=revision,
+                variant=variant,
+                dtype={"default": dtype, row.denoiser: denoiser_dtype},
+                use_safetensors=True,
+                **absent,
+            )
     except OSError as error:
         if "safetensors" not in str(error):
             raise
@@ -149,7 +151,7 @@ def load_adapter(pipeline: Any, folder: str) -> None:
     path = Path(folder).expanduser() / ADAPTER_NAME
     if not path.is_file():
         raise ValueError(f"lora_weights {folder!r} is not a folder with {ADAPTER_NAME}")
-    with safe_open(path, "pt") as file:
+    with reading_tensors(path), safe_open(path, "pt") as file:
         wanted = sum(name.endswith((".lora_A.weight", ".lora.down.weight")) for name in file.keys())  # noqa: SIM118
     try:
         pipeline.load_lora_weights(str(path.parent), weight_name=ADAPTER_NAME)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from barrier_diffusers.protection.config import BarrierConfig
 from barrier_diffusers.protection.statistics import Moments, ProjectionSketch
-from barrier_diffusers.utils.files import written_whole
+from barrier_diffusers.utils.files import reading_tensors, written_whole
 
 THIN = 4  # a factor of C_res is used where it has at most D / THIN columns: then it halves the work at least
 
@@ -277,8 +277,8 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file; ValueError if there is none."""
+    """The tensors and the metadata of a safetensors file; ValueError if there is none, or a damaged one."""
     if not path.is_file():
         raise ValueError(f"{str(path.parent)!r} holds no {path.name}")
-    with safe_open(path, "pt") as file:
+    with reading_tensors(path), safe_open(path, "pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118

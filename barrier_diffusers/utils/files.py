@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from barrier_diffusers.utils.locks import is_alive
 
@@ -33,6 +33,22 @@ def file_names(texts: Iterable[str]) -> dict[str, str]:
         taken.add(name.casefold())
         names[text] = name
     return names
+
+
+@contextmanager
+def reading_tensors(path: Path) -> Iterator[None]:
+    """In the block a safetensors file is read, or those of a folder; a ValueError that names one that is damaged."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        for file in [path] if path.is_file() else sorted(path.rglob("*.safetensors")):
+            try:
+                safe_open(file, "np")
+            except SafetensorError as damage:
+                raise ValueError(
+                    f"{str(file)!r} is no whole .safetensors file ({damage}): copy it again, or make it anew"
+                ) from error
+        raise
 
 
 class WriteError(OSError):
