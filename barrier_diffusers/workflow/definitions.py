@@ -103,7 +103,7 @@ IMAGE_METRICS = (
     *_names("clip_score.WHEN.forgotten", "clip_score.WHEN.retained", "clip_score.WHEN.details.*"),
     *("lpips.forgotten", "lpips.retained", "lpips.difference", "lpips.details.*"),
     *("membership.*", "attacks.*", "certificate.*", "scheduler.*"),
-    *("control.*", "control_attacks.*", "attack_gaps.*"),
+    *("control.*", "control_attacks.*", "attack_gaps.*", "weight_drift.*"),
 )
 
 
