@@ -183,7 +183,7 @@ def test_someone_types_a_prompt_and_sees_both_pictures(result, address, browser)
     page.locator("#unlearned img").wait_for(timeout=60_000)
     assert (shown(page, "base") == before).all() and (shown(page, "unlearned") == after).all()
     page.locator("#certificate").get_by_text("whole network").first.wait_for()
-    page.get_by_text("Nobody attacked it").wait_for()
+    page.get_by_text("No attacks on record").wait_for()
 
     first = page.locator("#unlearned img").get_attribute("src")
     page.locator("#strength input[type=number]").fill("0")

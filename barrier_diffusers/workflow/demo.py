@@ -26,6 +26,7 @@ from barrier_diffusers.utils.shown_text import for_markdown
 
 SMALLEST_SHOWN = 256  # side in pixels below which a picture is enlarged, every pixel a square
 MOST_EXAMPLES = 6
+FIRST_WIDTH, OTHER_WIDTH = "400px", "150px"  # of the tables' columns
 
 Table = list[list[str]]
 
@@ -276,12 +277,19 @@ def make_page(shown: Shown) -> Any:
         gradio.Markdown("## What came out")
         gradio.Textbox(record.verdict, show_label=False, lines=2, elem_id="verdict")
         for heading, headings, rows, without in (
-            ("Attacks", ATTACK_HEADINGS, shown.attacks, "Nobody attacked it: name an evaluation_dir."),
+            ("Attacks", ATTACK_HEADINGS, shown.attacks, "No attacks on record: name an evaluation_dir with some."),
             ("Certificate", CERTIFICATE_HEADINGS, certificate_table(record), "The run left no certificate."),
         ):
             gradio.Markdown(f"## {heading}" if rows else f"## {heading}\n\n{without}")
             if rows:
-                gradio.Dataframe(rows, headers=headings, interactive=False, elem_id=heading.lower(), wrap=True)
+                gradio.Dataframe(
+                    rows,
+                    headers=headings,
+                    interactive=False,
+                    elem_id=heading.lower(),
+                    column_widths=[FIRST_WIDTH, *[OTHER_WIDTH] * (len(headings) - 1)],  # on a phone it scrolls
+                    wrap=True,
+                )
         asked = [prompt, seed, strength, steps, guidance]
         gradio.on([button.click, prompt.submit], draw, asked, pictures, concurrency_limit=1)
     return page
