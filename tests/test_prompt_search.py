@@ -15,10 +15,13 @@ from barrier_diffusers.evaluation.attacks.prompt_search import (
     exchanges,
     fill,
     nudged,
+    ordinary_tokens,
+    readers,
     search,
     start_tokens,
     templates,
 )
+from barrier_diffusers.models.learned_tokens import embeddings_of
 
 SMALL = {"num_steps": 2, "batch_size": 3, "num_tokens": 2, "num_candidates": 4, "num_ranked": 30, "num_checks": 4}
 
@@ -28,12 +31,11 @@ def pipeline():
     return build("sd")
 
 
-def make_problem(pipeline, place="before", forward_batch=128):
+def make_problem(pipeline, place="before", forward_batch=128, which=0):
     entry = forgotten()
     frames = templates(entry.images["text"], entry.concept, place)
-    speller = Speller(pipeline.tokenizer, frames)
     moments = encode(pipeline, entry.images, 32)
-    return Search(pipeline, entry.images["text"], frames, speller, moments, forward_batch)
+    return Search(pipeline, entry.images["text"], frames, readers(pipeline, frames)[which], moments, forward_batch)
 
 
 def typeable(speller, tokenizer):
@@ -63,7 +65,6 @@ def test_a_speller_gives_only_words_that_are_read_as_the_same_tokens(pipeline):
     assert speller.spell((half, whole)) == "snesneaker"
     assert speller.spell((whole, half)) is None  # nothing follows that its end could be part of
     assert speller.spell((tokenizer.eos_token_id,)) is None
-    assert speller.slot(frames[0]) == 1 and speller.slot(frames[1]) == 3
     assert speller.room == tokenizer.model_max_length - 2 - 3
     found = typeable(speller, tokenizer)
     assert 100 < len(found) < len(tokenizer)
@@ -71,27 +72,59 @@ def test_a_speller_gives_only_words_that_are_read_as_the_same_tokens(pipeline):
         assert tokenizer(f"a blue {words}").input_ids[3:-1] == list(tokens)
 
 
+ENCODERS = {
+    "sd": [0],
+    "sdxl": [0, 1],
+    "sd3": [0, 2],
+    "flux": [1],
+    "pixart_sigma": [0],
+    "sana": [0],
+    "flux2_klein": [0],
+}
+READERS = [pytest.param(name, which, id=f"{name}-{which}") for name, numbers in ENCODERS.items() for which in numbers]
+
+
 @pytest.mark.parametrize("place", ["before", "instead"])
-def test_slopes_are_the_derivative_of_the_loss(pipeline, place):
-    problem = make_problem(pipeline, place)
-    tokens = tuple(pipeline.tokenizer("red bag", add_special_tokens=False).input_ids)
+@pytest.mark.parametrize(("name", "which"), READERS)
+def test_slopes_are_the_derivative_of_the_loss(name, which, place):
+    """Of the words' embeddings in any text encoder, wherever its tokenizer and the pipeline's own words put them."""
+    pipeline = build(name)
+    problem = make_problem(pipeline, place, which=which)
+    reader = problem.reader
+
+    def hooks():
+        return [len(layer._forward_hooks) for _, _, layer in embeddings_of(reader.encoder)]
+
+    before = hooks()
+    tokens = tuple(reader.speller.tokenizer("red bag", add_special_tokens=False).input_ids)
     batch = problem.draw(6, torch.Generator().manual_seed(0))
-    weight = problem.layer.weight.detach()
+    weight = reader.weight_VD
     with frozen(pipeline):
         slopes = problem.slopes("red bag", tokens, *batch)
-        assert slopes.shape == (2, len(weight))
-        torch.testing.assert_close(slopes[torch.arange(2), list(tokens)], torch.zeros(2), atol=1e-6, rtol=0)
-        asked = [problem.distinct[frame] for frame in problem.frame_ids_N[batch[0]].unique().tolist()]
-        slots = torch.tensor([problem.speller.slot(frame) for frame in asked])
+        assert slopes.shape == (len(tokens), len(weight)) and slopes.abs().max() > 0
+        now = slopes[torch.arange(len(tokens)), list(tokens)]
+        torch.testing.assert_close(now, torch.zeros(len(tokens)), atol=1e-6, rtol=0)
         place_, token = divmod(int(slopes.abs().argmax()), slopes.shape[1])
-        change = torch.zeros(2, weight.shape[1])
-        change[place_] = 0.05 * (weight[token] - weight[tokens[place_]])
+        change = torch.zeros(len(tokens), weight.shape[1])
+        change[place_] = 0.02 * (weight[token] - weight[tokens[place_]])
         ends = []
         for sign in (1, -1):
-            with nudged(problem.layer, slots, sign * change):
+            with nudged(reader.encoder, tokens, sign * change):
                 ends.append(problem.losses(["red bag"], *batch).double().item())
-    assert (ends[0] - ends[1]) / 0.1 == pytest.approx(slopes[place_, token].item(), rel=0.05)
-    assert not problem.layer._forward_hooks
+    assert (ends[0] - ends[1]) / 0.04 == pytest.approx(slopes[place_, token].item(), rel=0.05)
+    assert hooks() == before
+
+
+def test_a_text_without_the_words_is_read_as_ever(pipeline):
+    encoder, tokenizer = pipeline.text_encoder, pipeline.tokenizer
+    texts = ["a red bag and a red bag", "a bag", "red"]
+    ids = tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
+    tokens = tuple(tokenizer("red bag", add_special_tokens=False).input_ids)
+    layer, nudge = encoder.get_input_embeddings(), torch.ones(2, encoder.get_input_embeddings().weight.shape[1])
+    before = layer(ids)
+    with nudged(encoder, tokens, nudge):
+        moved = layer(ids) - before
+    assert moved[0].nonzero()[:, 0].unique().tolist() == [2, 3] and not moved[1:].any()
 
 
 def test_losses_do_not_depend_on_how_they_are_grouped(pipeline):
@@ -128,11 +161,10 @@ def test_one_step_over_everything_is_brute_force(pipeline):
 
 def test_a_search_ends_below_where_it_started_and_shares_its_checks(pipeline):
     problem = make_problem(pipeline, "instead")
-    special = set(pipeline.tokenizer.all_special_ids)
-    allowed = torch.tensor([token for token in range(len(problem.layer.weight)) if token not in special])
+    allowed = ordinary_tokens(problem.reader)
     budget = PromptSearchConfig(**{**SMALL, "num_steps": 12, "num_candidates": 20, "batch_size": 12})
     with frozen(pipeline):
-        results = [search(problem, allowed, budget, number) for number in range(2)]
+        results = [search(problem, budget, number) for number in range(2)]
         checks = problem.draw(budget.num_checks, torch.Generator().manual_seed(budget.seed))
         for number, found in enumerate(results):
             start = start_tokens(problem.speller, allowed, 2, torch.Generator().manual_seed(1 + number))
@@ -165,8 +197,21 @@ def test_checks_before_any_work(pipeline, changes, message):
     PromptSearchConfig(num_tokens=16).check(pipeline, forgotten())
 
 
-def test_settings_and_pipelines_that_are_refused(pipeline):
+@pytest.mark.parametrize(
+    ("name", "encoders"), [("sdxl", ["text_encoder", "text_encoder_2"]), ("sana", ["text_encoder"])]
+)
+def test_searches_take_the_tokens_of_every_encoder_in_turn(name, encoders):
+    pipeline, budget = build(name), PromptSearchConfig(**{**SMALL, "num_searches": 3, "num_tokens": 1})
+    budget.check(pipeline, forgotten())
+    searches = ATTACKS.find("prompt_search").run(pipeline, forgotten(), budget).found["searches"]
+    assert [found["tokens_of"] for found in searches] == [encoders[number % len(encoders)] for number in range(3)]
+    for number, found in enumerate(searches):
+        speller = readers(pipeline, [GAP])[number % len(encoders)].speller
+        assert len(speller.tokenizer(found["words"], add_special_tokens=False).input_ids) == 1
+    if len(encoders) > 1:  # as the losses are of all encoders together, they can be compared
+        assert len({found["plain_loss"] for found in searches}) == 1
+
+
+def test_settings_that_are_refused():
     with pytest.raises(ValueError, match="prompt_search.num_candidates is 0"):
         PromptSearchConfig(num_candidates=0)
-    with pytest.raises(ValueError, match="one embedding layer, but a StableDiffusionXLPipeline has 2 encoders"):
-        PromptSearchConfig().check(build("sdxl"), forgotten())

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from barrier_diffusers.data.captions import swap_concept
 from barrier_diffusers.data.readers import take_evenly
-from barrier_diffusers.models.architectures import get_architecture
 from barrier_diffusers.models.generation import SamplingConfig
 from barrier_diffusers.training.learning import encode, frozen, learn
 from barrier_diffusers.utils.checks import ABOVE_0, SEED, Checked, at_least, rules
@@ -122,14 +121,6 @@ class ImageBudget(Budget):
         if len(images) < wanted:
             raise ValueError(
                 f"an attack wants {wanted} held-out images of {what}, but there are {len(images)}: lower num_images"
-            )
-
-    def require_one_encoder(self, pipeline: Any, attack: str) -> None:
-        """A ValueError if the pipeline has several text encoders; `attack` says who needs one, and what for."""
-        tokenizers = get_architecture(type(pipeline).__name__).tokenizers
-        if len(tokenizers) > 1:
-            raise ValueError(
-                f"{attack}, but a {type(pipeline).__name__} has {len(tokenizers)} encoders: leave it out of attacks"
             )
 
 

@@ -3,6 +3,8 @@
 The objective is UnlearnDiffAtk's (arXiv 2310.11868): the denoising loss on images of the concept. The search over
 tokens is greedy coordinate gradient (arXiv 2307.15043): the loss's gradient ranks exchanges of single tokens, and the
 best of a random sample of them is taken. Only tokens that survive being written as text and read again are tried.
+Where a pipeline has several text encoders, the searches take the tokens of one after the other; the loss is always
+that of the words as all of them read them.
 
 Shapes: N images, B batch, C candidates, K searched tokens, P distinct captions, V vocabulary, D embedding features.
 """
@@ -18,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from tqdm.auto import trange
+from transformers import ProcessorMixin
 
 from barrier_diffusers.evaluation.attacks.base import (
     Attempt,
@@ -28,8 +31,10 @@ from barrier_diffusers.evaluation.attacks.base import (
     register_attack,
     rename_concept,
 )
+from barrier_diffusers.models.architectures import token_limits
 from barrier_diffusers.models.denoiser import PipelineDenoiser
 from barrier_diffusers.models.generation import generate
+from barrier_diffusers.models.learned_tokens import embeddings_of, text_encoders
 from barrier_diffusers.models.noising import Noised
 from barrier_diffusers.training.learning import encode, frozen
 from barrier_diffusers.utils.checks import at_least, rules
@@ -49,7 +54,8 @@ class PromptSearchConfig(ImageBudget):
     num_tokens: int = 5  # K
     num_candidates: int = 16  # exchanges tried per step
     num_ranked: int = 64  # tokens per position, by the gradient, among which the exchanges are drawn
-    num_searches: int = 2  # from other random tokens; the one with the least loss is used
+    # from other random tokens, of the pipeline's text encoders in turn; the one with the least loss is used
+    num_searches: int = 2
     num_checks: int = 64  # images, noises and timesteps on which that loss is taken
     place: Literal["before", "instead"] = "before"  # before the whole prompt, or instead of the concept's words
     initial_words: str | None = None  # whose tokens, repeated, the searches start from; None: random tokens
@@ -66,18 +72,18 @@ class PromptSearchConfig(ImageBudget):
     )
 
     def check(self, pipeline: Any, forgotten: Forgotten) -> None:
-        """One text encoder, enough images, and room for the tokens in every prompt."""
-        self.require_one_encoder(pipeline, "prompt_search reads the gradient of one embedding layer")
+        """Enough images, and room for the tokens in every prompt of every text encoder."""
         self.require(forgotten.images, forgotten.concept)
-        captions = [*forgotten.images["text"], *forgotten.prompts]
-        speller = Speller(pipeline.tokenizer, templates(captions, forgotten.concept, place=self.place))
-        if speller.room < self.num_tokens:
-            raise ValueError(
-                f"of the {pipeline.tokenizer.model_max_length} tokens that the tokenizer reads, the longest prompt "
-                f"leaves {max(speller.room, 0)}, not {self.num_tokens}: lower prompt_search.num_tokens"
-            )
-        if self.initial_words is not None:
-            tokens_of(speller, self.initial_words, count=self.num_tokens)
+        frames = templates([*forgotten.images["text"], *forgotten.prompts], forgotten.concept, place=self.place)
+        for reader in readers(pipeline, frames)[: self.num_searches]:
+            speller = reader.speller
+            if speller.room < self.num_tokens:
+                raise ValueError(
+                    f"of the {speller.limit} tokens that the tokenizer reads, the longest prompt "
+                    f"leaves {max(speller.room, 0)}, not {self.num_tokens}: lower prompt_search.num_tokens"
+                )
+            if self.initial_words is not None:
+                tokens_of(speller, self.initial_words, count=self.num_tokens)
 
     def variants(self, level: Level, forgotten: Forgotten) -> list[Variant]:
         """standard: the settings as they are. thorough: four starts, each with two and with five tokens."""
@@ -118,18 +124,20 @@ class Speller:
     """Writes tokens as words, if every template reads the words back as the same tokens.
 
     Args:
-        tokenizer: of CLIP, which puts one token before the text and one after it.
+        tokenizer: of a text encoder.
         frames: templates, each with one GAP.
+        limit: tokens that are read of a prompt; None: what the tokenizer says.
     """
 
-    def __init__(self, tokenizer: Any, frames: Iterable[str]):
+    def __init__(self, tokenizer: Any, frames: Iterable[str], limit: int | None = None):
         self.tokenizer, self.frames = tokenizer, list(dict.fromkeys(frames))
+        self.limit = limit or tokenizer.model_max_length
         self.special = set(tokenizer.all_special_ids)
         halves = [frame.split(GAP, 1) for frame in self.frames]
         heads, tails = ([half[side] for half in halves] for side in (0, 1))
         self.heads, self.tails = self._read(heads), self._read(tails)
         used = max(len(head) + len(tail) for head, tail in zip(self.heads, self.tails, strict=True))
-        self.room = tokenizer.model_max_length - 2 - used
+        self.room = self.limit - tokenizer.num_special_tokens_to_add() - used
 
     def _read(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False, truncation=False).input_ids
@@ -143,26 +151,59 @@ class Speller:
         wanted = ([*head, *tokens, *tail] for head, tail in zip(self.heads, self.tails, strict=True))
         return words if all(ids == ours for ids, ours in zip(read, wanted, strict=True)) else None
 
-    def slot(self, frame: str) -> int:
-        """Position of the first searched token, after the text's first special token."""
-        return 1 + len(self.heads[self.frames.index(frame)])
+
+@dataclass(frozen=True)
+class Reader:
+    """A text encoder, and how words are written for it."""
+
+    name: str  # of the encoder
+    encoder: Any
+    speller: Speller
+
+    @property
+    def weight_VD(self) -> Tensor:
+        """Embeddings of its tokens."""
+        weight: Tensor = self.encoder.get_input_embeddings().weight
+        return weight.detach()
+
+
+def readers(pipeline: Any, frames: Sequence[str]) -> list[Reader]:
+    """One for each text encoder of the pipeline."""
+    limits, found = token_limits(pipeline), []
+    for tokenizer_name, name in text_encoders(pipeline):
+        tokenizer = getattr(pipeline, tokenizer_name)
+        if isinstance(tokenizer, ProcessorMixin):  # which reads images too
+            tokenizer = tokenizer.tokenizer
+        found.append(Reader(name, getattr(pipeline, name), Speller(tokenizer, frames, limits[tokenizer_name])))
+    return found
 
 
 @contextmanager
-def nudged(layer: nn.Module, slots_P: Tensor, nudge_KD: Tensor) -> Iterator[None]:
-    """An embedding layer that adds `nudge_KD` to the embeddings from each text's slot on."""
+def nudged(encoder: Any, tokens: Tokens, nudge_KD: Tensor) -> Iterator[None]:
+    """A text encoder that adds `nudge_KD` to the embeddings of these tokens, where they first stand in a text in this
+    order; a text without them is read as ever."""
+    wanted_K = torch.tensor(tokens, device=nudge_KD.device)
 
-    def add(_: nn.Module, __: Any, embedded_PLD: Tensor) -> Tensor:
-        positions_PK = slots_P[:, None] + torch.arange(len(nudge_KD), device=slots_P.device)
+    def add(_: nn.Module, inputs: Any, embedded_PLD: Tensor) -> Tensor:
+        ids_PL = inputs[0]
+        if ids_PL.shape[1] < len(tokens):
+            return embedded_PLD
+        starts_PS = (ids_PL.unfold(1, len(tokens), 1) == wanted_K).all(-1)
+        rows_R = starts_PS.any(1).nonzero()[:, 0]
+        positions_RK = starts_PS[rows_R].int().argmax(1, keepdim=True) + torch.arange(
+            len(tokens), device=ids_PL.device
+        )
         shifted = embedded_PLD.clone()
-        shifted[torch.arange(len(slots_P), device=slots_P.device)[:, None], positions_PK] += nudge_KD.to(shifted)
+        shifted[rows_R[:, None], positions_RK] += nudge_KD.to(shifted)
         return shifted
 
-    handle = layer.register_forward_hook(add)
+    layers = {id(layer): layer for _, _, layer in embeddings_of(encoder)}.values()
+    handles = [layer.register_forward_hook(add) for layer in layers]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 class Search:
@@ -170,6 +211,7 @@ class Search:
 
     Args:
         captions, frames: of each image (N), and its template.
+        reader: whose tokens are searched.
         moments: VAE posteriors (N, 2 c, h, w).
         forward_batch: samples in one forward pass at most.
     """
@@ -179,17 +221,17 @@ class Search:
         pipeline: Any,
         captions: Sequence[str],
         frames: Sequence[str],
-        speller: Speller,
+        reader: Reader,
         moments: Tensor,
         forward_batch: int,
     ):
-        self.pipeline, self.denoiser, self.speller = pipeline, PipelineDenoiser(pipeline), speller
+        self.pipeline, self.denoiser = pipeline, PipelineDenoiser(pipeline)
+        self.reader, self.speller = reader, reader.speller
         self.plain = dict(zip(frames, captions, strict=True))
         self.distinct = list(dict.fromkeys(frames))
         self.frame_ids_N = torch.tensor([self.distinct.index(frame) for frame in frames])
         self.moments, self.forward_batch = moments, forward_batch
-        self.layer = pipeline.text_encoder.get_input_embeddings()
-        self.device = self.layer.weight.device
+        self.device = self.denoiser.network.device
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Noised]:
         """(rows, their noised latents): what losses are compared on."""
@@ -209,7 +251,7 @@ class Search:
             for value in (drawn.noisy, drawn.timesteps, drawn.target)
         )
         predicted = self.denoiser.predict(self.denoiser.network, noisy, timesteps, condition)
-        return (predicted.float() - target.float()).square().view(len(words), -1).mean(1)
+        return (predicted.float() - target.float()).square().reshape(len(words), -1).mean(1)
 
     @torch.no_grad()
     def losses(self, words: Sequence[str | None], rows_B: Tensor, drawn: Noised) -> Tensor:
@@ -226,13 +268,22 @@ class Search:
         return losses_C
 
     def slopes(self, words: str, tokens: Tokens, rows_B: Tensor, drawn: Noised) -> Tensor:
-        """First-order change of the loss when one token is exchanged for another, (K, V)."""
-        asked = [self.distinct[frame] for frame in self.frame_ids_N[rows_B].unique().tolist()]
-        slots_P = torch.tensor([self.speller.slot(frame) for frame in asked], device=self.device)
-        weight_VD = self.layer.weight.detach().float()
-        nudge_KD = torch.zeros(len(tokens), weight_VD.shape[1], device=self.device, requires_grad=True)
-        with nudged(self.layer, slots_P, nudge_KD=nudge_KD):
-            (gradient_KD,) = torch.autograd.grad(self._losses([words], rows_B, drawn=drawn).sum(), nudge_KD)
+        """First-order change of the loss when one token is exchanged for another, (K, V).
+
+        Raises:
+            ValueError: the encoder does not read the words as these tokens.
+        """
+        weight_VD = self.reader.weight_VD.float()
+        nudge_KD = torch.zeros(len(tokens), weight_VD.shape[1], device=weight_VD.device, requires_grad=True)
+        with nudged(self.reader.encoder, tokens, nudge_KD=nudge_KD):
+            loss = self._losses([words], rows_B, drawn=drawn).sum()
+        (found,) = torch.autograd.grad(loss, nudge_KD, allow_unused=True)
+        if found is None:
+            raise ValueError(
+                f"prompt_search: the pipeline's {self.reader.name} does not read {words!r} as the tokens that were "
+                "searched: leave prompt_search out of attacks"
+            )
+        gradient_KD = found
         now_K1 = (gradient_KD * weight_VD[list(tokens)]).sum(1, keepdim=True)
         return (gradient_KD @ weight_VD.T - now_K1).cpu()
 
@@ -290,8 +341,14 @@ def exchanges(
     return found
 
 
-def search(problem: Search, allowed: Tensor, budget: PromptSearchConfig, number: int) -> dict[str, Any]:
+def ordinary_tokens(reader: Reader) -> Tensor:
+    """The ids of all tokens but the special ones."""
+    return torch.tensor([token for token in range(len(reader.weight_VD)) if token not in reader.speller.special])
+
+
+def search(problem: Search, budget: PromptSearchConfig, number: int) -> dict[str, Any]:
     """The words of one search with the least loss on the checks, which all searches share."""
+    allowed = ordinary_tokens(problem.reader)
     checks = problem.draw(budget.num_checks, torch.Generator().manual_seed(budget.seed))
     generator = torch.Generator().manual_seed(budget.seed + 1 + number)
     if budget.initial_words is None:
@@ -300,7 +357,7 @@ def search(problem: Search, allowed: Tensor, budget: PromptSearchConfig, number:
         tokens = tokens_of(problem.speller, budget.initial_words, count=budget.num_tokens)
     words = problem.speller.spell(tokens)
     assert words is not None
-    forbidden_V = torch.ones(len(problem.layer.weight), dtype=torch.bool).index_fill(0, allowed, False)
+    forbidden_V = torch.ones(len(problem.reader.weight_VD), dtype=torch.bool).index_fill(0, allowed, False)
     checked = {words: problem.losses([words], *checks).item()}
     for _ in trange(budget.num_steps, desc=f"prompt search {number + 1}", leave=False):
         batch = problem.draw(budget.batch_size, generator)
@@ -313,7 +370,8 @@ def search(problem: Search, allowed: Tensor, budget: PromptSearchConfig, number:
         if words not in checked:
             checked[words] = problem.losses([words], *checks).item()
     words = min(checked, key=lambda key: checked[key])
-    return {"words": words, "loss": checked[words], "plain_loss": problem.losses([None], *checks).item()}
+    plain = problem.losses([None], *checks).item()
+    return {"words": words, "loss": checked[words], "plain_loss": plain, "tokens_of": problem.reader.name}
 
 
 @register_attack("prompt_search", PromptSearchConfig)
@@ -322,12 +380,14 @@ def prompt_search(pipeline: Any, forgotten: Forgotten, budget: PromptSearchConfi
     images = budget.choose(forgotten.images)
     frames = templates(images["text"], forgotten.concept, place=budget.place)
     asked = templates(forgotten.prompts, forgotten.concept, place=budget.place)
-    speller = Speller(pipeline.tokenizer, [*frames, *asked])
+    all_readers = readers(pipeline, [*frames, *asked])
     with frozen(pipeline):
         moments = encode(pipeline, images, resolution=forgotten.resolution)
-        problem = Search(pipeline, images["text"], frames, speller, moments, budget.forward_batch_size)
-        allowed = torch.tensor([token for token in range(len(problem.layer.weight)) if token not in speller.special])
-        searches = [search(problem, allowed, budget=budget, number=number) for number in range(budget.num_searches)]
+        searches = []
+        for number in range(budget.num_searches):
+            reader = all_readers[number % len(all_readers)]
+            problem = Search(pipeline, images["text"], frames, reader, moments, budget.forward_batch_size)
+            searches.append(search(problem, budget=budget, number=number))
         best = min(searches, key=lambda found: found["loss"])
         prompts = [fill(frame, best["words"]) for frame in asked]
         made = generate(pipeline, prompts, sampling=forgotten.sampling, desc="images of the prompts found")
