@@ -23,6 +23,7 @@ from classification_ext.data import Splits, pixels_of
 from classification_ext.metrics import correct, predict
 from classification_ext.settings import EvaluateConfig, RelearningConfig
 
+MOMENTUM = 0.9  # of the attacker's SGD
 USABLE = 0.5  # a classifier that recognises less than this part of what it did of the rest is broken
 
 
@@ -61,7 +62,7 @@ def relearn(
     trained = [value.requires_grad for value in model.parameters()]
     try:
         with every_weight(model) as weights:
-            optimizer = torch.optim.SGD(weights, learning_rate, momentum=0.9)
+            optimizer = torch.optim.SGD(weights, learning_rate, momentum=MOMENTUM)
             for step in tqdm(range(1, budget.marks[-1] + 1), desc=f"relearning at {learning_rate:g}", leave=False):
                 model.eval()
                 losses = []

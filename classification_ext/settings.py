@@ -138,6 +138,33 @@ class RelearningConfig(Checked):
 
 
 @dataclass(kw_only=True)
+class ClassifierRobustConfig(Checked):
+    """The meta step against relearning, off by default."""
+
+    # an attacker fine-tunes every weight on a few forgotten images and as many others for so many steps, one of these
+    # numbers at a time, and the gradient of the method's loss after it is added to the one before; empty: none does
+    meta_steps: list[int] = field(default_factory=list)
+    meta_every: int = 1  # he does so in every so many steps
+    meta_weight: float = 1.0  # of the gradient after relearning
+    meta_learning_rates: list[float] = field(default_factory=lambda: [1e-3, 3e-3, 1e-2])  # of his SGD, one at a time
+    meta_num_images: int = 10  # of what was forgotten, and as many others, drawn anew each time
+
+    SECTION = "robust."
+    RULES = rules(
+        meta_steps=at_least(1),
+        meta_every=at_least(1),
+        meta_weight=ABOVE_0,
+        meta_learning_rates=ABOVE_0,
+        meta_num_images=at_least(1),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.meta_learning_rates:
+            raise ValueError("robust.meta_learning_rates is empty, but must hold at least one value")
+
+
+@dataclass(kw_only=True)
 class ClassifierEvaluationConfig:
     """What is measured."""
 
@@ -229,6 +256,9 @@ class UnlearnConfig(OptimizerConfig, UnlearningConfig, ForgetConfig, DataConfig)
     trained_weights: Literal["targets", "all"] = "targets"
     method: MethodConfig = field(default_factory=MethodConfig)
     barrier: BarrierConfig = field(default_factory=lambda: BarrierConfig(targets=["Conv2d1x1", "fc"]))
+    robust: ClassifierRobustConfig = field(
+        default_factory=ClassifierRobustConfig
+    )  # what keeps an attacker from teaching it again
     recipe: Recipe = field(default_factory=Recipe)  # of method retrain
     evaluation: ClassifierEvaluationConfig = field(default_factory=ClassifierEvaluationConfig)
 
@@ -252,7 +282,7 @@ class UnlearnConfig(OptimizerConfig, UnlearningConfig, ForgetConfig, DataConfig)
         where = "all weights" if self.trained_weights == "all" else ", ".join(self.barrier.targets or [])
         return (
             f"unlearning {self.forgotten} in {self.pretrained_model_name_or_path}: {self.method.name} trains {where} "
-            f"on {self.train_data_dir}; {self.protection}"
+            f"on {self.train_data_dir}; {self.protection}{'; robust: meta_steps' if self.robust.meta_steps else ''}"
         )
 
 

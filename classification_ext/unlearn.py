@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import barrier_diffusers.utils.signals  # noqa: F401  # isort: skip  # first: from here on a signal ends in one line
 
+import itertools
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +27,8 @@ from barrier_diffusers.data.labelled_images import LabelledImages
 from barrier_diffusers.evaluation.pictures import loss_curves
 from barrier_diffusers.evaluation.report import REPORT_NAME, write_report
 from barrier_diffusers.evaluation.tables import erase_more, warn_if_not_erased
+from barrier_diffusers.training.relearner import gradients_of
+from barrier_diffusers.training.robust import with_gradient
 from barrier_diffusers.training.saliency import SaliencyMask, summed_gradients
 from barrier_diffusers.training.steps import freeze_normalisation
 from barrier_diffusers.training.trainer import Trainer
@@ -38,6 +41,7 @@ from classification_ext.methods import METHODS, Edit, Method, Step
 from classification_ext.methods.boundary_expand import ShadowLabel
 from classification_ext.metrics import evaluate, print_table
 from classification_ext.models import AnyClassifier, load_classifier, restart
+from classification_ext.robust import ClassifierRelearner
 from classification_ext.settings import UnlearnConfig
 from classification_ext.supervised import fit, make_optimizer, open_seeded_run
 
@@ -170,6 +174,9 @@ def train(run: Run) -> dict[str, Any]:
         loaders=loaders,
     )
     network, barrier = trainer.models[0], run.barrier if config.protected else None
+    robust, device, micro_steps = config.robust, run.accelerator.device, config.gradient_accumulation_steps
+    relearner = ClassifierRelearner(robust, model, run.splits, seed=config.seed, device=device)
+    calls = itertools.count()
     freeze_normalisation(network)
 
     def logits(pixels: Tensor) -> Tensor:
@@ -178,7 +185,14 @@ def train(run: Run) -> dict[str, Any]:
     def terms(step: int) -> dict[str, Tensor]:
         assert run.method.loss is not None
         made = run.step(logits, next(forget_batches), progress=step / trainer.max_steps)
-        parts = {"objective": run.method.loss(made)}
+        number, parts = step * micro_steps + next(calls) % micro_steps, {}
+        if robust.meta_steps and step % robust.meta_every == 0:
+            # before the graph of the weights as they are, which cannot be moved while it is alive
+            with relearner.relearned(number):
+                value = run.method.loss(replace(made, model=model))
+                gradients = gradients_of(value, parameters)
+            parts["meta"] = robust.meta_weight * with_gradient(value, parameters, gradients)
+        parts["objective"] = run.method.loss(made)
         for batches in retain_batches:
             batch = next(batches)
             parts["retain"] = alpha * F.cross_entropy(network(pixels_of(batch)).float(), batch["labels"])
@@ -186,7 +200,8 @@ def train(run: Run) -> dict[str, Any]:
             parts["protection"] = barrier.compute_protection_loss()
         return parts
 
-    seconds = trainer.fit(terms, barrier=barrier, desc=f"unlearning, {run.method.name}")
+    names = ["objective", "meta"] if robust.meta_steps else []
+    seconds = trainer.fit(terms, barrier=barrier, desc=f"unlearning, {run.method.name}", names=names)
     model.eval()
     if shadow is not None:
         shadow.remove()

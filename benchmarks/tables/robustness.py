@@ -53,7 +53,7 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "robust without BARRIER": (ROBUST, WITHOUT_BARRIER),
     "robust": (ROBUST, {}),
 }
-NO_ANCHOR = ("ESD",)  # ways that steer the class to nothing else
+NO_ANCHOR = ("ESD", "adversarial peer")  # ways that steer the class to nothing else
 
 
 def row_of(concept: str, way: str) -> Row:

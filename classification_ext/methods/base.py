@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from barrier_diffusers.data.labelled_images import LabelledImages
 from barrier_diffusers.utils.registry import Registry
-from classification_ext.settings import MethodConfig, Recipe, UnlearnConfig
+from classification_ext.settings import ClassifierRobustConfig, MethodConfig, Recipe, UnlearnConfig
 
 Logits = Callable[[Tensor], Tensor]  # images (B, C, H, W) in [-1, 1] -> logits (B, J)
 
@@ -81,6 +81,16 @@ class Method:
                 )
         if (self.loss or self.edit) and config.recipe != Recipe():
             raise ValueError(f"method {self.name!r} does not read recipe, which is of retrain: leave it out")
+        if config.robust != ClassifierRobustConfig():
+            if not config.robust.meta_steps:
+                raise ValueError("robust settings are read with robust.meta_steps alone: set it, or leave them out")
+            if self.loss is None or self.over != "forget" or self.shadow_label:
+                raise ValueError(
+                    f"method {self.name!r} has no loss of the forget images with their labels, which an attacker's "
+                    "steps could be held against: leave robust.meta_steps empty, or take rl or ga"
+                )
+            if config.saliency_mask is not None:
+                raise ValueError("saliency_mask would hold what robust.meta_steps moves as well: use one of the two")
         if self.loss is None:
             if config.protected:
                 raise ValueError(
