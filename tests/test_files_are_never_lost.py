@@ -66,7 +66,7 @@ WORDS = set(
     extra_words forget_class forget_prompts hub_model_id image_column initial_label initial_words label_column
     labels meta_adapter_targets name project prompts protocol resume_from_checkpoint retain_concepts
     retain_prompts revision split stages targets test_split token_starts trade_off train_split validation_prompt
-    variant vocabulary_package words""".split()
+    variant vocabulary_package wandb_sweep words""".split()
 )
 
 
