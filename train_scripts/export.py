@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from barrier_diffusers.models.architectures import Architecture
-from barrier_diffusers.models.exporting import EXPORTED, export_kohya, export_single_file, require_layout, row_of
+from barrier_diffusers.models.exporting import export_kohya, export_single_file, exported_path, require_layout, row_of
 from barrier_diffusers.models.loading import ADAPTER_NAME, load_pipeline
 from barrier_diffusers.utils.checks import FOLDER, OUTPUT, rules
 from barrier_diffusers.utils.command_line import run_script
@@ -50,8 +50,7 @@ class ExportConfig:
     @property
     def target(self) -> Path:
         """The file that is written."""
-        suffix = "_lora" if self.is_adapter else ""
-        return Path(self.output_dir) / EXPORTED / f"{self.folder.resolve().name}{suffix}.safetensors"
+        return exported_path(Path(self.output_dir), self.folder, "kohya" if self.is_adapter else "single_file")
 
     @property
     def announcement(self) -> str:

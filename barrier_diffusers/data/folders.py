@@ -22,7 +22,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
 from barrier_diffusers.data.csv_files import CsvFile, read_text
-from barrier_diffusers.utils.output_folder import RECORD_NAME, is_first_process
+from barrier_diffusers.utils.output_folder import RECORD_NAME, say
 from barrier_diffusers.utils.run_records import MANIFEST_NAME
 
 CAPTION_SUFFIXES = (".txt", ".caption")  # beside an image, as trainers of adapters have them
@@ -95,9 +95,9 @@ _printed: set[str] = set()
 
 def announce(line: str) -> None:
     """Print a line once a process, and in the first process of a run alone."""
-    if is_first_process() and line not in _printed:
+    if line not in _printed:
         _printed.add(line)
-        print(line)
+        say(line)
 
 
 def find_images(folder: str | Path) -> FolderContent:

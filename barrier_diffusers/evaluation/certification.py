@@ -30,15 +30,9 @@ from barrier_diffusers.protection.order_statistics import Split, attainable_quan
 from barrier_diffusers.protection.storage import PROJECTIONS_NAME, REGIONS_NAME
 from barrier_diffusers.utils.checks import INNER_SHARE, SEED, at_least, check_settings, rules
 from barrier_diffusers.utils.files import write_json
-from barrier_diffusers.utils.output_folder import is_first_process
+from barrier_diffusers.utils.output_folder import is_first_process, say
 
 CERTIFICATE_NAME = "certificate.json"
-
-
-def say(line: str) -> None:
-    """Print in the first process of a run alone."""
-    if is_first_process():
-        print(line)
 
 
 @dataclass

@@ -87,12 +87,15 @@ def prompts_cut(pipeline: Any, prompts: Sequence[str]) -> dict[str, list[bool]]:
     """Tokenizer -> whether each prompt is longer than what it keeps."""
     found, texts = {}, get_architecture(type(pipeline).__name__).texts(pipeline, prompts)
     for name, length in token_limits(pipeline).items():
-        tokenizer = getattr(pipeline, name)
-        if isinstance(tokenizer, ProcessorMixin):  # which reads images too
-            tokenizer = tokenizer.tokenizer
-        ids = tokenizer(texts, truncation=False).input_ids
+        ids = text_tokenizer(pipeline, name)(texts, truncation=False).input_ids
         found[name] = [len(tokens) > length for tokens in ids]
     return found
+
+
+def text_tokenizer(pipeline: Any, name: str) -> Any:
+    """A tokenizer of the pipeline, or that of a processor, which reads images too."""
+    tokenizer = getattr(pipeline, name)
+    return tokenizer.tokenizer if isinstance(tokenizer, ProcessorMixin) else tokenizer
 
 
 def token_limits(pipeline: Any) -> dict[str, int]:

@@ -10,13 +10,13 @@ from typing import Any, Literal
 from diffusers import DiffusionPipeline
 from diffusers.utils import convert_state_dict_to_kohya
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
-from safetensors.torch import save_file
 from torch import Tensor
 
 from barrier_diffusers.models.architectures import ARCHITECTURES, Architecture, get_architecture
 from barrier_diffusers.models.learned_tokens import TOKEN
 from barrier_diffusers.models.publishing import widened
-from barrier_diffusers.utils.files import file_names, written_whole
+from barrier_diffusers.protection.region import save_tensors
+from barrier_diffusers.utils.files import file_names
 from barrier_diffusers.utils.hub import require_on_hub
 
 EXPORTED = "exported"  # folder in an output folder
@@ -44,13 +44,15 @@ def require_layout(row: Architecture, what: str) -> None:
         )
 
 
-def save_tensors(weights: Mapping[str, Tensor], path: Path) -> Path:
-    """Write a .safetensors file, whole or not at all."""
+def exported_path(output: Path, result: Path, kind: ExportFormat) -> Path:
+    """The file in an output folder, called as the folder of the result is, by which other programs call it."""
+    return output / EXPORTED / f"{result.resolve().name}{'_lora' if kind == 'kohya' else ''}.safetensors"
+
+
+def written(weights: Mapping[str, Tensor], path: Path) -> Path:
+    """The path, by now a .safetensors file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as temporary:
-        save_file(
-            {name: value.detach().cpu().contiguous() for name, value in weights.items()}, temporary, {"format": "pt"}
-        )
+    save_tensors(path, weights, {"format": "pt"})
     return path
 
 
@@ -65,7 +67,7 @@ def export_single_file(pipeline: Any, path: Path) -> Path:
     require_layout(row, "export single_file")
     assert row.original_layout is not None
     with widened(pipeline):
-        return save_tensors(row.original_layout(pipeline), path)
+        return written(row.original_layout(pipeline), path)
 
 
 def export_kohya(row: Architecture, folder: Path, path: Path) -> Path:
@@ -80,7 +82,7 @@ def export_kohya(row: Architecture, folder: Path, path: Path) -> Path:
         raise ValueError(f"the adapter in {str(folder)!r} is scaled: kohya's file is written of an adapter saved here")
     weights = convert_state_dict_to_kohya(convert_unet_state_dict_to_peft(found[0]))
     parts = [(name.partition("."), value) for name, value in weights.items()]
-    return save_tensors({f"{KOHYA_OF_SDXL.get(name, name)}.{rest}": value for (name, _, rest), value in parts}, path)
+    return written({f"{KOHYA_OF_SDXL.get(name, name)}.{rest}": value for (name, _, rest), value in parts}, path)
 
 
 def export_tokens(row: Architecture, token: str, vectors: Mapping[str, Tensor], path: Path) -> Path | None:
@@ -97,9 +99,9 @@ def export_tokens(row: Architecture, token: str, vectors: Mapping[str, Tensor], 
     if row.original_layout is None or not hasattr(row.pipeline_class, "load_textual_inversion"):
         return None
     if list(vectors) == names[:1]:
-        return save_tensors({token: vectors["text_encoder"]}, path)
+        return written({token: vectors["text_encoder"]}, path)
     if list(vectors) == names:
-        return save_tensors({"clip_l": vectors["text_encoder"], "clip_g": vectors["text_encoder_2"]}, path)
+        return written({"clip_l": vectors["text_encoder"], "clip_g": vectors["text_encoder_2"]}, path)
     return None
 
 

@@ -6,6 +6,7 @@ Shapes: D input features, K kept directions.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -270,7 +271,7 @@ def _singular_value_weight(count: int, num_features: int, reduced_dim: int) -> f
     return count / rows if rows > 0 else 0.0
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file whole or not at all."""
     with written_whole(path) as temporary:
         save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary, metadata)

@@ -56,6 +56,12 @@ def is_first_process() -> bool:
     return next((os.environ[name] for name in ranks if name in os.environ), "0") == "0"
 
 
+def say(line: str) -> None:
+    """Print in the first process of a run alone."""
+    if is_first_process():
+        print(line)
+
+
 def in_output_folder(kept: Sequence[str] = (), also_written: Sequence[str] = ()) -> Callable[[Main], Main]:
     """Decorator of a script's `main(config)`: it has config.output_dir to itself, and what was there is safe.
 

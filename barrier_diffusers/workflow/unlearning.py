@@ -36,7 +36,13 @@ from barrier_diffusers.evaluation.tables import erase_more, print_metrics, warn_
 from barrier_diffusers.evaluation.tracker_pages import Comparison, log_artifact, log_comparison, log_record
 from barrier_diffusers.models.architectures import Architecture, components, get_architecture
 from barrier_diffusers.models.denoiser import PipelineDenoiser
-from barrier_diffusers.models.exporting import EXPORTED, export_kohya, export_single_file, require_layout
+from barrier_diffusers.models.exporting import (
+    ExportFormat,
+    export_kohya,
+    export_single_file,
+    exported_path,
+    require_layout,
+)
 from barrier_diffusers.models.loading import (
     add_adapter,
     choose_attention_backend,
@@ -88,10 +94,9 @@ class Run:
         """Folder of the result."""
         return Path(self.config.output_dir)
 
-    def exported(self, kind: str) -> Path:
-        """The file for other programs, called as the folder is, by which they call it."""
-        name = self.output.resolve().name
-        return self.output / EXPORTED / f"{name}{'_lora' if kind == 'kohya' else ''}.safetensors"
+    def exported(self, kind: ExportFormat) -> Path:
+        """The file for other programs."""
+        return exported_path(self.output, self.output, kind)
 
     @property
     def cache(self) -> Path:

@@ -20,7 +20,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from tqdm.auto import trange
-from transformers import ProcessorMixin
 
 from barrier_diffusers.evaluation.attacks.base import (
     Attempt,
@@ -31,7 +30,7 @@ from barrier_diffusers.evaluation.attacks.base import (
     register_attack,
     rename_concept,
 )
-from barrier_diffusers.models.architectures import token_limits
+from barrier_diffusers.models.architectures import text_tokenizer, token_limits
 from barrier_diffusers.models.denoiser import PipelineDenoiser
 from barrier_diffusers.models.generation import generate
 from barrier_diffusers.models.learned_tokens import embeddings_of, text_encoders
@@ -169,13 +168,11 @@ class Reader:
 
 def readers(pipeline: Any, frames: Sequence[str]) -> list[Reader]:
     """One for each text encoder of the pipeline."""
-    limits, found = token_limits(pipeline), []
-    for tokenizer_name, name in text_encoders(pipeline):
-        tokenizer = getattr(pipeline, tokenizer_name)
-        if isinstance(tokenizer, ProcessorMixin):  # which reads images too
-            tokenizer = tokenizer.tokenizer
-        found.append(Reader(name, getattr(pipeline, name), Speller(tokenizer, frames, limits[tokenizer_name])))
-    return found
+    limits = token_limits(pipeline)
+    return [
+        Reader(name, getattr(pipeline, name), Speller(text_tokenizer(pipeline, tokenizer), frames, limits[tokenizer]))
+        for tokenizer, name in text_encoders(pipeline)
+    ]
 
 
 @contextmanager
@@ -277,13 +274,12 @@ class Search:
         nudge_KD = torch.zeros(len(tokens), weight_VD.shape[1], device=weight_VD.device, requires_grad=True)
         with nudged(self.reader.encoder, tokens, nudge_KD=nudge_KD):
             loss = self._losses([words], rows_B, drawn=drawn).sum()
-        (found,) = torch.autograd.grad(loss, nudge_KD, allow_unused=True)
-        if found is None:
+        (gradient_KD,) = torch.autograd.grad(loss, nudge_KD, allow_unused=True)
+        if gradient_KD is None:
             raise ValueError(
                 f"prompt_search: the pipeline's {self.reader.name} does not read {words!r} as the tokens that were "
                 "searched: leave prompt_search out of attacks"
             )
-        gradient_KD = found
         now_K1 = (gradient_KD * weight_VD[list(tokens)]).sum(1, keepdim=True)
         return (gradient_KD @ weight_VD.T - now_K1).cpu()
 
