@@ -13,6 +13,7 @@ from pipelines import build
 from short_evaluations import evaluate, twin_of_base
 from short_runs import BASE, ROOT
 
+from barrier_diffusers.evaluation.attacked import require_tried
 from barrier_diffusers.evaluation.attacks import ATTACKS
 from barrier_diffusers.evaluation.attacks.benign import BenignConfig
 from barrier_diffusers.evaluation.attacks.cells import Cell, CellResult, CellRunner, Scene, Seen, read_cell, strip_of
@@ -101,6 +102,38 @@ def test_every_variant_is_another_one_and_can_run(pipeline, name, level):
         assert {variant.num_images for variant in variants} == {10}
     if (name, level) == ("relearning", "standard"):
         assert len(variants) == 6 and all(variant.budget.marks[-1] == 200 for variant in variants)
+
+
+@pytest.mark.parametrize(
+    ("name", "level", "changes", "refused"),
+    [
+        ("relearning", "standard", {"learning_rate": 5e-4}, "learning_rate"),
+        ("relearning", "standard", {"num_steps": 50}, "num_steps"),
+        ("relearning", "standard", {"rank": 5}, "rank"),
+        ("relearning", "thorough", {"marks": [5, 10]}, "marks"),
+        ("benign", "thorough", {"targets": ["to_q"]}, "targets"),
+        ("inversion", "thorough", {"batch_size": 7}, "batch_size"),
+        ("completion", "standard", {"strength": 0.4}, "strength"),
+        ("relearning", "standard", {"marks": [10, 5]}, None),
+        ("relearning", "standard", {"num_images": 4, "batch_size": 3, "seed": 2}, None),
+        ("inversion", "standard", {"num_tokens": 2, "learning_rate": 1e-3}, None),
+        ("prompt_search", "standard", {"num_tokens": 2}, None),
+        ("completion", "standard", {"kept": "half", "prompt": "empty"}, None),
+    ],
+)
+def test_a_setting_that_no_attacker_of_a_grid_has_is_refused(name, level, changes, refused):
+    budget = ATTACKS.find(name).budget(**changes)
+    if refused is None:
+        require_tried(name, budget, level, forgotten())
+    else:
+        with pytest.raises(ValueError, match=rf"{name}\.{refused} is set .* no attacker of attack_budget {level}"):
+            require_tried(name, budget, level, forgotten())
+
+
+def test_marks_that_are_set_are_those_of_a_standard_grid():
+    for name in ("relearning", "benign"):
+        variants = ATTACKS.find(name).budget(marks=[3, 7]).variants("standard", forgotten())
+        assert {(*variant.budget.marks, variant.budget.num_steps) for variant in variants} == {(3, 7, 7)}
 
 
 def test_starts_of_inversion(pipeline):

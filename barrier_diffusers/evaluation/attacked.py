@@ -6,7 +6,7 @@ Shapes: N images, H height, W width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from barrier_diffusers.data.readers import rows_hash
 from barrier_diffusers.evaluation.attack_gap import attack_gap
-from barrier_diffusers.evaluation.attacks.base import Forgotten
+from barrier_diffusers.evaluation.attacks.base import Budget, Forgotten, Level
 from barrier_diffusers.evaluation.attacks.cells import CellPool, CellRunner, Scene, first_small
 from barrier_diffusers.evaluation.attacks.running import (
     CONTROL,
@@ -61,14 +61,29 @@ def check_attacks(config: EvaluateConfig, judged_model: JudgedModel, forgotten: 
         ValueError: says what is missing and what to do.
     """
     pipelines = [judged_model.pipeline, *([judged_model.control] if judged_model.control is not None else [])]
-    for budget in config.budgets.values():
+    for name, budget in config.budgets.items():
         for known in forgotten:
             tried = [budget]
             if config.attack_budget is not None:
                 tried = [variant.budget for variant in budget.variants(config.attack_budget, known)]
+                require_tried(name, budget, config.attack_budget, known)
             for pipeline in pipelines:
                 for one in tried:
                     one.check(pipeline, known)
+
+
+def require_tried(name: str, budget: Budget, level: Level, known: Forgotten) -> None:
+    """A ValueError if a setting of an attack is no default, and no attacker of the grid has it."""
+    first = [variant.budget for variant in budget.variants(level, known)]
+    tried = [*first, *(longer.budget for one in first for longer in one.further(level, known))]
+    defaults = type(budget)()
+    for setting in (one.name for one in fields(budget)):
+        value = getattr(budget, setting)
+        if value != getattr(defaults, setting) and all(getattr(one, setting) != value for one in tried):
+            raise ValueError(
+                f"{name}.{setting} is set to {value!r}, but no attacker of attack_budget {level} has it: the grid "
+                f"tries others in its place; leave out {name}.{setting}, or attack_budget for one attacker as it is set"
+            )
 
 
 def scene_of(config: EvaluateConfig, concepts: ConceptProtocol, forgotten: Sequence[Forgotten]) -> Scene:

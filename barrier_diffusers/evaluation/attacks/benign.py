@@ -8,7 +8,7 @@ from typing import Any
 from datasets import Dataset
 
 from barrier_diffusers.evaluation.attacks.base import Attempt, Forgotten, Level, Variant, register_attack
-from barrier_diffusers.evaluation.attacks.relearning import MARKS, RelearningConfig, relearning
+from barrier_diffusers.evaluation.attacks.relearning import RelearningConfig, relearning
 
 
 @dataclass
@@ -39,7 +39,7 @@ class BenignConfig(RelearningConfig):
             return super().variants(level, forgotten)
         tried = {"LoRA 16 on attention": 1e-3, "all weights": 1e-4}
         return [
-            Variant(f"{trained}, {rate:g}", self.trying(trained, rate, self.num_images, MARKS))
+            Variant(f"{trained}, {rate:g}", self.trying(trained, rate, self.num_images, self.standard_marks))
             for trained, rate in tried.items()
         ]
 

@@ -44,11 +44,13 @@ NUM_IMAGES = (2, 10, 60)  # that a thorough grid relearns from
 # trained_weights, targets and rank -> their name
 TRAINED: dict[str, tuple[Literal["adapter", "all"], list[str], int]] = {
     "LoRA 4 on attention": ("adapter", ATTENTION, 4),
+    "LoRA 8 on attention": ("adapter", ATTENTION, 8),
     "LoRA 16 on attention": ("adapter", ATTENTION, 16),
     "LoRA 4 on all maps": ("adapter", ALL_MAPS, 4),
     "LoRA 16 on all maps": ("adapter", ALL_MAPS, 16),
     "all weights": ("all", ATTENTION, 8),
 }
+LORA_8 = "LoRA 8 on attention"  # of the standard grid; the thorough one has its neighbours
 
 
 @dataclass
@@ -99,22 +101,28 @@ class RelearningConfig(LearningBudget):
             learning_rate=rate,
             num_images=num_images,
             marks=marks,
-            num_steps=marks[-1],
+            num_steps=max(marks),
         )
 
+    @property
+    def standard_marks(self) -> list[int]:
+        """The marks of a standard grid: those that are set, else the usual ones."""
+        return self.marks or MARKS
+
     def variants(self, level: Level, forgotten: Forgotten) -> list[Variant]:
-        """standard: six attackers with the settings' images. thorough: every combination, few steps and images."""
+        """standard: six attackers with the settings' images and marks. thorough: every combination, few steps and
+        images."""
         if level == "standard":
-            few = [Variant(f"LoRA 8 on attention, {rate:g}", replace(self, learning_rate=rate, marks=MARKS,
-                   num_steps=MARKS[-1], rank=8, targets=ATTENTION)) for rate in (3e-4, 1e-3, 3e-3)]  # fmt: skip
-            full = [
-                Variant(f"all weights, {rate:g}", self.trying("all weights", rate, self.num_images, MARKS))
-                for rate in (3e-5, 1e-4, 3e-4)
+            tried = [(LORA_8, rate) for rate in (3e-4, 1e-3, 3e-3)]
+            tried += [("all weights", rate) for rate in (3e-5, 1e-4, 3e-4)]
+            return [
+                Variant(f"{trained}, {rate:g}", self.trying(trained, rate, self.num_images, self.standard_marks))
+                for trained, rate in tried
             ]
-            return [*few, *full]
+        thorough = [trained for trained in TRAINED if trained != LORA_8]
         return [
             Variant(f"{trained}, {rate:g}, {count} images", self.trying(trained, rate, count, FIRST_MARKS), 10)
-            for trained, rate, count in product(TRAINED, LEARNING_RATES, self.fewer_images(forgotten))
+            for trained, rate, count in product(thorough, LEARNING_RATES, self.fewer_images(forgotten))
         ]
 
     def further(self, level: Level, forgotten: Forgotten) -> list[Variant]:
