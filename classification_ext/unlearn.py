@@ -27,8 +27,7 @@ from barrier_diffusers.data.labelled_images import LabelledImages
 from barrier_diffusers.evaluation.pictures import loss_curves
 from barrier_diffusers.evaluation.report import REPORT_NAME, write_report
 from barrier_diffusers.evaluation.tables import erase_more, warn_if_not_erased
-from barrier_diffusers.training.relearner import gradients_of
-from barrier_diffusers.training.robust import with_gradient
+from barrier_diffusers.training.robust import moved_loss
 from barrier_diffusers.training.saliency import SaliencyMask, summed_gradients
 from barrier_diffusers.training.steps import freeze_normalisation
 from barrier_diffusers.training.trainer import Trainer
@@ -189,9 +188,9 @@ def train(run: Run) -> dict[str, Any]:
         if robust.meta_steps and step % robust.meta_every == 0:
             # before the graph of the weights as they are, which cannot be moved while it is alive
             with relearner.relearned(number):
-                value = run.method.loss(replace(made, model=model))
-                gradients = gradients_of(value, parameters)
-            parts["meta"] = robust.meta_weight * with_gradient(value, parameters, gradients)
+                parts["meta"] = robust.meta_weight * moved_loss(
+                    run.method.loss(replace(made, model=model)), parameters
+                )
         parts["objective"] = run.method.loss(made)
         for batches in retain_batches:
             batch = next(batches)

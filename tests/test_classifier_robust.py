@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -70,6 +71,14 @@ def test_a_run_has_a_meta_part_and_resumes_to_the_same_bits(place, tmp_path):
     assert any(
         not torch.equal(value, whole[name]) for name, value in load_file(tmp_path / "other/model.safetensors").items()
     )
+
+
+def test_a_relearner_that_breaks_the_classifier_does_not_end_the_run(place, tmp_path):
+    changes = {"robust.meta_steps": "[20]", "robust.meta_learning_rates": "[1e30]", "num_train_epochs": 1}
+    with pytest.warns(UserWarning, match="broke the network"):
+        run_unlearn(place / "base", place / "data", tmp_path / "run", **{**BARE, **META, **changes})
+    history = json.loads((tmp_path / "run/manifest.json").read_text())["history"]
+    assert set(history["meta"]) == {0.0} and all(math.isfinite(value) for value in history["objective"])
 
 
 OFF = {"robust.meta_learning_rates": "[1e-3,3e-3,1e-2]", "robust.meta_num_images": 10}

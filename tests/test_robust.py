@@ -109,6 +109,27 @@ def test_the_gradient_after_relearning_is_added_to_the_one_before(number):
         torch.testing.assert_close(parameter.grad, first + 0.5 * second, rtol=1e-3, atol=1e-4 * float(largest))
 
 
+@pytest.mark.parametrize("weights", ["trained", "adapter"])
+def test_a_relearner_that_breaks_the_network_is_left_out(weights):
+    toy, rates = Toy(anchor_target="base"), {"meta_learning_rates": [1e30], "meta_adapter_learning_rates": [1e30]}
+    if weights == "trained":
+        del rates["meta_adapter_learning_rates"]
+    else:
+        del rates["meta_learning_rates"]
+    config = RobustConfig(meta_steps=[3], meta_num_images=3, meta_weights=weights, **rates)
+    terms = terms_of(toy, config, relearner(toy, config))
+    with pytest.warns(UserWarning, match="broke the network"):
+        parts = terms(toy.step(), step=0, number=0)
+    assert parts["meta"].item() == 0
+    sum(parts.values()).backward()
+    expected = [parameter.grad.clone() for parameter in toy.parameters]
+    for parameter in toy.parameters:
+        parameter.grad = None
+    terms_of(toy, RobustConfig())(toy.step(), step=0, number=0)["objective"].backward()
+    for wanted, parameter in zip(expected, toy.parameters, strict=True):
+        torch.testing.assert_close(parameter.grad, wanted)
+
+
 def test_no_relearner_in_the_steps_between():
     toy = Toy(anchor_target="base")
     config = RobustConfig(meta_steps=[1], meta_every=2)

@@ -82,7 +82,7 @@ def require_tried(name: str, budget: Budget, level: Level, known: Forgotten) -> 
         if value != getattr(defaults, setting) and all(getattr(one, setting) != value for one in tried):
             raise ValueError(
                 f"{name}.{setting} is set to {value!r}, but no attacker of attack_budget {level} has it: the grid "
-                f"tries others in its place; leave out {name}.{setting}, or attack_budget for one attacker as it is set"
+                f"tries others in its place; leave out {name}.{setting}, or attack_budget for an attacker as it is set"
             )
 
 

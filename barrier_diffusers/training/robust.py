@@ -3,6 +3,7 @@ them (docs/method.md section 8)."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -39,6 +40,24 @@ def with_gradient(value: Tensor, parameters: Sequence[nn.Parameter], gradients: 
     are used up.
     """
     return _Given.apply(value.detach(), gradients, *parameters)
+
+
+def moved_loss(value: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+    """A loss at the weights where a relearner left them; its gradient is for the weights as they will be again.
+
+    A relearner whose learning rate broke the network is no attacker: where the loss or its gradient is not finite,
+    both are 0, and a warning says so.
+    """
+    gradients = gradients_of(value, parameters)
+    norms = torch.stack(torch._foreach_norm(gradients))
+    if not bool(torch.isfinite(torch.cat([norms.flatten(), value.detach().flatten()])).all()):
+        warnings.warn(
+            "a relearner of robust.meta_steps broke the network (a loss that is not finite), and its part of the step "
+            "is left out: lower the largest of the robust.meta_..._learning_rates that it draws from",
+            stacklevel=2,
+        )
+        value, gradients = torch.zeros_like(value), [torch.zeros_like(one) for one in gradients]
+    return with_gradient(value, parameters, gradients)
 
 
 class Remembered:
@@ -128,9 +147,7 @@ class RobustTerms:
 
         there = replace(made, predict=self.predict, reference=frozen if reference else None)
         with block:
-            value = self.objective.loss_of(there)
-            gradients = gradients_of(value, self.parameters)
-        return with_gradient(value, self.parameters, gradients)
+            return moved_loss(self.objective.loss_of(there), self.parameters)
 
     def reconciled(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         """The parts of a batch with the retain loss, of which the erasing ones do not work against it if the settings
