@@ -22,8 +22,8 @@ from benchmarks.tables.stable_diffusion import (
     KEYS_AND_VALUES,
     PROJECTION,
     SHORT_LIST,
+    UNLEARN,
     objective_row,
-    run_chain,
     with_interval,
 )
 from benchmarks.tables.table import Metrics, Row, Script, Table, lines_of, log_of
@@ -122,7 +122,9 @@ class RobustnessTable(Table):
             folder = output / row.name
             flags["pretrained_model_name_or_path"] = folder
             if not (folder / METRICS_NAME).is_file() or not (folder / "unet").is_dir():
-                run_chain([row], output, keep=True, config=WAYS[way][0])
+                erasing = {"output_dir": folder, "cache_dir": output / "cache", "report_to": "none"}
+                erasing |= {"overwrite_output_dir": True, "evaluation.classifier": None}  # it is judged below
+                UNLEARN.run(WAYS[way][0], {**row.flags, **erasing}, log_of(output, row.name))
             seconds = json.loads((folder / METRICS_NAME).read_text())["seconds_training"]
         judged = output / f"{row.name}-judged"
         flags |= {"output_dir": judged, "overwrite_output_dir": True, "cache_dir": output / "attackers", **self.judged}
@@ -201,7 +203,8 @@ def robustness() -> RobustnessTable:
     judged = {
         "attack_budget": "standard",
         "attacks": "[inversion,relearning]",
-        "evaluation.images_per_label": 60,
+        "relearning.marks": "[5,10,20,40]",  # those of the gap
+        "evaluation.images_per_label": 30,
         "fidelity.extractors": "[efficientnet_lite0]",
     }
     return RobustnessTable(name="robustness", chains=chains, judged=judged, pages=pages)
