@@ -1,6 +1,9 @@
 """The documentation's tables: rows that parse, and a runner that does not run a finished row again."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,9 +11,10 @@ from short_runs import ROOT, SHORT
 
 from barrier_diffusers.workflow.settings import chosen_objective
 from benchmarks.tables import TABLES
-from benchmarks.tables.__main__ import TableConfig, main, run_all
+from benchmarks.tables.__main__ import TableConfig, main
 from benchmarks.tables.stable_diffusion import UNLEARN, AttackTable, ErasureTable
 from benchmarks.tables.table import MeansTable, Row
+from benchmarks.tables.workers import run_all
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +107,18 @@ def test_a_row_that_fails_leaves_the_others_alone():
     found = dict(run_all(share, {"three": (3,), "none": (0,), "four": (4,)}, 1, failed))
     assert found == {"three": 4, "four": 3}
     assert len(failed) == 1 and failed[0].startswith("none: ")
+
+
+def test_the_command_hands_its_rows_to_other_processes(tmp_path):
+    """As `make table` calls it; here without assets, so that a row fails, and says so, as soon as it runs."""
+    for name in ("train_scripts", "ddpm_ext"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    words = ["--tables", "objectives", "--rows", "UCE", "--workers", "1", "--docs", "tables", "--output_dir", "runs"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.tables", *words],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1 and "assets/fashion_sd" in done.stderr and "terminated abruptly" not in done.stderr
 
 
 def test_means():
