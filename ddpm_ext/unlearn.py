@@ -22,6 +22,9 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from barrier_diffusers import Barrier
+from barrier_diffusers.data.folders import announce
+from barrier_diffusers.data.labelled_images import LabelledImages
+from barrier_diffusers.data.readers import take_evenly
 from barrier_diffusers.evaluation.erasure import generate_cached
 from barrier_diffusers.evaluation.judge import Judge, as_rgb
 from barrier_diffusers.evaluation.pictures import before_after_grid, loss_curves, strip
@@ -30,7 +33,9 @@ from barrier_diffusers.evaluation.tables import erase_more, print_metrics, warn_
 from barrier_diffusers.models.loading import module_hashes
 from barrier_diffusers.models.shared_generation import generate_together, with_helpers
 from barrier_diffusers.objectives import Objective
+from barrier_diffusers.objectives.base import Condition
 from barrier_diffusers.protection.targets import Snapshots, snapshot_of
+from barrier_diffusers.training.nearest_label import NUM_IMAGES, label_distances, said_of
 from barrier_diffusers.training.relearner import adapted_maps
 from barrier_diffusers.training.trainer import Trainer, open_run
 from barrier_diffusers.training.unlearn import Unlearner, rates_of_maps
@@ -39,7 +44,7 @@ from barrier_diffusers.utils.files import save_whole, write_json
 from barrier_diffusers.utils.output_folder import in_output_folder
 from barrier_diffusers.utils.run_records import MANIFEST_NAME, METRICS_NAME, fingerprint, manifest
 from ddpm_ext.attacks import Images, attack_images, run_attacks
-from ddpm_ext.diffusion import LabelDenoiser, LabelRows, UnlearningRows, draw
+from ddpm_ext.diffusion import LABELS, LabelDenoiser, LabelRows, UnlearningRows, draw
 from ddpm_ext.loading import load_pipeline, load_rows
 from ddpm_ext.metrics import EvaluationLabels, evaluate, make_evaluation_labels, make_judge, real_images
 from ddpm_ext.new_rows import LabelVocabulary
@@ -64,10 +69,10 @@ def unlearning_rows(
     null = pipeline.null_label if objective.needs_unconditional else None
     anchors = anchor_ids(
         config,
-        forget.labels,
+        forget,
+        pipeline,
         forget_ids=forget_ids,
         retain_ids=retain_ids,
-        names=data.names,
         generator=generator,
     )
     with_images = not objective.samples_from_model or config.reads_forget_images
@@ -88,18 +93,23 @@ def unlearning_rows(
 
 def anchor_ids(
     config: UnlearnConfig,
-    labels_N: Tensor,
+    forget: LabelledImages,
+    pipeline: ClassConditionalDDPMPipeline,
+    *,
     forget_ids: list[int],
     retain_ids: list[int],
-    names: list[str],
     generator: torch.Generator,
 ) -> Tensor:
-    """The label whose prediction each forget image is to get: the named one, or a retained one at random.
+    """The label whose prediction each forget image is to get: the named one, the nearest retained one, or a retained
+    one at random.
 
     Raises:
         ValueError: an anchor that there is not.
     """
+    labels_N, names = forget.labels, forget.names
     anchors = [anchor for anchor in config.objective.anchors_of(config.concepts, labels=True) if anchor is not None]
+    if config.objective.anchor_choice == "nearest":
+        anchors = [nearest_label(config, forget, pipeline, label, retain_ids) for label in forget_ids]
     if not anchors:
         return torch.tensor(retain_ids)[torch.randint(len(retain_ids), (len(labels_N),), generator=generator)]
     for anchor in anchors:
@@ -107,6 +117,32 @@ def anchor_ids(
             raise ValueError(f"objective.anchor {anchor!r} is no label of the data: {', '.join(names)}")
     chosen = {label: names.index(anchor) for label, anchor in zip(forget_ids, anchors, strict=True)}
     return torch.tensor([chosen[int(label)] for label in labels_N])
+
+
+def nearest_label(
+    config: UnlearnConfig,
+    forget: LabelledImages,
+    pipeline: ClassConditionalDDPMPipeline,
+    label: int,
+    retain_ids: list[int],
+) -> str:
+    """The retained label that the pipeline tells least from this one, on the label's images."""
+    rows = (forget.labels == label).nonzero().flatten()
+    images = forget.images[rows[take_evenly(range(len(rows)), NUM_IMAGES, config.seed)]]
+
+    def condition(of: int) -> Condition:
+        return {LABELS: torch.full((len(images),), of)}
+
+    found = label_distances(
+        LabelDenoiser(pipeline),
+        images,
+        own=condition(label),
+        others={forget.names[other]: condition(other) for other in retain_ids},
+        seed=config.seed,
+        batch_size=config.train_batch_size,
+    )
+    announce(said_of(forget.names[label], found))
+    return next(iter(found))
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from diffusers import StableDiffusionPipeline
 from tiny_encoders import FASHION
 
 from barrier_diffusers.data.concepts import ConceptConfig, DataNeeds, concepts_of, load_concepts
+from barrier_diffusers.data.encoding import encode_moments, encode_prompts
 from barrier_diffusers.data.erased_concepts import (
     ERASED_NAME,
     ErasedConcepts,
@@ -18,14 +19,18 @@ from barrier_diffusers.data.erased_concepts import (
     rows_about_others,
 )
 from barrier_diffusers.data.generated_images import write_image_folder
+from barrier_diffusers.data.readers import take_evenly
 from barrier_diffusers.evaluation.accuracy import erasure_metrics
 from barrier_diffusers.evaluation.erasure import (
     ImageEvaluationConfig,
     check_evaluation_prompts,
     make_evaluation_prompts,
 )
+from barrier_diffusers.models.denoiser import PipelineDenoiser
 from barrier_diffusers.models.generation import SamplingConfig
 from barrier_diffusers.objectives import ObjectiveConfig
+from barrier_diffusers.training import nearest_label
+from barrier_diffusers.training.seeds import seeded
 from barrier_diffusers.utils.words import mentions, similar_words
 
 SKETCHES = ErasedConcepts(["pencil sketch"], ["a pencil sketch of a red bag", "a pencil sketch of a red boot"])
@@ -56,6 +61,41 @@ def test_several_classes_each_with_its_anchor(load):
     anchors = data.anchors(["boot", "coat"], None, 0)
     for caption, anchor in zip(data.forget["text"], anchors, strict=True):
         assert anchor == caption.replace("sneaker", "boot").replace("bag", "coat")
+
+
+def test_the_nearest_label_is_the_one_whose_prompts_are_answered_most_alike(pipeline, load, tmp_path, monkeypatch):
+    monkeypatch.setattr(nearest_label, "NUM_IMAGES", 3)
+    labels = ["trouser", "boot", "bag"]
+    data = load(concept=["sneaker", "dress"], train_data_dir=str(IMAGES), max_forget_images=20)
+    data.labels = labels
+    asked = {"resolution": 32, "seed": 5, "batch_size": 2, "cache": tmp_path, "base_hash": "x"}
+    chosen = nearest_label.nearest_labels(data, pipeline, **asked)
+    denoiser, expected = PipelineDenoiser(pipeline), {}
+    for concept in ("sneaker", "dress"):
+        mine = [row for row, own in enumerate(data.concepts) if own == concept]
+        rows = data.forget.select([mine[place] for place in take_evenly(range(len(mine)), 3, 5)])
+        moments, totals = encode_moments(pipeline.vae, rows, "image", 32), dict.fromkeys(labels, 0.0)
+        generator = seeded(5, "nearest label", 0)
+        for part in [slice(0, 2), slice(2, 3)] * nearest_label.NUM_DRAWS:
+            drawn, captions = denoiser.noised(moments[part], generator), rows["text"][part]
+
+            def answer(texts, drawn=drawn):
+                with torch.no_grad():
+                    return denoiser.predict(
+                        pipeline.unet, drawn.noisy, drawn.timesteps, encode_prompts(pipeline, texts)
+                    )
+
+            own = answer(captions)
+            for label in labels:
+                other = answer([caption.replace(concept, label) for caption in captions])
+                totals[label] += len(captions) * float((other - own).square().mean())
+        expected[concept] = min(totals, key=totals.get)
+    assert chosen == expected and chosen["sneaker"] == "boot"
+    monkeypatch.setattr(nearest_label, "label_distances", None)  # it is cached
+    assert nearest_label.nearest_labels(data, pipeline, **asked) == chosen
+    data.nearest = chosen
+    for caption, anchor in zip(data.forget["text"], data.anchors(None, None, 0), strict=True):
+        assert anchor == caption.replace("sneaker", chosen["sneaker"]).replace("dress", chosen["dress"])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,10 @@ import torch
 from ddpm_models import LABELS, Place
 
 from barrier_diffusers import Barrier
+from barrier_diffusers.data.readers import take_evenly
+from barrier_diffusers.training.seeds import seeded
 from barrier_diffusers.utils.command_line import parse_config
+from ddpm_ext.diffusion import LabelDenoiser
 from ddpm_ext.loading import load_pipeline
 from ddpm_ext.settings import UnlearnConfig, chosen_objective
 from ddpm_ext.unlearn import unlearning_rows
@@ -100,6 +103,22 @@ def rows_of(place, tmp_path, **changes):
     return unlearning_rows(config, chosen_objective(config), load_pipeline(str(place.base)))
 
 
+@torch.no_grad()
+def nearest_by_hand(place, images):
+    """The label whose answers on boots are nearest to those of their own label, in batches of 4."""
+    denoiser = LabelDenoiser(load_pipeline(str(place.base)))
+    images = images[take_evenly(range(len(images)), 32, 0)]
+    generator, totals = seeded(0, "nearest label", 0), torch.zeros(3)
+    for start in [*range(0, len(images), 4)] * 2:
+        drawn = denoiser.noised(images[start : start + 4], generator)
+        answers = [
+            denoiser.network(drawn.noisy, drawn.timesteps, class_labels=torch.full_like(drawn.timesteps, label)).sample
+            for label in range(3)
+        ]
+        totals += torch.stack([(answer - answers[1]).square().flatten(1).mean(1).sum() for answer in answers])
+    return 0 if totals[0] < totals[2] else 2
+
+
 def test_rows_hold_what_the_objective_reads_and_nothing_else(place, tmp_path):
     rows = rows_of(place, tmp_path, **{"objective.alpha": 1.0, "label_dropout": 0.5, "max_retain_images": 12})
     assert rows.forget.labels.tolist() == [1] * 8 and set(rows.forget.anchors.tolist()) <= {0, 2}
@@ -109,6 +128,10 @@ def test_rows_hold_what_the_objective_reads_and_nothing_else(place, tmp_path):
     assert set(named.forget.anchors.tolist()) == {2} and named.retain is None
     two = rows_of(place, tmp_path, concept="[bag,boot]", **{"objective.anchor": "coat"})
     assert sorted(set(two.forget.labels.tolist())) == [0, 1]
+    nearest = rows_of(place, tmp_path, concept="[bag,boot]", **{"objective.anchor_choice": "nearest"})
+    assert set(nearest.forget.anchors.tolist()) == {2}  # all that is left
+    one = rows_of(place, tmp_path, concept="boot", **{"objective.anchor_choice": "nearest"})
+    assert one.forget.anchors.tolist() == [nearest_by_hand(place, one.forget.images)] * 8
     own = rows_of(place, tmp_path, **{"objective.name": "esd"})
     assert own.forget.images is None and own.forget.null_label == 3 and own.forget.anchors is None
 
@@ -123,6 +146,8 @@ def test_rows_hold_what_the_objective_reads_and_nothing_else(place, tmp_path):
         ({"objective.anchor_prompt": "a boot"}, "a label is no prompt"),
         ({"objective.anchor": "boot"}, "is to be forgotten itself"),
         ({"objective.anchor": "shoe"}, "objective.anchor 'shoe' is no label"),
+        ({"objective.anchor": "coat", "objective.anchor_choice": "nearest"}, "but an anchor is named"),
+        ({"objective.name": "ga", "objective.anchor_choice": "nearest"}, "does not read objective.anchor_choice"),
         ({"objective.name": "ga", "objective.anchor": "coat"}, "does not read objective.anchor"),
         ({"saliency_mask": 0.5, "barrier.constraint": "projection"}, "use one of the two"),
         ({"pretrained_model_name_or_path": "nowhere"}, "holds no model_index.json"),

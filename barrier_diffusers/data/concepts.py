@@ -204,10 +204,13 @@ class ConceptData:
     labels: list[str]  # other values of the concept column; empty where there is no column
     retain_captions: list[str]  # distinct ones, whether or not the rows were chosen
     config: ConceptConfig
+    nearest: dict[str, str] = field(default_factory=dict)  # concept -> the label that a rule picked as its anchor
 
     def anchors(self, anchor: str | list[str] | None, anchor_prompt: str | None, seed: int) -> list[str]:
         """The anchor prompt of every forget row."""
         captions, names = list(self.forget[self.config.caption_column]), self.config.names
+        if anchor is None and anchor_prompt is None and self.nearest:
+            anchor = [self.nearest[concept] for concept in self.config.concepts]
         if isinstance(anchor, list):
             words = dict(zip(self.config.concepts, anchor, strict=True))
             rows = zip(captions, self.concepts, strict=True)

@@ -102,14 +102,14 @@ class PromptEdit:
 
 NEEDS = {
     "anchor": "step.anchor: another label at random, or what the anchor settings say",
-    "named_anchor": "the same, but one of the anchor settings must be given",
+    "named_anchor": "the same, but one of the anchor settings must be given, and be no random one",
     "unconditional": "step.unconditional",
     "reference": "step.reference",
     "samples_from_model": "x_t sampled by the model itself from prompts alone, instead of noised images",
 }
 READ_BY_NEED = {  # fields of ObjectiveConfig
-    "anchor": ("anchor", "anchor_prompt"),
-    "named_anchor": ("anchor", "anchor_prompt"),
+    "anchor": ("anchor", "anchor_prompt", "anchor_choice"),
+    "named_anchor": ("anchor", "anchor_prompt", "anchor_choice"),
     "samples_from_model": ("guidance_scale", "num_inference_steps"),
 }
 
@@ -210,10 +210,12 @@ class Objective:
                 raise ValueError(
                     f"objective {self.name!r} does not read objective.{item.name}: leave it at {item.default}"
                 )
-        if "named_anchor" in self.needs and options.anchor is None and options.anchor_prompt is None:
+        is_drawn = options.anchor is None and options.anchor_prompt is None and options.anchor_choice == "random"
+        if "named_anchor" in self.needs and is_drawn:
             raise ValueError(
                 f"objective {self.name!r} steers the concept to one anchor: set objective.anchor_prompt "
-                "(a whole prompt) or objective.anchor (words that replace the concept's in each caption)"
+                "(a whole prompt), objective.anchor (words that replace the concept's in each caption) or "
+                "objective.anchor_choice to nearest"
             )
 
 

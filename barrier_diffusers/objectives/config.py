@@ -28,8 +28,11 @@ class SharedSettings:
     # what the retain batch is to be answered with. noise: what was added, as in ordinary training; base: the frozen
     # model's own prediction (distillation), so that what it never could predict is not learned
     retain_target: Literal["noise", "base"] = "noise"
-    # words that replace the concept's in each caption, or a list, one per concept; None: another label at random
+    # words that replace the concept's in each caption, or a list, one per concept; None: another label (anchor_choice)
     anchor: str | list[str] | None = None
+    # which label where no anchor is named. random: one for each image; nearest: for each concept the one whose prompts
+    # the model answers most alike on the concept's images
+    anchor_choice: Literal["random", "nearest"] = "random"
     anchor_prompt: str | None = None  # or one whole prompt for every forget image
     guidance_scale: float = 3.0  # esd: classifier-free guidance while the model samples its own x_t
     num_inference_steps: int = 50  # >= 1; esd: steps of that sampling, of which a random number is run
@@ -45,6 +48,10 @@ class SharedSettings:
     def __post_init__(self) -> None:
         if self.anchor is not None and self.anchor_prompt is not None:
             raise ValueError("set objective.anchor (words) or objective.anchor_prompt (a whole prompt), not both")
+        if self.anchor_choice != "random" and (self.anchor is not None or self.anchor_prompt is not None):
+            raise ValueError(
+                f"objective.anchor_choice is {self.anchor_choice!r}, but an anchor is named: leave one of the two out"
+            )
         if self.retain_target != "noise" and self.alpha == 0:
             raise ValueError(f"objective.retain_target is {self.retain_target!r}, but objective.alpha is 0: set it")
         check_settings(self)

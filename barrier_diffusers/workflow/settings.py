@@ -165,7 +165,10 @@ def check_anchors(config: UnlearnConfig) -> None:
     anchor, concepts = config.objective.anchor, config.concepts
     config.objective.anchors_of(concepts, config.synonyms)
     if config.source is None and anchor is None and config.objective.anchor_prompt is None:
-        raise ValueError("without a concept column there is no other label: set objective.anchor or anchor_prompt")
+        raise ValueError(
+            "without a concept column there is no other label, at random or nearest: set objective.anchor or "
+            "anchor_prompt"
+        )
     if config.source is None and config.forget_data_dir is None and anchor is not None:
         about = concepts_of(config.forget_prompts, config.names)
         for prompt, concept in zip(config.forget_prompts, about, strict=True):

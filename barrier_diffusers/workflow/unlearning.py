@@ -61,6 +61,7 @@ from barrier_diffusers.models.shared_generation import generate_together, with_h
 from barrier_diffusers.objectives import Objective
 from barrier_diffusers.protection.barrier import Barrier
 from barrier_diffusers.training.checkpoints import SIZE
+from barrier_diffusers.training.nearest_label import nearest_labels
 from barrier_diffusers.training.relearner import adapted_maps
 from barrier_diffusers.training.token_adversary import PromptVocabulary
 from barrier_diffusers.training.trainer import Trainer, open_run
@@ -265,6 +266,17 @@ def _read_and_encode(run: Run, model: LoadedModel) -> RunData:
     )
     prompts = make_evaluation_prompts(config.evaluation, config, model.erased)
     check_evaluation_prompts(config.evaluation, prompts)
+    if options.anchor_choice == "nearest":
+        with run.accelerator.autocast():
+            concepts.nearest = nearest_labels(
+                concepts,
+                model.pipeline,
+                resolution=model.resolution,
+                seed=config.seed,
+                batch_size=config.train_batch_size,
+                cache=run.cache,
+                base_hash=model.made_by(config),
+            )
     if objective.edit is not None:
         return RunData(concepts, None, prompts, prompt_targets)
     anchors = None
@@ -456,6 +468,8 @@ def judge(run: Run, model: LoadedModel, data: RunData, before: Before, results: 
     shown = Comparison(prompts.prompts, prompts.labels, red, before_NHWC=before.images, after_NHWC=after)
     log_comparison(run.accelerator.trackers, shown, results["num_steps"])
     facts = {key: value for key, value in results.items() if key != "history"}
+    if data.concepts.nearest:
+        facts["anchors"] = data.concepts.nearest
     metrics: dict[str, Any] = {"num_images": len(after), **facts}
     if config.evaluation.classifier:
         attribute, scores = evaluate_erasure(config.evaluation, prompts, before.images, after)
