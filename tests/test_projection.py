@@ -20,7 +20,7 @@ def test_the_fewest_directions_that_hold_the_energy(energy):
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(50, 8, generator=generator, dtype=torch.float64) * torch.logspace(0, -2, 8)
     moment = rows.T @ rows / 50
-    basis, share = spanning_directions(moment, energy)
+    basis, energies, share = spanning_directions(moment, energy)
     values = torch.linalg.eigvalsh(moment).flip(0)
     rank = next(k for k in range(1, 9) if values[:k].sum() >= energy * values.sum() * (1 - 1e-12))
     assert basis.shape == (8, rank)
@@ -28,6 +28,7 @@ def test_the_fewest_directions_that_hold_the_energy(energy):
     assert share == pytest.approx(held.item(), rel=1e-12) and share >= energy * (1 - 1e-12)
     assert values[: rank - 1].sum() / values.sum() < energy
     torch.testing.assert_close(basis.T @ basis, torch.eye(rank, dtype=torch.float64))
+    torch.testing.assert_close(energies, (basis.T @ moment @ basis).diagonal() / values.mean())
 
 
 def test_all_energy_means_the_directions_that_the_rows_have():
@@ -37,7 +38,7 @@ def test_all_energy_means_the_directions_that_the_rows_have():
     rows = SecondMoment(20)
     for _ in range(10):
         rows.update((5 + torch.randn(100, 3, generator=generator)) @ directions)
-    basis, share = spanning_directions(rows.second_moment, 1.0)
+    basis, _, share = spanning_directions(rows.second_moment, 1.0)
     assert basis.shape == (20, 3) and share == 1.0
     torch.testing.assert_close(basis.float() @ (basis.T.float() @ directions.T), directions.T, rtol=1e-4, atol=1e-5)
 
@@ -103,9 +104,46 @@ def test_project_out_takes_each_weight_back_to_its_own_origin():
     torch.testing.assert_close(again, weights, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("use_lora", [False, True], ids=["full", "lora"])
+def test_a_soft_projection_leaves_a_share_of_each_direction(unet, tmp_path, use_lora):
+    if use_lora:
+        add_lora(unet)
+    barrier = protected(unet, projection_softness=0.5)
+    (entry, *_), fit = barrier.maps, next(iter(barrier.projections.values()))
+    assert fit.rank == 3 and fit.energies.sum().item() == pytest.approx(12, rel=1e-5)  # all energy in 3 of 12
+
+    def moving():
+        return entry.lora().parameters[0] if use_lora else entry.layer.weight
+
+    origin = torch.zeros_like(moving()) if use_lora else moving().detach().clone()
+    with torch.no_grad():
+        moving().copy_(origin + torch.randn(moving().shape, generator=torch.Generator().manual_seed(0)))
+    before = moving().detach() - origin
+    barrier.save_pretrained(tmp_path)
+    for one in (barrier, Barrier.from_pretrained(tmp_path, unet)):
+        with torch.no_grad():
+            moving().copy_(origin + before)
+        one.project()
+        taken = torch.eye(12) - fit.basis @ torch.diag(fit.energies / (0.5 + fit.energies)) @ fit.basis.T
+        torch.testing.assert_close(moving().detach() - origin, before @ taken, rtol=1e-4, atol=1e-5)
+
+
+def test_a_soft_projection_closes_no_map(unet):
+    barrier = Barrier(unet, config_of(projection_softness=0.1))
+    barrier.setup_protection(None, run_unet, unet_batches())
+    assert all(fit.rank == fit.num_features for fit in barrier.projections.values())
+    before = {entry.name: entry.layer.weight.detach().clone() for entry in barrier.maps}
+    train(barrier, run_unet, unet_batches())
+    assert all(not torch.equal(before[entry.name], entry.layer.weight) for entry in barrier.maps)
+    certificate = barrier.certify(unet_batches(seed=9), run_unet, quantile=0.5)
+    assert certificate.holds
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"projection_softness": 0.1}, "projection_softness needs constraint='projection' or 'both'"),
+        ({"constraint": "both", "projection_softness": -1}, "projection_softness is -1"),
         ({"constraint": "hard"}, "penalty, projection, both"),
         ({"constraint": "both", "projection_energy": 0.0}, "projection_energy is 0.0"),
         ({"constraint": "both", "projection_energy": 1.5}, "projection_energy is 1.5"),

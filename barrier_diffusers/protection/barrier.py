@@ -193,7 +193,8 @@ class Barrier:
         elif regions:
             self._loss = StackedLoss(regions, self.config, adapter=self.uses_adapter)
         projections = [(maps, projection.to(self._device)) for maps, projection in state.projections]
-        self._projections = StackedProjections(projections) if projections else None
+        softness = self.config.projection_softness
+        self._projections = StackedProjections(projections, softness) if projections else None
         self._snapshots = moved(state.snapshots, self._device)
         self._rest = {name: value.to(self._device) for name, value in state.rest.items()}
 
@@ -264,7 +265,8 @@ class Barrier:
         """Take the drift out of the retain inputs' span (docs/method.md section 7); call it after each optimizer step.
 
         dW <- dW (I - P P^T), or A <- A (I - P P^T) with LoRA, in place and in float32; see `project_out` for what
-        half-precision weights leave. Does nothing with constraint "penalty".
+        half-precision weights leave. A soft projection takes a share of each direction's drift out at every call. Does
+        nothing with constraint "penalty".
 
         Raises:
             RuntimeError: setup_protection was not called.

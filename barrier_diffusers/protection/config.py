@@ -56,6 +56,9 @@ class BarrierConfig:
     # lambda_interval, reduced_dim, the percentiles and infinity_scale play no part; both: projection and loss
     constraint: Literal["penalty", "projection", "both"] = "penalty"
     projection_energy: float = 0.999  # (0, 1]; share of the retain inputs' energy E|x|^2 that updates may not touch
+    # 0: not at all. Above, the projection is soft: of the drift along a direction whose retain energy is e times the
+    # mean over all directions, softness / (softness + e) is left after each step
+    projection_softness: float = 0.0
     # each attention computes the loss of its own maps while it runs in training: for engines that make weights whole
     # only there; value and gradient are the same, and it takes more operators
     loss_inside: bool = False
@@ -68,6 +71,7 @@ class BarrierConfig:
         reduced_dim=at_least(1),
         infinity_scale=at_least(0),
         projection_energy=Range(0, 1, without_low=True),
+        projection_softness=at_least(0),
     )
 
     def __post_init__(self) -> None:
@@ -120,6 +124,8 @@ class BarrierConfig:
             ),
             "projection_energy needs constraint='projection' or 'both'": not self.has_projection
             and self.projection_energy != defaults["projection_energy"],
+            "projection_softness needs constraint='projection' or 'both'": not self.has_projection
+            and self.projection_softness > 0,
         }
         for message, holds in contradictions.items():
             if holds:
@@ -159,7 +165,8 @@ class BarrierConfig:
     def summary(self) -> str:
         """The protection in a few words, for tables and model cards."""
         penalty = f"protection weight {self.lambda_interval:g}" if self.protects else "no protection"
-        projection = f"projection at energy {self.projection_energy:g}"
+        soft = f", softness {self.projection_softness:g}" if self.projection_softness else ""
+        projection = f"projection at energy {self.projection_energy:g}{soft}"
         return {"penalty": penalty, "projection": projection, "both": f"{penalty}, {projection}"}[self.constraint]
 
     def to_dict(self) -> dict[str, Any]:

@@ -224,7 +224,8 @@ def fit_protection(
         for name, rows in retain.items():
             projection = fit_projection(rows, config.projection_energy)
             fitted.projections.append((passes.readers(name, retain_leader_of), projection))
-        if all(projection.rank == projection.num_features for _, projection in fitted.projections):
+        closed = all(projection.rank == projection.num_features for _, projection in fitted.projections)
+        if closed and not config.projection_softness:
             raise ValueError(
                 "the retain inputs span all directions of every map, so nothing could be trained: lower "
                 f"projection_energy (now {config.projection_energy:g}) or pass fewer kinds of retain inputs"

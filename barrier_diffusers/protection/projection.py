@@ -27,6 +27,7 @@ class RetainProjection:
     """What the retain inputs of one tensor span; all tensors float32, shared by every map that reads it."""
 
     basis: Tensor  # P (D, R), orthonormal columns; R may be anything from 0 to D
+    energies: Tensor  # (R,) of the retain inputs along each of them, in terms of the mean over all D directions
     residual: Tensor  # (D, D), the second moment outside the span: (I - P P^T) E[x x^T] (I - P P^T)
     energy: float  # share of E|x|^2 inside the span, at least projection_energy
     radius: float  # largest norm of a retain row
@@ -44,17 +45,20 @@ class RetainProjection:
 
     def to(self, device: torch.device | str) -> RetainProjection:
         """The same projection on another device."""
-        return replace(self, basis=self.basis.to(device), residual=self.residual.to(device))
+        return replace(
+            self, basis=self.basis.to(device), energies=self.energies.to(device), residual=self.residual.to(device)
+        )
 
     def to_tensors(self) -> dict[str, Tensor]:
         """All fields as tensors, for safetensors."""
         numbers = {name: torch.tensor(getattr(self, name), dtype=torch.float64) for name in NUMBERS}
-        return {"basis": self.basis, "residual": self.residual, **numbers}
+        return {"basis": self.basis, "energies": self.energies, "residual": self.residual, **numbers}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> RetainProjection:
-        """The inverse of `to_tensors`."""
-        values: dict[str, Any] = {field.name: tensors[field.name] for field in fields(cls)}
+        """The inverse of `to_tensors`; a file of an earlier version has no energies, but no soft projection either."""
+        rest = {"energies": tensors["basis"].new_zeros(tensors["basis"].shape[1])}
+        values: dict[str, Any] = {field.name: {**rest, **tensors}[field.name] for field in fields(cls)}
         values |= {name: values[name].item() for name in NUMBERS}
         return cls(**{**values, "count": int(values["count"])})
 
@@ -100,8 +104,9 @@ class SecondMoment:
         return self.moments.covariance + torch.outer(mean_D, mean_D)
 
 
-def spanning_directions(second_moment_DD: Tensor, energy: float) -> tuple[Tensor, float]:
-    """The fewest leading eigenvectors P (D, R) that hold `energy` of the trace, and the share they hold.
+def spanning_directions(second_moment_DD: Tensor, energy: float) -> tuple[Tensor, Tensor, float]:
+    """The fewest leading eigenvectors P (D, R) that hold `energy` of the trace, their eigenvalues (R,) in terms of the
+    mean over all D, and the share they hold.
 
     Eigenvalues below float32's resolution of the trace are rounding of the sums and count as 0, so that energy 1 asks
     for the directions the rows really have.
@@ -113,7 +118,8 @@ def spanning_directions(second_moment_DD: Tensor, energy: float) -> tuple[Tensor
     held_D = values_D.cumsum(0)
     rank = int((held_D < energy * held_D[-1]).sum().item()) + 1 if held_D[-1] > 0 else 0
     share = (held_D[rank - 1] / held_D[-1]).item() if rank else 1.0
-    return vectors_DD[:, :rank].contiguous(), share
+    relative_R = values_D[:rank] / values_D.mean() if rank else values_D[:0]
+    return vectors_DD[:, :rank].contiguous(), relative_R, share
 
 
 def fit_projection(rows: SecondMoment, energy: float) -> RetainProjection:
@@ -123,11 +129,12 @@ def fit_projection(rows: SecondMoment, energy: float) -> RetainProjection:
         ValueError: no rows.
     """
     second_moment_DD = rows.second_moment
-    basis_DR, share = spanning_directions(second_moment_DD, energy)
+    basis_DR, energies_R, share = spanning_directions(second_moment_DD, energy)
     half_DD = second_moment_DD - basis_DR @ (basis_DR.T @ second_moment_DD)
     residual_DD = half_DD - (half_DD @ basis_DR) @ basis_DR.T
     return RetainProjection(
         basis=basis_DR.float(),
+        energies=energies_R.float(),
         residual=((residual_DD + residual_DD.T) / 2).float(),
         energy=share,
         radius=rows.largest.item(),
@@ -170,9 +177,11 @@ class StackedProjections:
 
     Args:
         projections: of each distinct retain input, with the maps that read it.
+        softness: see BarrierConfig.projection_softness.
     """
 
-    def __init__(self, projections: Sequence[tuple[Sequence[ProtectedMap], RetainProjection]]):
+    def __init__(self, projections: Sequence[tuple[Sequence[ProtectedMap], RetainProjection]], softness: float = 0.0):
+        self.softness = softness
         self.groups = [ProjectedGroup(list(maps), projection) for maps, projection in projections]
         self._bases: dict[tuple, Tensor] = {}
 
@@ -201,12 +210,21 @@ class StackedProjections:
                 project_out(now, then, self._stacked(tuple(positions)))
 
     def _stacked(self, positions: tuple[int, ...]) -> Tensor:
-        """The bases (G, D, R) of some groups, with columns of zeros up to the largest rank; made once."""
+        """The bases (G, D, R) of some groups, with columns of zeros up to the largest rank; made once.
+
+        A soft projection leaves s / (s + e) of the drift along a column: it takes out what a column has that is
+        sqrt(e / (s + e)) long.
+        """
         if positions not in self._bases:
-            bases = [self.groups[position].projection.basis for position in positions]
+            fits = [self.groups[position].projection for position in positions]
+            bases = [fit.basis for fit in fits]
+            if self.softness:
+                bases = [fit.basis * (fit.energies / (self.softness + fit.energies)).sqrt() for fit in fits]
             most = max(basis_DR.shape[1] for basis_DR in bases)
             padded = [F.pad(basis_DR, (0, most - basis_DR.shape[1])) for basis_DR in bases]
             self._bases[positions] = torch.stack(padded)
+            if self.softness:
+                return self._bases[positions]
             for position, basis_DR, stacked_DR in zip(positions, bases, self._bases[positions], strict=True):
                 group = self.groups[position]  # held once
                 group.projection = replace(group.projection, basis=stacked_DR[:, : basis_DR.shape[1]])
