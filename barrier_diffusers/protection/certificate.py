@@ -61,10 +61,14 @@ def moment_bound(drift: Drift, region: ForgetRegion, probability: float) -> Tens
     """A bound on |dW x + db| of each output, (O,), that holds with at least `probability` for a random x whose z lies
     in the envelope and whose part outside the basis has mean 0 and covariance C_res (Chebyshev, each output apart).
     It needs no more than the second moment of that part, whatever its mean."""
-    fixed_O, _ = sound_bound_parts(drift, region)
-    if region.residual is None:
+    fixed_O, slope_O = sound_bound_parts(drift, region)
+    if region.residual_factor is not None:  # of a wide input a bound on C_res is known, which serves as well
+        variance_O = drift.project(region.residual_factor).square().sum(1)
+        variance_O = variance_O + region.residual_diagonal * slope_O.square()
+    elif region.residual is not None:
+        variance_O = drift.energy(region.residual).clamp_min(0)
+    else:
         return fixed_O
-    variance_O = drift.energy(region.residual).clamp_min(0)
     return fixed_O + (variance_O / (1 - probability)).sqrt()
 
 

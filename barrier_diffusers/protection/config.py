@@ -19,7 +19,11 @@ CONFIG_NAME = "barrier_config.json"
 PENALTY_CHOICES = (  # of the protection loss; its numbers have a value anyway, and are not read without it
     *("region", "decomposition", "interval", "remove_top_directions", "include_bias_drift"),
     *("use_actual_bounds", "normalize_protection", "residual_weighting", "residual_source", "loss_inside"),
+    *("wide_features", "residual_rank"),
 )
+
+
+RESIDUAL_CHOICES = ("residual_source", "residual_weighting", "wide_features", "residual_rank")
 
 
 @dataclass
@@ -52,6 +56,12 @@ class BarrierConfig:
     # per_sample: mean over rows; singular_values: the paper's code, grows with the number of rows
     residual_weighting: Literal["per_sample", "singular_values"] = "per_sample"
     residual_source: Literal["forget", "retain", "both"] = "forget"  # whose covariance fills the residual term
+    # >= 0; a map with more input features keeps an upper bound on their covariance, in memory linear in the features:
+    # residual_rank directions beside the basis and one number for all others; null: no map does
+    wide_features: int | None = 8192
+    residual_rank: int = (
+        128  # >= 1; reduced_dim + residual_rank must be less than half of the features, else none does
+    )
     # penalty: the protection loss; projection: updates are kept out of the directions of the retain inputs, and
     # lambda_interval, reduced_dim, the percentiles and infinity_scale play no part; both: projection and loss
     constraint: Literal["penalty", "projection", "both"] = "penalty"
@@ -69,6 +79,8 @@ class BarrierConfig:
         lower_percentile=SHARE,
         upper_percentile=SHARE,
         reduced_dim=at_least(1),
+        wide_features=at_least(0),
+        residual_rank=at_least(1),
         infinity_scale=at_least(0),
         projection_energy=Range(0, 1, without_low=True),
         projection_softness=at_least(0),
@@ -105,8 +117,8 @@ class BarrierConfig:
         contradictions = {
             "decomposition='none' has no leading directions, so remove_top_directions has nothing to remove": none
             and self.remove_top_directions,
-            "decomposition='none' has no residual: residual_source and residual_weighting must keep their defaults": (
-                none and (self.residual_source != "forget" or self.residual_weighting != "per_sample")
+            f"decomposition='none' has no residual: {', '.join(RESIDUAL_CHOICES)} must keep their defaults": (
+                none and any(getattr(self, name) != defaults[name] for name in RESIDUAL_CHOICES)
             ),
             "interval=False and remove_top_directions=True both drop the interval term: choose one": not self.interval
             and self.remove_top_directions,
@@ -145,6 +157,17 @@ class BarrierConfig:
     def has_projection(self) -> bool:
         """Whether updates are kept out of the retain inputs' directions."""
         return self.constraint != "penalty"
+
+    @property
+    def num_sketched(self) -> int:
+        """Directions of a wide map's inputs that are kept: reduced_dim for the basis, residual_rank beside it."""
+        return self.reduced_dim + self.residual_rank
+
+    def is_wide(self, num_features: int) -> bool:
+        """Whether the covariance of so many input features is bounded rather than kept."""
+        if self.wide_features is None or self.decomposition == "none":
+            return False
+        return num_features > max(self.wide_features, 2 * self.num_sketched)
 
     @property
     def protects(self) -> bool:

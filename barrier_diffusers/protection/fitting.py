@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from barrier_diffusers.protection.config import BarrierConfig
+from barrier_diffusers.protection.frequent_directions import FrequentDirections
 from barrier_diffusers.protection.projection import RetainProjection, SecondMoment, fit_projection
 from barrier_diffusers.protection.recorder import OnRows, record_inputs
 from barrier_diffusers.protection.region import Directions, ForgetRegion, fit_directions, fit_region
@@ -27,7 +29,7 @@ from barrier_diffusers.protection.targets import ProtectedMap
 ForwardFn = Callable[[nn.Module, Any], Any]
 
 
-GatheredT = TypeVar("GatheredT", Moments, SecondMoment)
+GatheredT = TypeVar("GatheredT", Moments | FrequentDirections, SecondMoment)
 
 
 def first_tensor(output: Any) -> Tensor | None:
@@ -79,10 +81,20 @@ def in_all_processes(run: Callable[[], dict[str, str]], device: torch.device) ->
     return result
 
 
-def into_moments(gathered: dict[str, GatheredT], kind: Callable[[int, torch.device], GatheredT]) -> OnRows:
-    """Adds recorded rows to the moments of their input, each a `kind` of its own."""
+def into_moments(
+    gathered: dict[str, GatheredT],
+    kind: Callable[[int, torch.device], GatheredT],
+    only: Callable[[int], bool] | None = None,
+) -> OnRows:
+    """Adds recorded rows to the moments of their input, each a `kind` of its own.
+
+    Args:
+        only: of which numbers of features; None: of any.
+    """
 
     def update(leader: str, rows_BLD: Tensor) -> None:
+        if only is not None and not only(rows_BLD.shape[-1]):
+            return
         if leader not in gathered:
             gathered[leader] = kind(rows_BLD.shape[-1], rows_BLD.device)
         gathered[leader].update(rows_BLD.flatten(0, 1))
@@ -165,6 +177,13 @@ def own_config(config: BarrierConfig, linear_map: ProtectedMap) -> BarrierConfig
     return replace(config, reduced_dim=min(config.reduced_dim, linear_map.num_features))
 
 
+def moments_for(config: BarrierConfig, num_features: int, device: torch.device) -> Moments | FrequentDirections:
+    """What gathers the mean and the covariance of inputs with so many features."""
+    if config.is_wide(num_features):
+        return FrequentDirections(num_features, config.num_sketched, device)
+    return Moments(num_features, device)
+
+
 def fit_protection(
     model: nn.Module,
     maps: Sequence[ProtectedMap],
@@ -182,12 +201,13 @@ def fit_protection(
             RuntimeError; retain inputs that leave no map a direction to move in.
     """
     passes = Passes(model, maps, forward_fn)
-    moments: dict[str, Moments] = {}
+    kind = partial(moments_for, config)
+    moments: dict[str, Moments | FrequentDirections] = {}
     directions: dict[str, Directions] = {}
     forget: dict[str, ProjectionSketch] = {}
     leader_of: dict[str, str] | None = None
     if config.has_penalty:
-        leader_of = passes.record(forget_loader, "forget", into_moments(moments, Moments))
+        leader_of = passes.record(forget_loader, "forget", into_moments(moments, kind))
         for seen in moments.values():
             seen.all_reduce()
         by_name = {linear_map.name: linear_map for linear_map in maps}
@@ -196,12 +216,17 @@ def fit_protection(
         }
         forget = {name: ProjectionSketch(known.eigenvalues_K.sqrt()) for name, known in directions.items()}
         passes.record(forget_loader, "forget", into_sketches(forget, directions), leader_of)
-    retain: dict[str, SecondMoment] = {}
+    spanned: dict[str, SecondMoment] = {}  # what a projection reads of the retain rows
+    outside: dict[str, Moments | FrequentDirections] = {}  # what the residual reads of them
     sketches: dict[str, ProjectionSketch] = {}
     retain_leader_of: dict[str, str] = {}
     if config.needs_retain_data:
-        updates = [into_moments(retain, SecondMoment)]
-        if config.region_needs_retain_data:
+        updates = []
+        if config.has_projection:
+            updates.append(into_moments(spanned, SecondMoment))
+        if config.residual_source != "forget":
+            updates.append(into_moments(outside, kind, only=config.is_wide if config.has_projection else None))
+        if config.use_actual_bounds:
             sketches = {name: ProjectionSketch(known.eigenvalues_K.sqrt()) for name, known in directions.items()}
             updates.append(into_sketches(sketches, directions))
 
@@ -211,17 +236,16 @@ def fit_protection(
 
         given = retain_inputs or RetainInputs({}, maps)
         retain_leader_of = passes.retain(retain_loader, given, update, leader_of)
-    gathered: list[ProjectionSketch | SecondMoment] = [*forget.values(), *sketches.values(), *retain.values()]
-    for statistic in gathered:
+    for statistic in (*forget.values(), *sketches.values(), *spanned.values(), *outside.values()):
         statistic.all_reduce()
+    outside = {name: rows.moments for name, rows in spanned.items()} | outside
     fitted = Fitted()
     if leader_of is not None:
         for name, seen in moments.items():
-            retain_moments = retain[name].moments if name in retain else None
-            region = fit_region(seen, directions[name], forget[name], config, retain_moments, sketches.get(name))
+            region = fit_region(seen, directions[name], forget[name], config, outside.get(name), sketches.get(name))
             fitted.regions.append((passes.readers(name, leader_of), region))
     if config.has_projection:
-        for name, rows in retain.items():
+        for name, rows in spanned.items():
             projection = fit_projection(rows, config.projection_energy)
             fitted.projections.append((passes.readers(name, retain_leader_of), projection))
         closed = all(projection.rank == projection.num_features for _, projection in fitted.projections)

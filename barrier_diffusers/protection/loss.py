@@ -17,7 +17,7 @@ Shapes: P rows (outputs of any number of maps), D input features, K kept directi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,7 +50,20 @@ class Boxes:
 
     @classmethod
     def of(cls, region: ForgetRegion, config: BarrierConfig) -> Boxes:
-        """The boxes of `config.region`; none without the interval term."""
+        """The boxes of `config.region`, none without the interval term; and what the diagonal of a wide input's
+        residual, which holds outside the basis alone, counts too much inside."""
+        boxes = cls._of_interval(region, config)
+        if region.residual_factor is None:
+            return boxes
+        num_directions = region.basis.shape[1]
+        inside_K = region.mean.new_full((num_directions,), -region.residual_multiplier * region.residual_diagonal)
+        if not boxes.weights:
+            nothing_K1 = region.mean.new_zeros(num_directions, 1)  # a box without weight, so that d is computed
+            return cls(nothing_K1, nothing_K1, (0.0,), (0.0,), inside_K)
+        return replace(boxes, square_K=inside_K if boxes.square_K is None else boxes.square_K + inside_K)
+
+    @classmethod
+    def _of_interval(cls, region: ForgetRegion, config: BarrierConfig) -> Boxes:
         reach = float(config.include_bias_drift)
         if not config.has_interval_term:
             empty = region.mean.new_zeros(0, 0)

@@ -1,6 +1,6 @@
 """ForgetRegion: where the forget inputs of a layer live (docs/method.md section 1), fitted from streamed statistics.
 
-Shapes: D input features, K kept directions.
+Shapes: D input features, K kept directions, L directions of a wide input's residual.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from barrier_diffusers.protection.config import BarrierConfig
+from barrier_diffusers.protection.frequent_directions import FrequentDirections, shrunk
 from barrier_diffusers.protection.statistics import Moments, ProjectionSketch
 from barrier_diffusers.utils.files import reading_tensors, written_whole
 
@@ -63,9 +64,11 @@ class ForgetRegion:
     z_upper: Tensor  # (K,) upper percentile
     outer_lower: Tensor  # (K,) lower end of the outer envelope
     outer_upper: Tensor  # (K,) upper end
-    residual: Tensor | None  # (D, D) C_res, covariance outside the basis; None where there is no residual
+    residual: Tensor | None  # (D, D) C_res, covariance outside the basis; None where there is none, or a bound on it
     count: int  # forget rows
     residual_multiplier: float = 1.0  # 1 per sample, N / rows with residual_weighting "singular_values"
+    residual_factor: Tensor | None = None  # (D, L) F of a wide input: C_res <= F F^T + delta (I - basis basis^T)
+    residual_diagonal: float = 0.0  # delta
 
     def to(self, device: torch.device | str) -> ForgetRegion:
         """The same region on another device."""
@@ -79,7 +82,7 @@ class ForgetRegion:
         return len(self.mean)
 
     def thin_factor(self) -> Tensor | None:
-        """F (D, L) with F F^T = C_res, where so few columns are enough that it saves work."""
+        """F with F F^T = C_res, where the whole C_res is known and so few columns are enough that it saves work."""
         return None if self.residual is None else thin_factor(self.residual, self.num_features // THIN)
 
     @property
@@ -91,15 +94,26 @@ class ForgetRegion:
         """All fields as tensors, for safetensors."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-        numbers = {"count": torch.tensor(self.count), "residual_multiplier": torch.tensor(self.residual_multiplier)}
-        return {**tensors, **{name: value.double() for name, value in numbers.items()}}
+        numbers = {"count": self.count, "residual_multiplier": self.residual_multiplier}
+        if self.residual_factor is not None:
+            numbers["residual_diagonal"] = self.residual_diagonal
+        return {**tensors, **{name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> ForgetRegion:
         """The inverse of `to_tensors`."""
         values = dict(tensors)
         count, multiplier = int(values.pop("count").item()), float(values.pop("residual_multiplier").item())
-        return cls(residual=values.pop("residual", None), count=count, residual_multiplier=multiplier, **values)
+        residual, factor = values.pop("residual", None), values.pop("residual_factor", None)
+        diagonal = 0.0 if factor is None else float(values.pop("residual_diagonal").item())
+        return cls(
+            residual=residual,
+            count=count,
+            residual_multiplier=multiplier,
+            residual_factor=factor,
+            residual_diagonal=diagonal,
+            **values,
+        )
 
 
 def thin_factor(covariance_DD: Tensor, most: int) -> Tensor | None:
@@ -135,15 +149,19 @@ def _fix_signs(basis_DK: Tensor) -> Tensor:
     return basis_DK * torch.where(signs_1K == 0, 1.0, signs_1K)
 
 
-def fit_directions(moments: Moments, config: BarrierConfig, name: str = "") -> Directions:
+def fit_directions(moments: Moments | FrequentDirections, config: BarrierConfig, name: str = "") -> Directions:
     """Mean and leading directions after the first pass over the forget data.
 
     "svd" and "pca" come from the same routine: the right singular vectors of the centred rows are the eigenvectors of
-    their covariance, rows are not kept, and the SVD of a covariance takes seven times as long.
+    their covariance, rows are not kept, and the SVD of a covariance takes seven times as long. Those of a wide input
+    are its sketch's.
 
     Raises:
         ValueError: reduced_dim exceeds the number of input features; no rows.
     """
+    if isinstance(moments, FrequentDirections):
+        values_K, leading_DK = moments.leading(config.reduced_dim)
+        return Directions(moments.mean, _fix_signs(leading_DK), values_K)
     covariance_DD = moments.covariance
     num_features = len(covariance_DD)
     if config.decomposition == "none":
@@ -208,12 +226,21 @@ def residual_covariance(covariance_DD: Tensor, basis_DK: Tensor) -> Tensor:
     )
 
 
+def bounded_residual(rows: FrequentDirections, basis_DK: Tensor, most: int) -> tuple[Tensor, float]:
+    """F (D, L) with L <= `most`, orthogonal to the basis, and delta: with P = I - basis basis^T it is, up to float32's
+    rounding of F, F F^T <= P C P <= F F^T + delta P."""
+    rows_LD, delta = rows.bound
+    outside_LD = rows_LD - (rows_LD @ basis_DK) @ basis_DK.T
+    kept_LD, more = shrunk(outside_LD, most)
+    return kept_LD.T.float().contiguous(), float(delta + more)
+
+
 def fit_region(
-    forget_moments: Moments,
+    forget_moments: Moments | FrequentDirections,
     directions: Directions,
     forget_sketch: ProjectionSketch,
     config: BarrierConfig,
-    retain_moments: Moments | None = None,
+    retain_moments: Moments | FrequentDirections | None = None,
     retain_sketch: ProjectionSketch | None = None,
 ) -> ForgetRegion:
     """The region after the second pass (docs/method.md section 1).
@@ -225,7 +252,8 @@ def fit_region(
     Raises:
         ValueError: an option that needs retain rows, and none were recorded.
     """
-    if config.region_needs_retain_data and (retain_moments is None or retain_sketch is None):
+    missing = config.use_actual_bounds and retain_sketch is None
+    if missing or (config.residual_source != "forget" and retain_moments is None):
         raise ValueError("use_actual_bounds and residual_source='retain' / 'both' need a retain_loader")
     z_lower, z_upper = forget_sketch.quantile(config.lower_percentile), forget_sketch.quantile(config.upper_percentile)
     if config.use_actual_bounds:
@@ -234,10 +262,13 @@ def fit_region(
         outer_upper = torch.maximum(forget_sketch.maximum, retain_sketch.maximum)
     else:
         outer_lower, outer_upper = z_lower - config.infinity_scale, z_upper + config.infinity_scale
-    residual, multiplier = None, 1.0
+    residual, factor, diagonal, multiplier = None, None, 0.0, 1.0
     if config.decomposition != "none":
         source = _residual_moments(forget_moments, retain_moments, config)
-        residual = residual_covariance(source.covariance, directions.basis_DK)
+        if isinstance(source, FrequentDirections):
+            factor, diagonal = bounded_residual(source, directions.basis_DK, config.residual_rank)
+        else:
+            residual = residual_covariance(source.covariance, directions.basis_DK)
         if config.residual_weighting == "singular_values":
             multiplier = _singular_value_weight(forget_moments.count, *directions.basis_DK.shape)
     return ForgetRegion(
@@ -250,16 +281,20 @@ def fit_region(
         residual=None if residual is None else residual.float(),
         count=forget_moments.count,
         residual_multiplier=multiplier,
+        residual_factor=factor,
+        residual_diagonal=diagonal,
     )
 
 
-def _residual_moments(forget: Moments, retain: Moments | None, config: BarrierConfig) -> Moments:
+def _residual_moments(
+    forget: Moments | FrequentDirections, retain: Moments | FrequentDirections | None, config: BarrierConfig
+) -> Moments | FrequentDirections:
     if config.residual_source == "forget":
         return forget
     assert retain is not None
     if config.residual_source == "retain":
         return retain
-    pooled = Moments(len(forget.mean), forget.mean.device)
+    pooled: Any = forget.fresh()  # of the kind that both are
     pooled.merge(forget)
     pooled.merge(retain)
     return pooled

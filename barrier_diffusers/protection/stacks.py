@@ -68,6 +68,18 @@ class MapGroup:
         self.factor_DL = None if self.factor_DL is None else self.factor_DL.to(device)
 
     @property
+    def any_factor(self) -> Tensor | None:
+        """F (D, L) of C_res, or of the bound on it; None where C_res is whole, or none."""
+        return self.factor_DL if self.region.residual_factor is None else self.region.residual_factor
+
+    def hold_factor(self, factor_DL: Tensor) -> None:
+        """Hold the same factor in another memory."""
+        if self.region.residual_factor is None:
+            self.factor_DL = factor_DL
+        else:
+            self.region = replace(self.region, residual_factor=factor_DL)
+
+    @property
     def held(self) -> list[ProtectedMap]:
         """The maps of which this process holds any row."""
         return [linear_map for linear_map in self.maps if own_number(linear_map.num_outputs, self.share)]
@@ -81,19 +93,22 @@ class MapGroup:
     def shape(self) -> tuple:
         """Groups of one shape are computed together."""
         region = self.region
-        residual = region.residual is not None, self.factor_DL is not None, region.residual_multiplier
-        return (*region.basis.shape, *residual, *self.outputs)
+        known = (region.residual, self.factor_DL, region.residual_factor)
+        residual = [tensor is not None for tensor in known]
+        return (*region.basis.shape, *residual, region.residual_multiplier, *self.outputs)
 
 
 @dataclass(frozen=True)
 class StackedInputs:
     """The regions of G inputs of equal shape."""
 
+    columns_GDC: Tensor | None  # the axes and the factor side by side, where both are and full weights train
     axes_GDS: Tensor  # mean, the boxes' centres in terms of the basis, basis
     half_widths_GKT: Tensor
     square_G1K: Tensor | None
     covariance_GDD: Tensor | None  # C_res; its slices are the regions' own
     factor_GDL: Tensor | None  # F with F F^T = C_res instead, where few columns are enough
+    diagonal_G11: Tensor | None  # delta of wide inputs: C_res is F F^T + delta I less what square_G1K takes off
     weights: Tensor  # (1 + T,), of the squares of the shift and of each box's centre
     shifts: Tensor  # (1 + T,), what one unit of bias drift adds to each of these
     multiplier: float  # of the residual term
@@ -113,8 +128,13 @@ class StackedInputs:
         return replace(self, **chosen)
 
 
-def stack_inputs(groups: Sequence[MapGroup], config: BarrierConfig) -> StackedInputs:
-    """Stack the regions of groups of one shape; a residual becomes a slice of the stacked one: it is held once."""
+def stack_inputs(groups: Sequence[MapGroup], config: BarrierConfig, side_by_side: bool) -> StackedInputs:
+    """Stack the regions of groups of one shape; a residual, or its factor, becomes a slice of the stacked one: it is
+    held once.
+
+    Args:
+        side_by_side: whether axes and factors are to lie in one memory, which is quicker where full weights train.
+    """
     regions = [group.region for group in groups]
     boxes = [Boxes.of(region, config) for region in regions]
     axes = []
@@ -122,12 +142,22 @@ def stack_inputs(groups: Sequence[MapGroup], config: BarrierConfig) -> StackedIn
         directions = [region.basis @ box.centres_KT, region.basis] if box.weights else []
         axes.append(torch.cat([region.mean[:, None], *directions], dim=1))
     squares = [box.square_K[None] for box in boxes if box.square_K is not None]
-    known = [group.factor_DL for group in groups if group.factor_DL is not None]
-    covariance_GDD = factor_GDL = None
+    axes_GDS = torch.stack(axes)
+    known = [factor_DL for group in groups if (factor_DL := group.any_factor) is not None]
+    columns_GDC = covariance_GDD = factor_GDL = diagonal_G11 = None
     if known:  # a factor of no column is a residual of 0
         most = max(factor_DL.shape[1] for factor_DL in known)
         padded = [F.pad(factor_DL, (0, most - factor_DL.shape[1])) for factor_DL in known]
         factor_GDL = torch.stack(padded) if most else None
+        if factor_GDL is not None and side_by_side:
+            columns_GDC = torch.cat([axes_GDS, factor_GDL], dim=2)
+            axes_GDS, factor_GDL = columns_GDC.tensor_split([axes_GDS.shape[2]], dim=2)
+        if factor_GDL is not None:
+            for group, factor_DL, own_DL in zip(groups, known, factor_GDL, strict=True):
+                group.hold_factor(own_DL[:, : factor_DL.shape[1]])
+        if regions[0].residual_factor is not None:
+            deltas = [region.residual_diagonal for region in regions]
+            diagonal_G11 = axes_GDS.new_tensor(deltas)[:, None, None]
     elif len(regions) == 1 and regions[0].residual is not None:
         covariance_GDD = regions[0].residual[None]
     elif regions[0].residual is not None:
@@ -135,11 +165,13 @@ def stack_inputs(groups: Sequence[MapGroup], config: BarrierConfig) -> StackedIn
         for group, residual_DD in zip(groups, covariance_GDD, strict=True):
             group.region = replace(group.region, residual=residual_DD)
     return StackedInputs(
-        axes_GDS=torch.stack(axes),
+        columns_GDC=columns_GDC,
+        axes_GDS=axes_GDS,
         half_widths_GKT=torch.stack([box.half_widths_KT for box in boxes]),
         square_G1K=torch.stack(squares) if squares else None,
         covariance_GDD=covariance_GDD,
         factor_GDL=factor_GDL,
+        diagonal_G11=diagonal_G11,
         weights=torch.tensor((1.0, *boxes[0].weights), device=regions[0].mean.device),
         shifts=torch.tensor((1.0, *boxes[0].shifts), device=regions[0].mean.device),
         multiplier=regions[0].residual_multiplier,
@@ -225,11 +257,19 @@ def row_terms(inputs: Sequence[StackedInputs], rows: Sequence[int], twice: Seque
         rows: number of each stack.
         twice: twice the weight of each row's loss in the total, (P, 1) for each stack.
     """
-    squares = [one.square_G1K for one in inputs if one.square_G1K is not None]
+    squares = [one.square_G1K for one in inputs]
+    if any(square_G1K is not None for square_G1K in squares):
+        shapes = [(len(one.axes_GDS), 1, one.half_widths_GKT.shape[1]) for one in inputs]
+        known = [
+            one.axes_GDS.new_zeros(shape) if square_G1K is None else square_G1K
+            for one, shape, square_G1K in zip(inputs, shapes, squares, strict=True)
+        ]
+    else:
+        known = None
     return RowTerms(
         scale_PL=torch.cat([twice_P1 * one.weights for twice_P1, one in zip(twice, inputs, strict=True)]),
         half_widths_GKT=[one.half_widths_GKT for one in inputs],
-        square_G1K=squares or None,
+        square_G1K=known,
         num_rows=list(rows),
     )
 
@@ -255,8 +295,8 @@ class FullStack:
         self.residual_P1 = self.twice_P1 * inputs.multiplier
         one_size = len(set(totals)) == 1
         self.residual_scale = 2 * weight / totals[0] * inputs.multiplier if one_size else None
-        factor = [] if inputs.factor_GDL is None else [inputs.factor_GDL]
-        self.axes_GDS = torch.cat([inputs.axes_GDS, *factor], dim=2) if factor else inputs.axes_GDS
+        self.axes_GDS = inputs.axes_GDS if inputs.columns_GDC is None else inputs.columns_GDC
+        self.has_energy = inputs.covariance_GDD is not None or inputs.diagonal_G11 is not None
 
     @property
     def rows(self) -> list[int]:
@@ -278,8 +318,8 @@ class FullStack:
     def products(
         self, now: Sequence[Tensor | None], then: Sequence[Tensor | None], buffer_GPD: Tensor, workspace: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """dW axes, (G, P, S), and of each row the energy dW C_res dW^T, if C_res is neither 0 nor has a factor: then
-        dW C_res is left in the buffer.
+        """dW axes, (G, P, S), and of each row the energy dW C_res dW^T, if C_res is neither 0 nor has a factor, or dW
+        delta dW^T, if there is a diagonal; left in the buffer is dW C_res, or dW.
 
         Args:
             now, then: the parameters and their origins.
@@ -290,6 +330,10 @@ class FullStack:
         where = buffer_GPD.view(-1) if covariance_GDD is None else workspace
         drift_GPD = stacked_drift(weights, then[: len(self.maps)], where).view(self.shape)
         along_GPS = torch.bmm(self.axes_GDS.mT, drift_GPD.mT).mT  # a third faster on a CPU than the other way round
+        diagonal_G11 = self.inputs.diagonal_G11
+        if diagonal_G11 is not None:
+            lengths_GP1 = torch.linalg.vector_norm(drift_GPD, dim=2, keepdim=True)
+            return along_GPS, (lengths_GP1.square() * diagonal_G11).flatten()
         if covariance_GDD is None:
             return along_GPS, None
         torch.bmm(drift_GPD, covariance_GDD, out=buffer_GPD)
@@ -307,7 +351,10 @@ class FullStack:
             slope_GPL = along_GPL * self.residual_P1.view(*self.shape[:2], 1)
             found.values.append(inner_product(slope_GPL, along_GPL))
             gradient_GPS = torch.cat([gradient_GPS, slope_GPL], dim=2)
-        if inputs.covariance_GDD is None:
+        if inputs.diagonal_G11 is not None:
+            buffer_GPD.mul_(self.residual_P1.view(*self.shape[:2], 1) * inputs.diagonal_G11)
+            buffer_GPD.baddbmm_(gradient_GPS, self.axes_GDS.mT)
+        elif inputs.covariance_GDD is None:
             torch.bmm(gradient_GPS, self.axes_GDS.mT, out=buffer_GPD)
         else:
             if self.residual_scale is None:
@@ -345,7 +392,7 @@ class FullStacks:
         self.terms = row_terms(
             [stack.inputs for stack in self.stacks], self._num_rows, [stack.twice_P1 for stack in self.stacks]
         )
-        dense = [stack.residual_P1 for stack in self.stacks if stack.inputs.covariance_GDD is not None]
+        dense = [stack.residual_P1 for stack in self.stacks if stack.has_energy]
         self._residual_P = torch.cat(dense).flatten() if dense else None
         left = [sum(self._sizes[position + 1 :]) for position in range(len(self.stacks))]
         self._fits = [size <= rest for size, rest in zip(self._sizes, left, strict=True)]
@@ -441,6 +488,10 @@ class LoraStack:
             inner_MRR = torch.bmm(side_MRL, side_MRL.mT)
             spread_GRL = torch.bmm(gram_MRR, side_MRL).view(len(lora_A_GRD), -1, side_MRL.shape[2])
             gradient_A.baddbmm_(spread_GRL, inputs.factor_GDL.mT, alpha=self.residual_scale)
+            if inputs.diagonal_G11 is not None:
+                scaled_MRD = (lora_A_GRD * inputs.diagonal_G11).view(maps, rank, -1)
+                inner_MRR = torch.baddbmm(inner_MRR, scaled_MRD, lora_A_GRD.reshape(maps, rank, -1).mT)
+                gradient_A.view(maps, rank, -1).baddbmm_(gram_MRR, scaled_MRD, alpha=self.residual_scale)
         gradient_B.baddbmm_(lora_B_MOR, inner_MRR, alpha=self.residual_scale)
         return gradient_A, gradient_B, inner_product(gram_MRR, inner_MRR)
 
@@ -597,7 +648,7 @@ class StackedLoss:
         most = math.inf if self.adapter else MOST_STACKED
         for alike in by_shape.values():
             for groups in runs(alike, [sum(group.outputs) * group.region.num_features for group in alike], most):
-                inputs = stack_inputs(groups, self.config)
+                inputs = stack_inputs(groups, self.config, side_by_side=not self.adapter)
                 self._inputs.append((inputs, groups))
                 if not self.adapter:
                     maps = [linear_map for group in groups for linear_map in group.held]

@@ -49,6 +49,10 @@ class Moments:
         self._added = 0
         self._waiting: list[Tensor] = []
 
+    def fresh(self) -> Moments:
+        """One of the same size that has seen nothing."""
+        return Moments(len(self.mean_D), self.mean_D.device)
+
     @property
     def count(self) -> int:
         """Number of rows seen."""
