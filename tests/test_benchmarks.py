@@ -9,9 +9,13 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import loss
+import region_memory
 import scaling
 import setup
 import step
+from models import build_unet, forward, make_batches
+
+from barrier_diffusers import Barrier, BarrierConfig
 
 TINY = {"model": "tiny", "repeats": 1}
 
@@ -42,6 +46,20 @@ def test_the_baselines_loss_is_the_librarys(targets, tmp_path):
         assert row["maps"] == (96 if targets == "all" else 48) and row["distinct inputs"] < row["maps"]
         assert row["ratio"] == pytest.approx(row["barrier (ms)"] / row["baseline (ms)"])
     assert memory[0]["regions in float32 (MB)"] > 0
+
+
+def test_the_counted_memory_is_what_regions_take():
+    """Of all linear maps, wide ones and others."""
+    config = BarrierConfig(targets=region_memory.TARGETS, reduced_dim=4, residual_rank=6, wide_features=40)
+    unet = build_unet("tiny")
+    barrier = Barrier(unet, config)
+    barrier.setup_protection(make_batches("tiny", 1, 12, 8), forward)  # more rows than directions
+    widths = region_memory.input_widths("tiny")
+    assert sorted(widths) == sorted(group.region.num_features for group in barrier.groups)
+    wide = sum(map(config.is_wide, widths))
+    assert 0 < wide == sum(group.region.residual_factor is not None for group in barrier.groups) < len(widths)
+    total = sum(region_memory.region_bytes(width, config) for width in widths)
+    assert total == sum(group.region.num_bytes for group in barrier.groups)
 
 
 @pytest.mark.parametrize("rank", [0, 2])

@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 from forks import in_ranks
 from losses import full_loss, lora_loss
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from barrier_diffusers import Barrier, BarrierConfig
@@ -17,6 +19,7 @@ from barrier_diffusers.protection.certificate import moment_bound
 from barrier_diffusers.protection.drift import FullDrift
 from barrier_diffusers.protection.frequent_directions import FrequentDirections
 from barrier_diffusers.protection.region import ForgetRegion, bounded_residual, fit_directions
+from barrier_diffusers.protection.sharding import whole as made_whole
 
 D, K, L = 24, 2, 3
 WIDE = {"reduced_dim": K, "residual_rank": L, "wide_features": 20}
@@ -161,25 +164,6 @@ def test_half_precision_rows_that_are_overwritten_count_as_they_were():
     assert_bounds(sketch, torch.cat([x, x.half().float()]))
 
 
-def _worker(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    sketch = sketch_of(decaying()[:40] if rank == 0 else decaying()[40:])
-    sketch.all_reduce()
-    torch.save((sketch.mean, *sketch.bound, sketch.count), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_two_processes_get_one_sketch(tmp_path):
-    in_ranks(_worker, str(tmp_path))
-    (mean, factor, delta, count), other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert all(map(torch.equal, (mean, factor, delta), other[:3])) and count == other[3] == 300
-    expected = sketch_of(decaying()[:40])
-    expected.merge(sketch_of(decaying()[40:]))
-    assert_bounds(expected, decaying())
-    torch.testing.assert_close((mean, factor.T @ factor), (expected.mean, expected.bound[0].T @ expected.bound[0]))
-
-
 class Wide(nn.Module):
     """Two maps that read one wide input, with and without bias, a wide convolution, and a narrow map after them."""
 
@@ -197,15 +181,20 @@ def run(model, batch):
     return model(batch)
 
 
-def barrier_of(rows=None, retain=None, lora=0, seed=0, **options):
+TARGETS = ["one", "two", "conv", "last"]
+
+
+def model_of(lora, seed=0):
     torch.manual_seed(seed)
     model = Wide()
     if lora:
-        from peft import LoraConfig, inject_adapter_in_model
+        inject_adapter_in_model(LoraConfig(r=lora, lora_alpha=2 * lora, target_modules=TARGETS), model)
+    return model
 
-        names = ["one", "two", "conv", "last"]
-        inject_adapter_in_model(LoraConfig(r=lora, lora_alpha=2 * lora, target_modules=names), model)
-    config = BarrierConfig(**{"targets": ["one", "two", "conv", "last"], "lambda_interval": 0.7, **WIDE, **options})
+
+def barrier_of(rows=None, retain=None, lora=0, **options):
+    model = model_of(lora)
+    config = BarrierConfig(**{"targets": TARGETS, "lambda_interval": 0.7, **WIDE, **options})
     barrier = Barrier(model, config)
     rows = decaying() if rows is None else rows
     barrier.setup_protection(rows.split(64), run, None if retain is None else retain.split(50))
@@ -356,6 +345,46 @@ def test_a_factor_is_held_once():
         assert inputs.factor_GDL.untyped_storage().data_ptr() == region.residual_factor.untyped_storage().data_ptr()
 
 
+def _worker(rank, folder):
+    """One sketch of two shares of the rows; the loss of weights that two processes share out."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    sketch = sketch_of(decaying()[:40] if rank == 0 else decaying()[40:])
+    sketch.all_reduce()
+    found = {"sketch": (sketch.mean, *sketch.bound, sketch.count)}
+    for lora in (0, 2):
+        barrier = Barrier.from_pretrained(f"{folder}/{lora}", model_of(lora))
+        disturb(barrier)
+        fully_shard(barrier.model)
+        loss = barrier.compute_protection_loss()
+        loss.backward()
+        found[lora] = [loss.detach(), *(made_whole(one.grad) for one in barrier.trainable_parameters())]
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_get_one_sketch_and_one_loss(tmp_path):
+    expected = {}
+    for lora in (0, 2):
+        barrier = barrier_of(lora=lora)
+        barrier.save_pretrained(tmp_path / str(lora))
+        disturb(barrier)
+        loss = barrier.compute_protection_loss()
+        loss.backward()
+        expected[lora] = [loss.detach(), *(one.grad for one in barrier.trainable_parameters())]
+    in_ranks(_worker, str(tmp_path))
+    found, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    (mean, factor, delta, count), same = found["sketch"], other["sketch"]
+    assert all(map(torch.equal, (mean, factor, delta), same[:3])) and count == same[3] == 300
+    merged = sketch_of(decaying()[:40])
+    merged.merge(sketch_of(decaying()[40:]))
+    torch.testing.assert_close((mean, factor.T @ factor), (merged.mean, merged.bound[0].T @ merged.bound[0]))
+    torch.testing.assert_close(delta, merged.bound[1])
+    for lora in (0, 2):
+        for one in (found, other):
+            torch.testing.assert_close(one[lora], expected[lora], rtol=1e-4, atol=1e-5)
+
+
 class Formed(TorchDispatchMode):
     """How often an operator, by name, gave a tensor of a shape."""
 
@@ -378,8 +407,6 @@ def test_nothing_of_features_times_features_is_ever_formed(lora, tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(wide, 3))
     if lora:
-        from peft import LoraConfig, inject_adapter_in_model
-
         inject_adapter_in_model(LoraConfig(r=lora, target_modules=["0"]), model)
     rows = [normal(40, wide, seed=seed) for seed in range(3)]
     options = {"use_actual_bounds": True, "residual_source": "both"}
