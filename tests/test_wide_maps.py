@@ -7,9 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from diffusers import StableDiffusionPipeline
 from forks import in_ranks
 from losses import full_loss, lora_loss
 from peft import LoraConfig, inject_adapter_in_model
+from pipelines import build
+from safetensors.torch import load_file
+from short_runs import run_tiny
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -469,3 +473,16 @@ def test_a_projection_beside_it_takes_whole_second_moments(source):
     for name, region in penalty.regions.items():
         found = barrier.regions[name].to_tensors()
         assert all(torch.equal(found[key], value) for key, value in region.to_tensors().items())
+
+
+def test_a_run_protects_wide_convolutions(tmp_path):
+    """train_scripts/unlearn_sd.py on every linear map of a tiny UNet, from flags to a pipeline that loads."""
+    build("sd").save_pretrained(tmp_path / "base")
+    settings = {"barrier.targets": "[Linear, Conv2d]", "barrier.wide_features": 60, "barrier.residual_rank": 3}
+    content = run_tiny(tmp_path / "base", tmp_path / "run", **settings, **{"barrier.residual_source": "both"})
+    assert content["history"]["protection"][0] == 0 < content["history"]["protection"][1] < math.inf
+    found = load_file(tmp_path / "run" / "barrier_regions.safetensors")
+    ranks = {value.shape[1] for name, value in found.items() if name.endswith("residual_factor")}
+    wide = [name for name, value in found.items() if name.endswith(".mean") and len(value) > 60]
+    assert ranks == {3} and len(wide) == sum(name.endswith("residual_factor") for name in found)
+    StableDiffusionPipeline.from_pretrained(tmp_path / "run")
