@@ -56,12 +56,11 @@ class BarrierConfig:
     # per_sample: mean over rows; singular_values: the paper's code, grows with the number of rows
     residual_weighting: Literal["per_sample", "singular_values"] = "per_sample"
     residual_source: Literal["forget", "retain", "both"] = "forget"  # whose covariance fills the residual term
-    # >= 0; a map with more input features keeps an upper bound on their covariance, in memory linear in the features:
-    # residual_rank directions beside the basis and one number for all others; null: no map does
+    # >= 0; of inputs with more features an upper bound on the covariance is kept, in memory linear in the features:
+    # residual_rank directions beside the basis, and one number for all others; null: whole covariances everywhere
     wide_features: int | None = 8192
-    residual_rank: int = (
-        128  # >= 1; reduced_dim + residual_rank must be less than half of the features, else none does
-    )
+    # >= 1; more make the bound tighter; inputs of fewer than 2 (reduced_dim + residual_rank) features have none
+    residual_rank: int = 256
     # penalty: the protection loss; projection: updates are kept out of the directions of the retain inputs, and
     # lambda_interval, reduced_dim, the percentiles and infinity_scale play no part; both: projection and loss
     constraint: Literal["penalty", "projection", "both"] = "penalty"

@@ -238,7 +238,8 @@ def fit_protection(
         retain_leader_of = passes.retain(retain_loader, given, update, leader_of)
     for statistic in (*forget.values(), *sketches.values(), *spanned.values(), *outside.values()):
         statistic.all_reduce()
-    outside = {name: rows.moments for name, rows in spanned.items()} | outside
+    for name, rows in spanned.items():
+        outside.setdefault(name, rows.moments)
     fitted = Fitted()
     if leader_of is not None:
         for name, seen in moments.items():
