@@ -464,9 +464,8 @@ def test_which_maps_are_wide():
 @pytest.mark.parametrize("source", ["forget", "both"])
 def test_a_projection_beside_it_takes_whole_second_moments(source):
     barrier = barrier_of(retain=low_rank(), constraint="both", projection_energy=0.9, residual_source=source)
-    alone = barrier_of(
-        retain=low_rank(), constraint="projection", projection_energy=0.9, residual_rank=128, wide_features=8192
-    )
+    defaults = {name: getattr(BarrierConfig, name) for name in ("residual_rank", "wide_features")}
+    alone = barrier_of(retain=low_rank(), constraint="projection", projection_energy=0.9, **defaults)
     assert barrier.regions["one"].residual_factor is not None
     assert torch.equal(barrier.projections["one"].basis, alone.projections["one"].basis)
     penalty = barrier_of(retain=low_rank(), residual_source=source)
