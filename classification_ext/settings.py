@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from barrier_diffusers.protection.config import BarrierConfig
+from barrier_diffusers.training.robust_config import MetaStep
 from barrier_diffusers.training.run_config import RunConfig, StageConfig, UnlearningConfig
 from barrier_diffusers.utils.checks import (
     ABOVE_0,
@@ -138,30 +139,10 @@ class RelearningConfig(Checked):
 
 
 @dataclass(kw_only=True)
-class ClassifierRobustConfig(Checked):
+class ClassifierRobustConfig(MetaStep):
     """The meta step against relearning, off by default."""
 
-    # an attacker fine-tunes every weight on a few forgotten images and as many others for so many steps, one of these
-    # numbers at a time, and the gradient of the method's loss after it is added to the one before; empty: none does
-    meta_steps: list[int] = field(default_factory=list)
-    meta_every: int = 1  # he does so in every so many steps
-    meta_weight: float = 1.0  # of the gradient after relearning
-    meta_learning_rates: list[float] = field(default_factory=lambda: [1e-3, 3e-3, 1e-2])  # of his SGD, one at a time
-    meta_num_images: int = 10  # of what was forgotten, and as many others, drawn anew each time
-
-    SECTION = "robust."
-    RULES = rules(
-        meta_steps=at_least(1),
-        meta_every=at_least(1),
-        meta_weight=ABOVE_0,
-        meta_learning_rates=ABOVE_0,
-        meta_num_images=at_least(1),
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.meta_learning_rates:
-            raise ValueError("robust.meta_learning_rates is empty, but must hold at least one value")
+    meta_learning_rates: list[float] = field(default_factory=lambda: [1e-3, 3e-3, 1e-2])  # of SGD, one at a time
 
 
 @dataclass(kw_only=True)

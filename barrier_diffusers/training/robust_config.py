@@ -10,24 +10,47 @@ from barrier_diffusers.utils.checks import ABOVE_0, SHARE, Checked, Range, at_le
 
 
 @dataclass
-class RobustConfig(Checked):
-    """Robust training, in parts that are off by default. Each works beside every objective that trains."""
+class MetaStep(Checked):
+    """The meta step against relearning, off by default, of whatever model is trained."""
 
-    # a relearner fine-tunes a copy of the weights on a few forget images for so many steps, one of these numbers at a
-    # time, and the objective's gradient after it is added to the one before; empty: none does
+    # a relearner fine-tunes the network on a few forget images (a classifier on as many others, too) for so many
+    # steps, one of these numbers at a time, and the gradient of the erasing loss after it is added to the one before;
+    # empty: none does
     meta_steps: list[int] = field(default_factory=list)
     meta_every: int = 1  # it does so in every so many steps
     meta_weight: float = 1.0  # of the gradient after relearning
+    # of the relearner's optimizer (Adam; a classifier's SGD), one at a time
+    meta_learning_rates: list[float] = field(default_factory=lambda: [3e-5, 1e-4, 3e-4, 1e-3])
+    meta_num_images: int = 10  # forget images that it learns from, drawn anew each time
+
+    SECTION = "robust."
+    NOT_EMPTY: ClassVar[tuple[str, ...]] = ("meta_learning_rates",)
+    RULES = rules(
+        meta_steps=at_least(1),
+        meta_every=at_least(1),
+        meta_weight=ABOVE_0,
+        meta_learning_rates=ABOVE_0,
+        meta_num_images=at_least(1),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.NOT_EMPTY:
+            if not getattr(self, name):
+                raise ValueError(f"robust.{name} is empty, but must hold at least one value")
+
+
+@dataclass
+class RobustConfig(MetaStep):
+    """Robust training, in parts that are off by default. Each works beside every objective that trains."""
+
     # what the relearner moves: the weights that train here; the factors of a LoRA adapter that is thrown away, which
     # takes a third less time and no copy; or one of the two at random
     meta_weights: Literal["trained", "adapter", "either"] = "trained"
-    # of the relearner's Adam, one at a time
-    meta_learning_rates: list[float] = field(default_factory=lambda: [3e-5, 1e-4, 3e-4, 1e-3])
     meta_adapter_learning_rates: list[float] = field(default_factory=lambda: [3e-4, 1e-3, 3e-3])  # where it has one
     meta_adapter_rank: int = 8  # of that adapter
     # maps that the adapter is on, named as barrier.targets
     meta_adapter_targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
-    meta_num_images: int = 10  # forget images that it learns from, drawn anew each time
     meta_token_share: float = 0.0  # of the relearners whose captions have a learned token in place of the name
     # new tokens are learned against the network as it is, once after every so many steps; forget prompts then have one
     # of them, or the concept's name
@@ -53,15 +76,10 @@ class RobustConfig(Checked):
     # where the gradient of the erasing parts points against the retain loss's, that component is taken out
     project_conflicts: bool = False
 
-    SECTION = "robust."
+    NOT_EMPTY = ("meta_learning_rates", "meta_adapter_learning_rates", "meta_adapter_targets", "token_starts")
     RULES = rules(
-        meta_steps=at_least(1),
-        meta_every=at_least(1),
-        meta_weight=ABOVE_0,
-        meta_learning_rates=ABOVE_0,
         meta_adapter_learning_rates=ABOVE_0,
         meta_adapter_rank=Range(1, 4096),
-        meta_num_images=at_least(1),
         meta_token_share=SHARE,
         token_rounds=at_least(0),
         token_interval=at_least(1),
@@ -78,9 +96,6 @@ class RobustConfig(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("meta_learning_rates", "meta_adapter_learning_rates", "meta_adapter_targets", "token_starts"):
-            if not getattr(self, name):
-                raise ValueError(f"robust.{name} is empty, but must hold at least one value")
         if not all(start.strip() for start in self.token_starts):
             raise ValueError("robust.token_starts holds empty words: write name, random, or some words")
         if self.meta_token_share and not (self.meta_steps and self.token_rounds):
