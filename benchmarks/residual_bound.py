@@ -39,7 +39,8 @@ def make_batches(num: int, size: int) -> tuple[nn.Module, list[tuple[Tensor, ...
     generator = torch.Generator().manual_seed(0)
     prompts = ["a photo of a red sneaker"] * size
     latents = pipeline(prompts, num_inference_steps=10, generator=generator, output_type="latent").images
-    embedded, _ = pipeline.encode_prompt(prompts, "cpu", 1, False)
+    with torch.no_grad():
+        embedded, _ = pipeline.encode_prompt(prompts, "cpu", 1, False)
     noising = DDPMScheduler.from_config(pipeline.scheduler.config)
     batches = []
     for _ in range(num):

@@ -341,12 +341,14 @@ def test_it_is_saved_loaded_and_certified(lora, tmp_path):
         assert all(torch.equal(loaded[key], value) for key, value in region.to_tensors().items())
 
 
-def test_a_factor_is_held_once():
-    for lora in (0, 2):
-        barrier = barrier_of(lora=lora)
-        (inputs,) = [one for one, groups in barrier._loss._inputs if groups[0].maps[0].name == "one"]
-        region = barrier.regions["one"]
-        assert inputs.factor_GDL.untyped_storage().data_ptr() == region.residual_factor.untyped_storage().data_ptr()
+@pytest.mark.parametrize("options", [{}, {"lora": 2}, {"loss_inside": True}], ids=str)
+def test_a_factor_is_held_once(options):
+    """What the loss multiplies by is the region's own; of the convolution, whose input no other map reads."""
+    barrier = barrier_of(**options)
+    losses = [part.loss for part in getattr(barrier._loss, "parts", [])] or [barrier._loss]
+    stacked = [inputs for loss in losses for inputs, groups in loss._inputs if groups[0].maps[0].name == "conv"]
+    held = barrier.regions["conv"].residual_factor.untyped_storage().data_ptr()
+    assert [inputs.factor_GDL.untyped_storage().data_ptr() for inputs in stacked] == [held]
 
 
 def _worker(rank, folder):

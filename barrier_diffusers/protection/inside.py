@@ -121,7 +121,11 @@ class LossInside:
         for part in self.parts:
             names = {linear_map.name for linear_map in part.maps}
             shared = [(group, [one for one in group.maps if one.name in names]) for group in self.groups]
-            groups = [MapGroup(maps, group.region, group.factor_DL) for group, maps in shared if maps]
+            groups = [  # one that lies in this part alone is the same object: what is stacked is held once
+                group if len(maps) == len(group.maps) else MapGroup(maps, group.region, group.factor_DL)
+                for group, maps in shared
+                if maps
+            ]
             part.loss = StackedLoss.of_groups(groups, self.config, self.adapter, num_maps)
             part.loss.cut(self.share)
 
