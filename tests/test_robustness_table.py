@@ -42,6 +42,17 @@ def test_every_row_is_a_valid_run_with_a_name_of_its_own():
     EVALUATE.parse(table.evaluation, {**table.judged, "control": "assets/fashion_sd"})
 
 
+def test_no_committed_row_has_to_run_again():
+    table, path = robustness(), ROOT / "docs/tables/robustness.json"
+    results = table.finished(path)
+    assert list(results) == [result["name"] for result in json.loads(path.read_text())]
+    text = table.markdown(results)["robustness"]
+    assert text == (ROOT / "docs/tables/robustness.md").read_text(encoding="utf-8")
+    assert f"<!-- table robustness -->\n{text}<!-- end of table robustness -->" in (ROOT / table.pages[0]).read_text()
+    table.rows[0].flags["seed"] = 7
+    assert len(table.finished(path)) == len(results) - (table.rows[0].name in results)
+
+
 def test_a_control_that_is_there_is_not_trained_again(tmp_path, monkeypatch):
     trained = []
 

@@ -124,6 +124,7 @@ class RobustnessTable(Table):
             if not (folder / METRICS_NAME).is_file() or not (folder / "unet").is_dir():
                 erasing = {"output_dir": folder, "cache_dir": output / "cache", "report_to": "none"}
                 erasing |= {"overwrite_output_dir": True, "evaluation.classifier": None}  # it is judged below
+                erasing |= {"evaluation.images_per_label": 8}  # of the picture
                 UNLEARN.run(WAYS[way][0], {**row.flags, **erasing}, log_of(output, row.name))
             seconds = json.loads((folder / METRICS_NAME).read_text())["seconds_training"]
         judged = output / f"{row.name}-judged"
