@@ -27,7 +27,7 @@ from barrier_diffusers.data.labelled_images import LabelledImages
 from barrier_diffusers.evaluation.pictures import loss_curves
 from barrier_diffusers.evaluation.report import REPORT_NAME, write_report
 from barrier_diffusers.evaluation.tables import erase_more, warn_if_not_erased
-from barrier_diffusers.training.robust import moved_loss
+from barrier_diffusers.training.robust import relearned_loss
 from barrier_diffusers.training.saliency import SaliencyMask, summed_gradients
 from barrier_diffusers.training.steps import freeze_normalisation
 from barrier_diffusers.training.trainer import Trainer
@@ -188,7 +188,7 @@ def train(run: Run) -> dict[str, Any]:
         if robust.meta_steps and step % robust.meta_every == 0:
             # before the graph of the weights as they are, which cannot be moved while it is alive
             with relearner.relearned(number):
-                parts["meta"] = robust.meta_weight * moved_loss(
+                parts["meta"] = robust.meta_weight * relearned_loss(
                     run.method.loss(replace(made, model=model)), parameters
                 )
         parts["objective"] = run.method.loss(made)

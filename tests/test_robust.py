@@ -130,6 +130,13 @@ def test_a_relearner_that_breaks_the_network_is_left_out(weights):
         torch.testing.assert_close(parameter.grad, wanted)
 
 
+def test_a_sharpness_that_breaks_the_network_is_seen():
+    toy = Toy(anchor_target="base")
+    config = RobustConfig(sharpness=1e30)
+    parts = terms_of(toy, config, relearner(toy, config))(toy.step(), step=0, number=0)
+    assert not parts["objective"].isfinite()  # so that the run ends, as it does for any loss
+
+
 def test_no_relearner_in_the_steps_between():
     toy = Toy(anchor_target="base")
     config = RobustConfig(meta_steps=[1], meta_every=2)

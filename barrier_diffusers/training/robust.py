@@ -43,7 +43,12 @@ def with_gradient(value: Tensor, parameters: Sequence[nn.Parameter], gradients: 
 
 
 def moved_loss(value: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
-    """A loss at the weights where a relearner left them; its gradient is for the weights as they will be again.
+    """A loss at weights that have been moved; its gradient is for the weights as they will be again."""
+    return with_gradient(value, parameters, gradients_of(value, parameters))
+
+
+def relearned_loss(value: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+    """`moved_loss` where a relearner moved them.
 
     A relearner whose learning rate broke the network is no attacker: where the loss or its gradient is not finite,
     both are 0, and a warning says so.
@@ -129,13 +134,18 @@ class RobustTerms:
         # before the graph of the weights as they are, which cannot be moved while it is alive
         if config.meta_steps and step % config.meta_every == 0:
             assert self.relearner is not None
-            parts["meta"] = config.meta_weight * self._moved(made, self.relearner.relearned(number))
+            parts["meta"] = config.meta_weight * self._moved(made, self.relearner.relearned(number), relearned_loss)
         if config.sharpness:
             assert self.relearner is not None
-            return {"objective": self._moved(made, self.relearner.ascended(number)), **parts}
+            return {"objective": self._moved(made, self.relearner.ascended(number), moved_loss), **parts}
         return {"objective": self.objective.loss_of(made), **parts}
 
-    def _moved(self, made: DiffusionStep, block: AbstractContextManager[None]) -> Tensor:
+    def _moved(
+        self,
+        made: DiffusionStep,
+        block: AbstractContextManager[None],
+        loss: Callable[[Tensor, Sequence[nn.Parameter]], Tensor],
+    ) -> Tensor:
         """The objective with the weights as they are in a block; its gradient is for the weights as they are now."""
         relearner, reference = self.relearner, made.reference
         assert relearner is not None
@@ -147,7 +157,7 @@ class RobustTerms:
 
         there = replace(made, predict=self.predict, reference=frozen if reference else None)
         with block:
-            return moved_loss(self.objective.loss_of(there), self.parameters)
+            return loss(self.objective.loss_of(there), self.parameters)
 
     def reconciled(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
         """The parts of a batch with the retain loss, of which the erasing ones do not work against it if the settings

@@ -50,19 +50,18 @@ METRICS = {
 OTHER_DROPS = {f"{name} drop": f"{name}_accuracy_before - {name}_accuracy_after" for name in ("colour", "style")}
 
 
-def run_chain(chain: Sequence[Row], output: Path, keep: bool = False, config: str = CONFIG) -> list[Metrics]:
+def run_chain(chain: Sequence[Row], output: Path, keep: bool = False) -> list[Metrics]:
     """The metrics of each row; a row starts from the pipeline that the row before it saved.
 
     Args:
         keep: leave the pipelines there; else the numbers and the pictures alone stay.
-        config: file whose settings hold where a row has no flag of its own.
     """
     results, base = list[Metrics](), None
     for row in chain:
         folder = output / row.name
         flags = {**row.flags, "output_dir": folder, "cache_dir": output / "cache", "report_to": "none"}
         flags |= {"overwrite_output_dir": True} | ({"pretrained_model_name_or_path": base} if base else {})
-        UNLEARN.run(config, flags, log_of(output, row.name))
+        UNLEARN.run(CONFIG, flags, log_of(output, row.name))
         metrics, base = json.loads((folder / METRICS_NAME).read_text()), folder
         intervals = {key: metrics["details"][key] for key in KEPT}
         results.append({**{key: value for key, value in metrics.items() if key != "details"}, "intervals": intervals})

@@ -41,16 +41,16 @@ MARKS = [5, 10, 20, 40, 100, 200]
 FIRST_MARKS = [5, 10, 20, 40]  # of the first round of a thorough grid
 LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 NUM_IMAGES = (2, 10, 60)  # that a thorough grid relearns from
+LORA_8 = "LoRA 8 on attention"  # of the standard grid; the thorough one has its neighbours
 # trained_weights, targets and rank -> their name
 TRAINED: dict[str, tuple[Literal["adapter", "all"], list[str], int]] = {
     "LoRA 4 on attention": ("adapter", ATTENTION, 4),
-    "LoRA 8 on attention": ("adapter", ATTENTION, 8),
+    LORA_8: ("adapter", ATTENTION, 8),
     "LoRA 16 on attention": ("adapter", ATTENTION, 16),
     "LoRA 4 on all maps": ("adapter", ALL_MAPS, 4),
     "LoRA 16 on all maps": ("adapter", ALL_MAPS, 16),
     "all weights": ("all", ATTENTION, 8),
 }
-LORA_8 = "LoRA 8 on attention"  # of the standard grid; the thorough one has its neighbours
 
 
 @dataclass
