@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from barrier_diffusers.protection.statistics import is_distributed
+from barrier_diffusers.protection.statistics import WaitingRows, is_distributed
 
 
 def shrunk(rows_ND: Tensor, most: int) -> tuple[Tensor, Tensor]:
@@ -37,7 +37,7 @@ def shrunk(rows_ND: Tensor, most: int) -> tuple[Tensor, Tensor]:
     return (vectors_NN[:, :most] * weights_L).T @ rows_ND, delta
 
 
-class FrequentDirections:
+class FrequentDirections(WaitingRows):
     """Count and mean of rows, and bounds on their covariance; stands in for `Moments` where D is large.
 
     What is sketched are the rows about their batch's mean and, for each batch that comes to others, one row more,
@@ -51,30 +51,13 @@ class FrequentDirections:
     """
 
     def __init__(self, num_features: int, most: int, device: torch.device | str | None = None):
-        self.most = most
-        self.mean_D = torch.zeros(num_features, dtype=torch.float64, device=device)
+        super().__init__(num_features, most, device)
         self.rows_LD = torch.zeros(0, num_features, dtype=torch.float64, device=device)
         self.delta = torch.zeros((), dtype=torch.float64, device=device)
-        self._added = 0
-        self._waiting: list[Tensor] = []
 
     def fresh(self) -> FrequentDirections:
         """One of the same size that has seen nothing."""
         return FrequentDirections(len(self.mean_D), self.most, self.mean_D.device)
-
-    @property
-    def count(self) -> int:
-        """Number of rows seen."""
-        return self._added + sum(map(len, self._waiting))
-
-    def update(self, x_ND: Tensor) -> None:
-        """Add the rows `x_ND` (any floating dtype)."""
-        if len(x_ND) > self.most:
-            self._add(x_ND.float())
-        elif len(x_ND):
-            if self.count - self._added + len(x_ND) > self.most:
-                self._add_waiting()
-            self._waiting.append(x_ND.to(torch.float32, copy=True))  # the network may overwrite its own
 
     def merge(self, other: FrequentDirections) -> None:
         """Add the rows that `other` has seen; the two deltas add up."""
@@ -83,12 +66,6 @@ class FrequentDirections:
         if other._added:
             self._combine(other._added, other.mean_D, [other.rows_LD])
             self.delta = self.delta + other.delta
-
-    def _add_waiting(self) -> None:
-        if self._waiting:
-            rows = self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting)
-            self._waiting = []
-            self._add(rows)
 
     def _add(self, rows_ND: Tensor) -> None:
         mean_D = rows_ND.mean(0)
@@ -129,16 +106,6 @@ class FrequentDirections:
         self.mean_D, self.rows_LD, self.delta, self._added = merged.mean_D, merged.rows_LD, merged.delta, merged._added
 
     @property
-    def mean(self) -> Tensor:
-        """E[x], (D,) float64, exact.
-
-        Raises:
-            ValueError: no row was seen.
-        """
-        self._require_rows()
-        return self.mean_D
-
-    @property
     def bound(self) -> tuple[Tensor, Tensor]:
         """F (L, D), orthogonal rows, the largest first, and a number delta: F^T F <= C <= F^T F + delta I, float64."""
         self._require_rows()
@@ -151,8 +118,3 @@ class FrequentDirections:
         padded = torch.cat([rows_LD, rows_LD.new_zeros(max(0, num - len(rows_LD)), rows_LD.shape[1])])[:num]
         # columns of any length, and of none, come out orthonormal
         return padded.square().sum(1) + delta, torch.linalg.qr(padded.T)[0]
-
-    def _require_rows(self) -> None:
-        self._add_waiting()
-        if self._added == 0:
-            raise ValueError("no rows were recorded, so there is no mean or covariance")

@@ -7,6 +7,7 @@ for long. Shapes: N rows, D input features, K directions, S histogram bins.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,63 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-class Moments:
+class WaitingRows(ABC):
+    """Count and mean of rows, and what a subclass gathers of them; few rows wait, in float32, until `most` of them are
+    added together, as a pass over what is gathered costs more than they are worth.
+
+    Args:
+        num_features: D.
+        most: rows that wait.
+        device: where it lives; best that of the activations.
+    """
+
+    def __init__(self, num_features: int, most: int, device: torch.device | str | None = None):
+        self.most = most
+        self.mean_D = torch.zeros(num_features, dtype=torch.float64, device=device)
+        self._added = 0
+        self._waiting: list[Tensor] = []
+
+    @abstractmethod
+    def _add(self, rows_ND: Tensor) -> None:
+        """Add rows in float32, with their mean."""
+
+    @property
+    def count(self) -> int:
+        """Number of rows seen."""
+        return self._added + sum(map(len, self._waiting))
+
+    def update(self, x_ND: Tensor) -> None:
+        """Add the rows `x_ND` (any floating dtype)."""
+        if len(x_ND) > self.most:
+            self._add(x_ND.float())
+        elif len(x_ND):
+            if self.count - self._added + len(x_ND) > self.most:
+                self._add_waiting()
+            self._waiting.append(x_ND.to(torch.float32, copy=True))  # the network may overwrite its own
+
+    def _add_waiting(self) -> None:
+        if self._waiting:
+            rows = self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting)
+            self._waiting = []
+            self._add(rows)
+
+    @property
+    def mean(self) -> Tensor:
+        """E[x], (D,) float64, exact up to rounding.
+
+        Raises:
+            ValueError: no row was seen.
+        """
+        self._require_rows()
+        return self.mean_D
+
+    def _require_rows(self) -> None:
+        self._add_waiting()
+        if self._added == 0:
+            raise ValueError("no rows were recorded, so there is no mean or covariance")
+
+
+class Moments(WaitingRows):
     """Count, mean and covariance of rows (docs/method.md section 1): batches in float32, accumulated in float64.
 
     A pass over D x D numbers costs more than a few rows are worth, so up to D / 4 rows wait until they are added
@@ -44,29 +101,12 @@ class Moments:
     """
 
     def __init__(self, num_features: int, device: torch.device | str | None = None):
-        self.mean_D = torch.zeros(num_features, dtype=torch.float64, device=device)
+        super().__init__(num_features, num_features // 4, device)
         self.scatter_DD = torch.zeros(num_features, num_features, dtype=torch.float64, device=device)
-        self._added = 0
-        self._waiting: list[Tensor] = []
 
     def fresh(self) -> Moments:
         """One of the same size that has seen nothing."""
         return Moments(len(self.mean_D), self.mean_D.device)
-
-    @property
-    def count(self) -> int:
-        """Number of rows seen."""
-        return self._added + sum(map(len, self._waiting))
-
-    def update(self, x_ND: Tensor) -> None:
-        """Add the rows `x_ND` (any floating dtype)."""
-        most = len(self.mean_D) // 4
-        if len(x_ND) > most:
-            self._add(x_ND.float())
-        elif len(x_ND):
-            if self.count - self._added + len(x_ND) > most:
-                self._add_waiting()
-            self._waiting.append(x_ND.to(torch.float32, copy=True))  # the network may overwrite its own
 
     def merge(self, other: Moments) -> None:
         """Add the rows that `other` has seen."""
@@ -74,12 +114,6 @@ class Moments:
         self._add_waiting()
         if other._added:
             self._combine(other._added, other.mean_D, other.scatter_DD)
-
-    def _add_waiting(self) -> None:
-        if self._waiting:
-            rows = self._waiting[0] if len(self._waiting) == 1 else torch.cat(self._waiting)
-            self._waiting = []
-            self._add(rows)
 
     def _add(self, rows: Tensor) -> None:
         with torch.autocast(rows.device.type, enabled=False):  # rows that waited are added in whatever context
@@ -112,25 +146,10 @@ class Moments:
         self.mean_D, self._added = mean_D, total
 
     @property
-    def mean(self) -> Tensor:
-        """E[x], (D,) float64.
-
-        Raises:
-            ValueError: no row was seen.
-        """
-        self._require_rows()
-        return self.mean_D
-
-    @property
     def covariance(self) -> Tensor:
         """C = mean((x - mean)(x - mean)^T), (D, D) float64, exactly symmetric."""
         self._require_rows()
         return (self.scatter_DD + self.scatter_DD.T).div_(2 * self._added)
-
-    def _require_rows(self) -> None:
-        self._add_waiting()
-        if self._added == 0:
-            raise ValueError("no rows were recorded, so there is no mean or covariance")
 
 
 class ProjectionSketch:
