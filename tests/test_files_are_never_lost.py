@@ -29,6 +29,7 @@ from barrier_diffusers.models.generation import SamplingConfig
 from barrier_diffusers.utils import locks
 from barrier_diffusers.utils.checks import OUTPUT, PathRule, rules, rules_of, section_class
 from barrier_diffusers.utils.command_line import parse_config
+from barrier_diffusers.utils.files import save_whole, written_whole
 from barrier_diffusers.utils.locks import FolderLock
 from barrier_diffusers.utils.output_folder import in_output_folder, output_folder
 
@@ -522,6 +523,7 @@ sys.modules["fcntl"] = None
 import json, os, socket
 from pathlib import Path
 import barrier_diffusers.workflow.workflow, barrier_diffusers.utils.output_folder
+from barrier_diffusers.utils.files import save_whole, written_whole
 from barrier_diffusers.utils.locks import FolderLock
 folder = Path(sys.argv[1])
 with FolderLock(folder):
@@ -704,3 +706,18 @@ def test_a_swapped_image_of_an_evaluation_is_found(pipeline, tmp_path):
     with pytest.raises(ValueError, match="holds other files"):
         generate_folder(pipeline, rows, SAMPLING, tmp_path / "images", {"unet": "b"}, overwrite=True)
     assert (tmp_path / "images/holiday.jpg").read_bytes() == b"mine"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no umask")
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_whoever_the_umask_lets_reads_what_a_run_writes(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        with written_whole(tmp_path / "one.safetensors") as temporary:
+            save_file({"x": torch.zeros(1)}, temporary)
+        save_whole(pipelines.sd().save_pretrained, tmp_path / "pipeline", last="model_index.json")
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 5
+    assert {path.name: path.stat().st_mode & 0o777 for path in files} == {path.name: 0o666 & ~umask for path in files}

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -73,8 +74,20 @@ def remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
+def _give_usual_rights(path: Path) -> None:
+    """Let others read a new file, or those of a new folder, as the user's umask has it: safetensors does not."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file() and not file.is_symlink():
+            mode = stat.S_IMODE(file.stat().st_mode)
+            if (usual := mode | 0o666 & ~umask) != mode:
+                file.chmod(usual)
+
+
 def put_in_place(temporary: Path, target: Path) -> None:
     """Give a finished file or folder its name; what has that name is replaced, and is never half there."""
+    _give_usual_rights(temporary)
     if target.is_dir():
         old = target.with_name(f".old-{target.name}")
         remove(old)
