@@ -165,6 +165,10 @@ def train(run: Run) -> dict[str, Any]:
     optimizer = make_optimizer(config, parameters)
     if config.saliency_mask is not None:
         attach_mask(run, optimizer)
+    robust = config.robust
+    relearner = ClassifierRelearner(robust, model, run.splits, seed=config.seed, device=run.accelerator.device)
+    if robust.has_lives:
+        trainer.checkpoints.states["relearner"] = relearner
     set_up = round(time.perf_counter() - start, 2)
     forget_batches, *retain_batches = trainer.prepare(
         models=[model, shadow] if shadow is not None else [model],
@@ -173,8 +177,7 @@ def train(run: Run) -> dict[str, Any]:
         loaders=loaders,
     )
     network, barrier = trainer.models[0], run.barrier if config.protected else None
-    robust, device, micro_steps = config.robust, run.accelerator.device, config.gradient_accumulation_steps
-    relearner = ClassifierRelearner(robust, model, run.splits, seed=config.seed, device=device)
+    micro_steps = config.gradient_accumulation_steps
     calls = itertools.count()
     freeze_normalisation(network)
 
@@ -188,9 +191,8 @@ def train(run: Run) -> dict[str, Any]:
         if robust.meta_steps and step % robust.meta_every == 0:
             # before the graph of the weights as they are, which cannot be moved while it is alive
             with relearner.relearned(number):
-                parts["meta"] = robust.meta_weight * relearned_loss(
-                    run.method.loss(replace(made, model=model)), parameters
-                )
+                moved = run.method.loss(replace(made, model=model))
+                parts["meta"] = robust.meta_weight * relearned_loss(moved, parameters, relearner)
         parts["objective"] = run.method.loss(made)
         for batches in retain_batches:
             batch = next(batches)

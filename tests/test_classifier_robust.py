@@ -59,7 +59,14 @@ def test_relearning_is_sgd_on_drawn_images_and_is_taken_back(place):
 
 
 def test_a_run_has_a_meta_part_and_resumes_to_the_same_bits(place, tmp_path):
-    settings = {**BARE, **META, "num_train_epochs": 3, "checkpointing_steps": 1, "checkpoints_total_limit": 9}
+    settings = {
+        **BARE,
+        **META,
+        "robust.meta_lives": "[5]",
+        "num_train_epochs": 3,
+        "checkpointing_steps": 1,
+        "checkpoints_total_limit": 9,
+    }
     run_unlearn(place / "base", place / "data", tmp_path / "run", **settings)
     history = json.loads((tmp_path / "run/manifest.json").read_text())["history"]
     assert min(history["meta"]) > 0 and len(history["meta"]) == len(history["objective"]) > 1
@@ -67,7 +74,7 @@ def test_a_run_has_a_meta_part_and_resumes_to_the_same_bits(place, tmp_path):
     run_unlearn(place / "base", place / "data", tmp_path / "run", **settings, resume_from_checkpoint="step-1")
     for name, value in load_file(tmp_path / "run/model.safetensors").items():
         assert torch.equal(value, whole[name])
-    run_unlearn(place / "base", place / "data", tmp_path / "other", **{**settings, "robust.meta_steps": "[]", **OFF})
+    run_unlearn(place / "base", place / "data", tmp_path / "other", **{**settings, **OFF})
     assert any(
         not torch.equal(value, whole[name]) for name, value in load_file(tmp_path / "other/model.safetensors").items()
     )
@@ -81,7 +88,12 @@ def test_a_relearner_that_breaks_the_classifier_does_not_end_the_run(place, tmp_
     assert set(history["meta"]) == {0.0} and all(math.isfinite(value) for value in history["objective"])
 
 
-OFF = {"robust.meta_learning_rates": "[1e-3,3e-3,1e-2]", "robust.meta_num_images": 10}
+OFF = {
+    "robust.meta_steps": "[]",
+    "robust.meta_lives": "[1]",
+    "robust.meta_learning_rates": "[1e-3,3e-3,1e-2]",
+    "robust.meta_num_images": 10,
+}
 
 
 @pytest.mark.parametrize(

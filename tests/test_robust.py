@@ -1,5 +1,7 @@
 """Robust training against its definitions (docs/method.md section 8), each computed in the plainest way."""
 
+import io
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -65,13 +67,17 @@ def plainly_relearned(toy, config, number):
     optimizer = torch.optim.Adam(network.parameters(), lr=one_of(config.meta_learning_rates, generator))
     rows = torch.randperm(len(toy.rows), generator=generator)[: config.meta_num_images]
     batch = default_collate([toy.rows[int(row)] for row in rows])
+    plainly_trained(toy, network, optimizer, batch, num_steps=num_steps, generator=generator)
+    return network
+
+
+def plainly_trained(toy, network, optimizer, batch, *, num_steps, generator):
     for _ in range(num_steps):
         drawn = toy.denoiser.noised(batch["moments"], generator)
         loss = F.mse_loss(network(drawn.noisy, drawn.timesteps, **batch["condition"]).sample, drawn.target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return network
 
 
 def relearner(toy, config):
@@ -109,6 +115,76 @@ def test_the_gradient_after_relearning_is_added_to_the_one_before(number):
         torch.testing.assert_close(parameter.grad, first + 0.5 * second, rtol=1e-3, atol=1e-4 * float(largest))
 
 
+def test_a_relearner_goes_on_from_where_it_was_while_the_weights_move_beneath_it():
+    toy = Toy()
+    config = RobustConfig(meta_steps=[1, 2, 4], meta_lives=[3], meta_learning_rates=[1e-3, 1e-2], meta_num_images=3)
+    them = relearner(toy, config)
+    generator = seeded(7, "relearner", 0)
+    num_steps = [one_of(config.meta_steps, generator)]
+    one_of(["trained"], generator)
+    plain = toy.copy()
+    optimizer = torch.optim.Adam(plain.parameters(), lr=one_of(config.meta_learning_rates, generator))
+    rows = torch.randperm(len(toy.rows), generator=generator)[:3]
+    batch = default_collate([toy.rows[int(row)] for row in rows])
+    torch.manual_seed(0)
+    for number in range(3):
+        if number:
+            generator = seeded(7, "relearner", number)
+            num_steps.append(one_of(config.meta_steps, generator))
+        plainly_trained(toy, plain, optimizer, batch, num_steps=num_steps[-1], generator=generator)
+        before = [value.detach().clone() for value in toy.parameters]
+        with them.relearned(number):
+            for ours, expected in zip(toy.parameters, plain.parameters(), strict=True):
+                torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+        assert all(torch.equal(now, then) for now, then in zip(toy.parameters, before, strict=True))
+        with torch.no_grad():  # a training step, which the relearner's copy makes as well
+            for ours, theirs in zip(toy.parameters, plain.parameters(), strict=True):
+                step = 0.01 * torch.randn_like(ours)
+                ours += step
+                theirs += step
+    assert len(set(num_steps)) > 1 and them.state_dict() == {}
+    plain = plainly_relearned(toy, config, 3)  # a new one
+    with them.relearned(3):
+        for ours, expected in zip(toy.parameters, plain.parameters(), strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", ["trained", "adapter"])
+def test_a_relearner_that_lives_on_is_taken_back_from_a_checkpoint(weights):
+    toy = Toy()
+    config = RobustConfig(
+        meta_steps=[2], meta_lives=[4], meta_weights=weights, meta_num_images=3, token_rounds=2, meta_token_share=0.5
+    )
+    adversary = TokenAdversary(config, toy.vocabulary(), seed=7)
+    adversary._add(adversary.vocabulary.learn("name", LearningPlan(0, 1, 2, 1e-2)))
+
+    def attacker():
+        them = relearner(toy, config)
+        them.adversary = adversary
+        return them
+
+    whole, half = attacker(), attacker()
+    for number in range(2):
+        with whole.relearned(number):
+            there = [toy.step().prediction().detach()]
+    adversary._add(adversary.vocabulary.learn("random", LearningPlan(0, 1, 2, 1e-2)))  # names for those born later
+    half.load_state_dict(torch.load(io.BytesIO(saved(whole)), weights_only=True))
+    for number in range(2, 6):  # the last two are met by an attacker of its own
+        seen = []
+        for them in (whole, half):
+            with them.relearned(number):
+                seen.append(toy.step().prediction().detach())
+        assert torch.equal(*seen)
+        there.append(seen[0])
+    assert all((one - other).abs().max() > 1e-4 for one, other in itertools.pairwise(there))
+
+
+def saved(state):
+    file = io.BytesIO()
+    torch.save(state.state_dict(), file)
+    return file.getvalue()
+
+
 @pytest.mark.parametrize("weights", ["trained", "adapter"])
 def test_a_relearner_that_breaks_the_network_is_left_out(weights):
     toy, rates = Toy(anchor_target="base"), {"meta_learning_rates": [1e30], "meta_adapter_learning_rates": [1e30]}
@@ -116,11 +192,13 @@ def test_a_relearner_that_breaks_the_network_is_left_out(weights):
         del rates["meta_adapter_learning_rates"]
     else:
         del rates["meta_learning_rates"]
-    config = RobustConfig(meta_steps=[3], meta_num_images=3, meta_weights=weights, **rates)
-    terms = terms_of(toy, config, relearner(toy, config))
+    config = RobustConfig(meta_steps=[3], meta_lives=[5], meta_num_images=3, meta_weights=weights, **rates)
+    them = relearner(toy, config)
+    terms = terms_of(toy, config, them)
     with pytest.warns(UserWarning, match="broke the network"):
         parts = terms(toy.step(), step=0, number=0)
     assert parts["meta"].item() == 0
+    assert them.state_dict() == {}  # a new one is met next
     sum(parts.values()).backward()
     expected = [parameter.grad.clone() for parameter in toy.parameters]
     for parameter in toy.parameters:
@@ -593,6 +671,7 @@ def test_a_resumed_run_ends_with_the_same_bits(source, tmp_path):
     settings = {**ROBUST, "barrier.targets": "[Linear]", "max_train_steps": 4, "checkpointing_steps": 2}
     settings |= {"cache_dir": tmp_path / "cache", "gradient_accumulation_steps": 2, **TOKENS, **DRAWN}
     settings |= {"robust.context_radius": 0.1, "robust.token_interval": 1, "robust.sharpness": 0.01}
+    settings |= {"robust.meta_lives": "[3]", "robust.meta_weights": "either"}  # step 2 is in the second one's life
     whole = run_tiny(source, tmp_path / "whole", **settings)
     assert set(whole["history"]) == {"objective", "retain", "protection", "meta"} and min(whole["history"]["meta"]) > 0
     shutil.copytree(tmp_path / "whole" / "checkpoints", tmp_path / "half" / "checkpoints")

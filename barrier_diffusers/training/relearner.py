@@ -6,8 +6,9 @@ Shapes: B batch, O output features, D input features, R LoRA rank.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch.utils.data import default_collate
 from barrier_diffusers.models.denoiser import Denoiser
 from barrier_diffusers.objectives import DiffusionStep
 from barrier_diffusers.protection.targets import ProtectedMap, resolve_targets
+from barrier_diffusers.training.lives import Attacker, Lives, restored
 from barrier_diffusers.training.robust_config import RobustConfig
 from barrier_diffusers.training.seeds import one_of, seeded
 from barrier_diffusers.training.token_adversary import TokenAdversary
@@ -34,38 +36,37 @@ def gradients_of(loss: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
 
 
 class Adam:
-    """torch's Adam with its defaults, for gradients that are handed over: the parameters' .grad belongs to others."""
+    """torch's Adam with its defaults, for gradients that are handed over: the parameters' .grad belongs to others.
+
+    Args:
+        num_steps, moments: of one that goes on.
+    """
 
     BETAS, EPS = (0.9, 0.999), 1e-8
 
-    def __init__(self, parameters: Sequence[Tensor], learning_rate: float):
-        self.parameters, self.learning_rate, self.num_steps = list(parameters), learning_rate, 0
-        self._first = [torch.zeros_like(parameter) for parameter in self.parameters]
-        self._second = [torch.zeros_like(parameter) for parameter in self.parameters]
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        learning_rate: float,
+        num_steps: int = 0,
+        moments: Sequence[Tensor] = (),
+    ):
+        self.parameters, self.learning_rate, self.num_steps = list(parameters), learning_rate, num_steps
+        self.moments = list(moments) or [torch.zeros_like(parameter) for parameter in [*parameters, *parameters]]
 
     @torch.no_grad()
     def step(self, gradients: list[Tensor]) -> None:
         """Move the parameters, in place."""
-        (first, second), self.num_steps = self.BETAS, self.num_steps + 1
-        torch._foreach_lerp_(self._first, gradients, 1 - first)
-        torch._foreach_mul_(self._second, second)
-        torch._foreach_addcmul_(self._second, gradients, gradients, 1 - second)
-        divisors = torch._foreach_sqrt(self._second)
-        torch._foreach_div_(divisors, (1 - second**self.num_steps) ** 0.5)
+        (beta, other), count = self.BETAS, len(self.parameters)
+        first, second, self.num_steps = self.moments[:count], self.moments[count:], self.num_steps + 1
+        torch._foreach_lerp_(first, gradients, 1 - beta)
+        torch._foreach_mul_(second, other)
+        torch._foreach_addcmul_(second, gradients, gradients, 1 - other)
+        divisors = torch._foreach_sqrt(second)
+        torch._foreach_div_(divisors, (1 - other**self.num_steps) ** 0.5)
         torch._foreach_add_(divisors, self.EPS)
-        size = self.learning_rate / (1 - first**self.num_steps)
-        torch._foreach_addcdiv_(self.parameters, self._first, divisors, -size)
-
-
-@contextmanager
-def restored(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Whatever is written into the parameters in a block, they are afterwards as they were, to the bit."""
-    before = [parameter.detach().clone() for parameter in parameters]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            torch._foreach_copy_(list(parameters), before)
+        size = self.learning_rate / (1 - beta**self.num_steps)
+        torch._foreach_addcdiv_(self.parameters, first, divisors, -size)
 
 
 class AddedAdapter:
@@ -150,7 +151,18 @@ def adapted_maps(network: nn.Module, targets: Sequence[str]) -> list[ProtectedMa
     return maps
 
 
-class Relearner:
+@dataclass
+class DenoiserAttacker(Attacker):
+    """It fine-tunes a denoiser on a few forget images."""
+
+    batch: dict[str, Any] = field(default_factory=dict)  # the images, with their own captions
+    adapter: AddedAdapter | None = None  # that it trains; None: the weights that train here
+    name: int = -1  # of the adversary's, in its captions; -1: the concept's own
+
+    KEPT: ClassVar[tuple[str, ...]] = (*Attacker.KEPT, "name")  # drawn from those that were learned at its birth
+
+
+class Relearner(Lives[RobustConfig, DenoiserAttacker]):
     """Fine-tunes the network on a few forget images with the loss it was trained with, for the time of a block.
 
     How often, how fast, and what moves is drawn anew each time, from random numbers that all processes share: each of
@@ -174,10 +186,16 @@ class Relearner:
         seed: int,
         adversary: TokenAdversary | None = None,
     ):
-        self.config, self.denoiser, self.network = config, denoiser, network
-        self.parameters, self.images, self.seed, self.adversary = list(parameters), images, seed, adversary
+        super().__init__(config, seed)
+        self.denoiser, self.network = denoiser, network
+        self.parameters, self.images, self.adversary = list(parameters), images, adversary
         self.maps = adapted_maps(network, config.meta_adapter_targets) if config.has_adapter else []
         self._adapter: AddedAdapter | None = None  # that is on
+
+    @property
+    def device(self) -> torch.device:
+        """See `Lives`."""
+        return self.parameters[0].device
 
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Any) -> Tensor:
         """The network's prediction, as it is in a block of `relearned`."""
@@ -194,24 +212,35 @@ class Relearner:
 
     @contextmanager
     def relearned(self, number: int) -> Iterator[None]:
-        """The network after the `number`-th relearning, for the duration of a block; then it is as it was."""
-        config, generator = self.config, seeded(self.seed, "relearner", number)
-        num_steps = one_of(config.meta_steps, generator)
-        kinds = ["trained", "adapter"] if config.meta_weights == "either" else [config.meta_weights]
-        if one_of(kinds, generator) == "trained":
-            rate = one_of(config.meta_learning_rates, generator)
-            with restored(self.parameters):
-                self._train(self.parameters, rate, num_steps, generator)
-                yield
-            return
-        rate = one_of(config.meta_adapter_learning_rates, generator)
-        self._adapter = AddedAdapter(self.maps, config.meta_adapter_rank, generator)
+        """The network after the `number`-th meeting with a relearner, for the duration of a block; then it is as it
+        was."""
+        attacker, num_steps, generator = self.next(number)
+        self._adapter = attacker.adapter
+        parameters = self.parameters if self._adapter is None else self._adapter.parameters
         try:
-            with self._adapter.on():
-                self._train(self._adapter.parameters, rate, num_steps, generator)
+            with restored(parameters) as before, nullcontext() if self._adapter is None else self._adapter.on():
+                attacker.go_on(parameters)
+                self._train(attacker, parameters, num_steps, generator)
+                attacker.note_lead(parameters, before)
                 yield
         finally:
             self._adapter = None
+
+    def drawn(self, generator: torch.Generator) -> DenoiserAttacker:
+        """See `Lives`."""
+        config, adapter = self.config, None
+        kinds = ["trained", "adapter"] if config.meta_weights == "either" else [config.meta_weights]
+        if one_of(kinds, generator) == "trained":
+            rate = one_of(config.meta_learning_rates, generator)
+        else:
+            rate = one_of(config.meta_adapter_learning_rates, generator)
+            adapter = AddedAdapter(self.maps, config.meta_adapter_rank, generator)
+        attacker = DenoiserAttacker(rate, batch=self.few_images(generator), adapter=adapter)
+        if self.adversary is not None and self.adversary.tables:
+            is_named = torch.rand((), generator=generator) < config.meta_token_share
+            which = torch.randint(len(self.adversary.tables), (), generator=generator)
+            attacker.name = int(which) if is_named else -1
+        return attacker
 
     @contextmanager
     def ascended(self, number: int) -> Iterator[None]:
@@ -228,24 +257,24 @@ class Relearner:
             yield
 
     def _train(
-        self, parameters: Sequence[Tensor], learning_rate: float, num_steps: int, generator: torch.Generator
+        self, attacker: DenoiserAttacker, parameters: Sequence[Tensor], num_steps: int, generator: torch.Generator
     ) -> None:
-        batch, optimizer = self.few_images(generator), Adam(parameters, learning_rate)
-        if self.adversary is not None and self.adversary.tables:
-            is_named = torch.rand((), generator=generator) < self.config.meta_token_share
-            which = torch.randint(len(self.adversary.tables), (), generator=generator)
-            batch = self.adversary.named(batch, torch.where(is_named, which, -1).expand(len(batch["index"])))
+        optimizer = Adam(parameters, attacker.learning_rate, attacker.num_steps, attacker.moments)
+        batch = attacker.batch
+        if self.adversary is not None and attacker.name >= 0:
+            batch = self.adversary.named(batch, torch.full((len(batch["index"]),), attacker.name))
         for _ in range(num_steps):
             optimizer.step(gradients_of(self.noised(batch, generator).ordinary_loss(), parameters))
+        attacker.note(optimizer.num_steps, optimizer.moments)
 
     def few_images(self, generator: torch.Generator) -> dict[str, Any]:
         """A batch of forget images, drawn without replacement; "moments" stay on the CPU, the rest does not."""
         rows = torch.randperm(len(self.images), generator=generator)[: self.config.meta_num_images]
         batch = default_collate([self.images[int(row)] for row in rows])
-        return {**send_to_device(batch, self.parameters[0].device), "moments": batch["moments"]}
+        return {**send_to_device(batch, self.device), "moments": batch["moments"]}
 
     def noised(self, batch: dict[str, Any], generator: torch.Generator) -> DiffusionStep:
         """The batch at a new draw of noise and timesteps, on the network's device."""
-        drawn, device = self.denoiser.noised(batch["moments"], generator), self.parameters[0].device
+        drawn, device = self.denoiser.noised(batch["moments"], generator), self.device
         noisy, timesteps, target = (value.to(device) for value in (drawn.noisy, drawn.timesteps, drawn.target))
         return DiffusionStep(self.predict, noisy, timesteps=timesteps, target=target, condition=batch["condition"])

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from barrier_diffusers.objectives import DiffusionStep, Objective
 from barrier_diffusers.objectives.base import Condition, Predict
+from barrier_diffusers.training.lives import Lives
 from barrier_diffusers.training.relearner import LOSS_SCALE, Relearner, gradients_of
 from barrier_diffusers.training.robust_config import RobustConfig
 from barrier_diffusers.training.token_adversary import TokenAdversary
@@ -47,11 +49,11 @@ def moved_loss(value: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
     return with_gradient(value, parameters, gradients_of(value, parameters))
 
 
-def relearned_loss(value: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+def relearned_loss(value: Tensor, parameters: Sequence[nn.Parameter], relearner: Lives[Any, Any]) -> Tensor:
     """`moved_loss` where a relearner moved them.
 
     A relearner whose learning rate broke the network is no attacker: where the loss or its gradient is not finite,
-    both are 0, and a warning says so.
+    both are 0, it is not met again, and a warning says so.
     """
     gradients = gradients_of(value, parameters)
     norms = torch.stack(torch._foreach_norm(gradients))
@@ -61,6 +63,7 @@ def relearned_loss(value: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
             "is left out: lower the largest of the robust.meta_..._learning_rates that it draws from",
             stacklevel=2,
         )
+        relearner.end_life()
         value, gradients = torch.zeros_like(value), [torch.zeros_like(one) for one in gradients]
     return with_gradient(value, parameters, gradients)
 
@@ -134,7 +137,8 @@ class RobustTerms:
         # before the graph of the weights as they are, which cannot be moved while it is alive
         if config.meta_steps and step % config.meta_every == 0:
             assert self.relearner is not None
-            parts["meta"] = config.meta_weight * self._moved(made, self.relearner.relearned(number), relearned_loss)
+            loss = partial(relearned_loss, relearner=self.relearner)
+            parts["meta"] = config.meta_weight * self._moved(made, self.relearner.relearned(number), loss)
         if config.sharpness:
             assert self.relearner is not None
             return {"objective": self._moved(made, self.relearner.ascended(number), moved_loss), **parts}

@@ -17,6 +17,9 @@ class MetaStep(Checked):
     # steps, one of these numbers at a time, and the gradient of the erasing loss after it is added to the one before;
     # empty: none does
     meta_steps: list[int] = field(default_factory=list)
+    # how often one relearner is met, one of these numbers at a time: it goes on from where it was, so that a few steps
+    # each time lead far, while the weights move beneath it; [1]: a new one each time
+    meta_lives: list[int] = field(default_factory=lambda: [1])
     meta_every: int = 1  # it does so in every so many steps
     meta_weight: float = 1.0  # of the gradient after relearning
     # of the relearner's optimizer (Adam; a classifier's SGD), one at a time
@@ -24,14 +27,20 @@ class MetaStep(Checked):
     meta_num_images: int = 10  # forget images that it learns from, drawn anew each time
 
     SECTION = "robust."
-    NOT_EMPTY: ClassVar[tuple[str, ...]] = ("meta_learning_rates",)
+    NOT_EMPTY: ClassVar[tuple[str, ...]] = ("meta_lives", "meta_learning_rates")
     RULES = rules(
         meta_steps=at_least(1),
+        meta_lives=at_least(1),
         meta_every=at_least(1),
         meta_weight=ABOVE_0,
         meta_learning_rates=ABOVE_0,
         meta_num_images=at_least(1),
     )
+
+    @property
+    def has_lives(self) -> bool:
+        """Whether a relearner is met more than once, so that it travels with a checkpoint."""
+        return any(life > 1 for life in self.meta_lives)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,7 +85,7 @@ class RobustConfig(MetaStep):
     # where the gradient of the erasing parts points against the retain loss's, that component is taken out
     project_conflicts: bool = False
 
-    NOT_EMPTY = ("meta_learning_rates", "meta_adapter_learning_rates", "meta_adapter_targets", "token_starts")
+    NOT_EMPTY = (*MetaStep.NOT_EMPTY, "meta_adapter_learning_rates", "meta_adapter_targets", "token_starts")
     RULES = rules(
         meta_adapter_learning_rates=ABOVE_0,
         meta_adapter_rank=Range(1, 4096),

@@ -418,6 +418,8 @@ class Unlearner:
                 seed=config.seed,
                 adversary=adversary,
             )
+            if robust.has_lives:
+                self.trainer.checkpoints.states["relearner"] = relearner
         several = self.accelerator.num_processes > 1
         return RobustTerms(
             robust,
