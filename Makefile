@@ -53,7 +53,7 @@ attack-table: $(READY) ## what attacks bring back after five ways to erase; fini
 	$(BIN)/python -m benchmarks.tables --tables attacks --workers 1 --output_dir runs/attack_table
 
 robustness-table: $(READY) ## the same beside a control that never knew, strongest attackers; finished rows are not run again
-	$(BIN)/python -m benchmarks.tables --tables robustness --workers 1 --output_dir runs/robustness_table
+	$(BIN)/python -m benchmarks.tables --tables robust_classes robustness --workers 1 --output_dir runs/robustness_table
 
 BENCH = $(BIN)/python benchmarks/$(1).py --page docs/performance.md --json docs/tables/$(2).json $(3)
 

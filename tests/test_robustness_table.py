@@ -16,6 +16,7 @@ from benchmarks.tables.robustness import (
     WAYS,
     RobustnessTable,
     cells_of,
+    robust_classes,
     robustness,
     row_of,
     train_control,
@@ -96,6 +97,23 @@ def test_a_line_of_the_table():
     nothing = {**NUMBERS, "retain_accuracy_drop": None, "fid_efficientnet_lite0": {}, "gaps": {}}
     del nothing["seconds_training"]
     assert cells_of(nothing) == ["98.0 (90.0 - 99.0)", *[""] * 7]
+
+
+def test_ten_classes_with_their_mean_and_the_worst_of_each_column():
+    table = robust_classes()
+    assert len(table.rows) == 10 and len({row.name for row in table.rows}) == 10
+    for row in table.rows:
+        chosen_objective(UNLEARN.parse(WAYS["robust"][0], row.flags))
+    assert not EVALUATE.parse(table.evaluation, {**table.judged, "base_model": "assets/fashion_sd"}).chosen_attacks
+    other = {**NUMBERS, "unlearning_accuracy": {"value": 100.0, "interval_95": [94.0, 100.0], "num_images": 60}}
+    other |= {"retain_accuracy_drop": 1.0, "fid_efficientnet_lite0": {"before": 10.0, "after": 10.1}}
+    found = {row.name: {"metrics": one} for row, one in zip(table.rows, (NUMBERS, other), strict=False)}
+    assert table.markdown(found)["robust_classes"].splitlines()[2:] == [
+        "| bag | 98.0 (90.0 - 99.0) | 0.0 | 1.05 | 61 |",
+        "| boot | 100.0 (94.0 - 100.0) | 1.0 | 1.01 | 61 |",
+        "| **mean of 2** | 99.0 | 0.5 | 1.03 | 61 |",
+        "| **worst** | 98.0 | 1.0 | 1.05 | 61 |",
+    ]
 
 
 @pytest.mark.slow

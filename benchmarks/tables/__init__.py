@@ -2,7 +2,7 @@
 
 from benchmarks.tables.classifier import classifier
 from benchmarks.tables.ddpm import ddpm
-from benchmarks.tables.robustness import robustness
+from benchmarks.tables.robustness import robust_classes, robustness
 from benchmarks.tables.stable_diffusion import attacks, classes, concepts, objectives, projection
 
 TABLES = {  # name -> function that makes the table
@@ -12,6 +12,7 @@ TABLES = {  # name -> function that makes the table
     "concepts": concepts,
     "attacks": attacks,
     "robustness": robustness,
+    "robust_classes": robust_classes,
     "classifier": classifier,
     "ddpm": ddpm,
 }

@@ -1,4 +1,4 @@
-"""The robustness table: what attacks bring back after ways to erase, beside a control that never knew the class.
+"""The tables of robustness: what attacks bring back after ways to erase, beside a control that never knew the class.
 
 Each row erases one class (or leaves the base model as it is), and attacks the result and the control of its class
 alike. A class whose control is not among the assets has it trained first, from the recipe's own data
@@ -37,6 +37,7 @@ CLASSES = SHORT_LIST
 TUNED_ON = ("sneaker", "dress")  # the classes that settings were chosen on
 NOTHING, NEVER_KNEW = "nothing", "control"
 WITHOUT_BARRIER = {"barrier.lambda_interval": 0.0, "barrier.use_actual_bounds": False}
+PAGES = ("docs/robustness.md",)
 KEPT_GAPS = ("strongest", "mean_strongest", "mean_attackers", "half")
 ESD = {"objective.name": "esd", "objective.num_inference_steps": 10, "max_train_steps": 150}
 UCE = {"objective.name": "uce", "barrier.use_actual_bounds": False, **KEYS_AND_VALUES}
@@ -112,26 +113,34 @@ class RobustnessTable(Table):
 
     def _run(self, row: Row, output: Path) -> Metrics:
         way, concept = row.cells.values()
-        control, seconds = train_control(concept, output), None
+        control = train_control(concept, output)
         flags: dict[str, Any] = {"concept": concept, "control": control, "base_model": BASE}
+        erased: dict[str, Any] = {}
         if way == NOTHING:
             flags |= {"pretrained_model_name_or_path": BASE, "base_model": None}
         elif way == NEVER_KNEW:
             flags |= {"pretrained_model_name_or_path": control, "control": None}
         else:
-            folder = output / row.name
-            flags["pretrained_model_name_or_path"] = folder
-            if not (folder / METRICS_NAME).is_file() or not (folder / "unet").is_dir():
-                erasing = {"output_dir": folder, "cache_dir": output / "cache", "report_to": "none"}
-                erasing |= {"overwrite_output_dir": True, "evaluation.classifier": None}  # it is judged below
-                erasing |= {"evaluation.images_per_label": 8}  # of the picture
-                UNLEARN.run(WAYS[way][0], {**row.flags, **erasing}, log_of(output, row.name))
-            seconds = json.loads((folder / METRICS_NAME).read_text())["seconds_training"]
-        judged = output / f"{row.name}-judged"
-        flags |= {"output_dir": judged, "overwrite_output_dir": True, "cache_dir": output / "attackers", **self.judged}
-        EVALUATE.run(self.evaluation, flags, log_of(output, judged.name))
-        record = json.loads((judged / METRICS_NAME).read_text())
-        return {**robustness_numbers(record), **({} if seconds is None else {"seconds_training": seconds})}
+            erased = self._erase(row, output)
+            flags["pretrained_model_name_or_path"] = output / row.name
+        return {**robustness_numbers(self._judge(flags, output, f"{row.name}-judged")), **erased}
+
+    def _erase(self, row: Row, output: Path) -> Metrics:
+        """What the run says, which is made unless it is there."""
+        folder = output / row.name
+        if not (folder / METRICS_NAME).is_file() or not (folder / "unet").is_dir():
+            flags = {"output_dir": folder, "cache_dir": output / "cache", "report_to": "none"}
+            flags |= {"overwrite_output_dir": True, "evaluation.classifier": None}  # it is judged apart
+            flags |= {"evaluation.images_per_label": 8}  # of the picture
+            UNLEARN.run(WAYS[row.cells["erased by"]][0], {**row.flags, **flags}, log_of(output, row.name))
+        return {"seconds_training": json.loads((folder / METRICS_NAME).read_text())["seconds_training"]}
+
+    def _judge(self, flags: Mapping[str, Any], output: Path, name: str) -> dict[str, Any]:
+        """The record of the evaluation that it makes in a folder of this name."""
+        folder = output / name
+        common = {"output_dir": folder, "overwrite_output_dir": True, "cache_dir": output / "attackers"}
+        EVALUATE.run(self.evaluation, {**flags, **common, **self.judged}, log_of(output, name))
+        return json.loads((folder / METRICS_NAME).read_text())
 
     def markdown(self, results: Mapping[str, Any]) -> dict[str, str]:
         """One line for each row: percentages and points, with 95 % intervals in brackets."""
@@ -142,6 +151,36 @@ class RobustnessTable(Table):
             if row.name in results:
                 lines.append([*row.cells.values(), *cells_of(results[row.name]["metrics"])])
         return {self.name: lines_of([*headings, "seconds"], 2, lines)}
+
+
+@dataclass(kw_only=True)
+class RobustClassesTable(RobustnessTable):
+    """The robust recipe on one class after another, judged without attacks, which need a control for each."""
+
+    def _run(self, row: Row, output: Path) -> Metrics:
+        erased = self._erase(row, output)
+        flags = {"concept": row.cells["class"], "base_model": BASE, "pretrained_model_name_or_path": output / row.name}
+        numbers = robustness_numbers(self._judge(flags, output, f"{row.name}-plain"))
+        return {name: value for name, value in numbers.items() if name not in ("attacks", "gaps", "control")} | erased
+
+    def markdown(self, results: Mapping[str, Any]) -> dict[str, str]:
+        """One line for each class, below them the mean and the worst of each column."""
+        headings = ["class", "UA", "retain drop", "FID ratio", "seconds"]
+        lines, columns = [], list[list[float]]()
+        for row in self.rows:
+            if row.name in results:
+                numbers = results[row.name]["metrics"]
+                accuracy, drop, ratio, *_, seconds = cells_of(numbers)
+                lines.append([row.cells["class"], accuracy, drop, ratio, seconds])
+                columns.append([numbers["unlearning_accuracy"]["value"], *map(float, (drop, ratio, seconds))])
+        (accuracies, *others) = zip(*columns, strict=True)
+        digits = (1, 1, 2, 0)
+        for name, values in (
+            (f"**mean of {len(columns)}**", [sum(column) / len(column) for column in (accuracies, *others)]),
+            ("**worst**", [min(accuracies), *map(max, others)]),
+        ):
+            lines.append([name, *(f"{value + 0.0:.{places}f}" for value, places in zip(values, digits, strict=True))])
+        return {self.name: lines_of(headings, 1, lines)}
 
 
 def robustness_numbers(record: Mapping[str, Any]) -> Metrics:
@@ -200,7 +239,6 @@ def robustness() -> RobustnessTable:
     """Ways to erase whose configuration files there are, and the two ends: nothing erased, and never known."""
     ways = [NOTHING, *(way for way, (config, _) in WAYS.items() if Path(config).is_file()), NEVER_KNEW]
     chains = [[row_of(concept, way)] for concept in CLASSES for way in ways]
-    pages = tuple(page for page in ("docs/robustness.md",) if Path(page).is_file())
     judged = {
         "attack_budget": "standard",
         "attacks": "[inversion,relearning]",
@@ -208,4 +246,11 @@ def robustness() -> RobustnessTable:
         "evaluation.images_per_label": 30,
         "fidelity.extractors": "[efficientnet_lite0]",
     }
-    return RobustnessTable(name="robustness", chains=chains, judged=judged, pages=pages)
+    return RobustnessTable(name="robustness", chains=chains, judged=judged, pages=PAGES)
+
+
+def robust_classes() -> RobustClassesTable:
+    """The robust recipe on all ten classes, one setting."""
+    judged = {"attacks": "[]", "fidelity.extractors": "[efficientnet_lite0]"}
+    chains = [[row_of(concept, "robust")] for concept in ANCHORS]
+    return RobustClassesTable(name="robust_classes", chains=chains, judged=judged, pages=PAGES)
