@@ -1,8 +1,11 @@
 """The robustness table: rows that parse, runs that go on, and what a line says."""
 
+import io
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 from short_evaluations import twin_of_base
 from short_runs import ROOT
 
@@ -97,6 +100,18 @@ def test_a_line_of_the_table():
     nothing = {**NUMBERS, "retain_accuracy_drop": None, "fid_efficientnet_lite0": {}, "gaps": {}}
     del nothing["seconds_training"]
     assert cells_of(nothing) == ["98.0 (90.0 - 99.0)", *[""] * 7]
+
+
+def test_the_picture_shows_every_erased_row():
+    table = robustness()
+    rows = {row.name: {"cells": row.cells, "metrics": NUMBERS} for row in table.rows[1:4]}
+    other = {**NUMBERS, "retain_accuracy_drop": 4.0}
+    name = table.rows[3].name
+    pictures = [table.picture(found) for found in (rows, {**rows, name: {**rows[name], "metrics": other}})]
+    images = [np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")) for picture in pictures]
+    assert images[0].shape == images[1].shape and (images[0] != images[1]).any()
+    without = {key: value for key, value in NUMBERS.items() if key != "seconds_training"}
+    assert table.picture({name: {**rows[name], "metrics": without}}) is not None  # no row was erased
 
 
 def test_ten_classes_with_their_mean_and_the_worst_of_each_column():

@@ -47,11 +47,14 @@ class TableConfig:
 
 
 def write(table: Table, results: Mapping[str, Any], docs: Path) -> None:
-    """The finished rows, in the table's order, as JSON and as Markdown, and in the pages that have their marks."""
+    """The finished rows, in the table's order, as JSON, as Markdown and as a picture, and in the pages that
+    have their marks."""
     docs.mkdir(parents=True, exist_ok=True)
     write_json(docs / f"{table.name}.json", [results[row.name] for row in table.rows if row.name in results])
     for name, text in table.markdown(results).items():
         (docs / f"{name}.md").write_text(text, encoding="utf-8")
+    if (picture := table.picture(results)) is not None:
+        (docs / f"{table.name}.png").write_bytes(picture)
     for name, text in table.short_forms(results).items():
         for page in table.pages:
             into_page(Path(page), name, text)

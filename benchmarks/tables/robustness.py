@@ -7,11 +7,18 @@ alike. A class whose control is not among the assets has it trained first, from 
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
 
 from barrier_diffusers.utils.run_records import METRICS_NAME
 from benchmarks.tables.stable_diffusion import (
@@ -152,6 +159,10 @@ class RobustnessTable(Table):
                 lines.append([*row.cells.values(), *cells_of(results[row.name]["metrics"])])
         return {self.name: lines_of([*headings, "seconds"], 2, lines)}
 
+    def picture(self, results: Mapping[str, Any]) -> bytes | None:
+        """What the strongest relearner shows over the control, against what was lost and what it took."""
+        return trade_offs([results[row.name] for row in self.rows if row.name in results])
+
 
 @dataclass(kw_only=True)
 class RobustClassesTable(RobustnessTable):
@@ -181,6 +192,38 @@ class RobustClassesTable(RobustnessTable):
         ):
             lines.append([name, *(f"{value + 0.0:.{places}f}" for value, places in zip(values, digits, strict=True))])
         return {self.name: lines_of(headings, 1, lines)}
+
+    def picture(self, results: Mapping[str, Any]) -> bytes | None:
+        """None: without attacks there is no trade-off."""
+        return None
+
+
+MARKERS = "os^Dv"  # of the classes
+
+
+def trade_offs(results: Sequence[Mapping[str, Any]]) -> bytes:
+    """A PNG file: the relearning gap of each erased row, with its 95 % interval, against retain drop and seconds."""
+    erased = [one for one in results if "seconds_training" in one["metrics"]]
+    ways, classes = (list(dict.fromkeys(one["cells"][name] for one in erased)) for name in ("erased by", "class"))
+    figure, plots = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    for one in erased:
+        metrics, way, concept = one["metrics"], one["cells"]["erased by"], one["cells"]["class"]
+        gap = metrics["gaps"]["relearning"]["mean_strongest"]
+        low, high = gap["interval_95"]
+        look = {"color": f"C{ways.index(way)}", "marker": MARKERS[classes.index(concept) % len(MARKERS)]}
+        ends = [[gap["value"] - low], [high - gap["value"]]]
+        for plot, key in zip(plots, ("retain_accuracy_drop", "seconds_training"), strict=True):
+            plot.errorbar(metrics[key], gap["value"], ends, label=f"{way}, {concept}", capsize=2, alpha=0.8, **look)
+    plots[0].set(xlabel="retain drop, points", ylabel="strongest relearner over the control's, points")
+    plots[1].set(xlabel="seconds of training", xscale="log")
+    for plot in plots:
+        plot.axhline(0, color="black", linewidth=0.8)
+        plot.grid(alpha=0.3)
+    figure.legend(*plots[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=100)
+    plt.close(figure)
+    return file.getvalue()
 
 
 def robustness_numbers(record: Mapping[str, Any]) -> Metrics:

@@ -94,6 +94,10 @@ class Table:
         """Name of a Markdown file in docs/tables -> the finished rows as a table."""
         raise NotImplementedError
 
+    def picture(self, results: Mapping[str, Any]) -> bytes | None:
+        """The finished rows as a PNG file; None: the table has no picture."""
+        return None
+
     def short_forms(self, results: Mapping[str, Any]) -> dict[str, str]:
         """Name of the marks in `pages` -> what stands between them; here what `markdown` gives."""
         return self.markdown(results)
