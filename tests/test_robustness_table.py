@@ -21,6 +21,7 @@ from benchmarks.tables.robustness import (
     cells_of,
     robust_classes,
     robustness,
+    robustness_numbers,
     row_of,
     train_control,
 )
@@ -112,6 +113,13 @@ def test_the_picture_shows_every_erased_row():
     assert images[0].shape == images[1].shape and (images[0] != images[1]).any()
     without = {key: value for key, value in NUMBERS.items() if key != "seconds_training"}
     assert table.picture({name: {**rows[name], "metrics": without}}) is not None  # no row was erased
+
+
+def test_an_evaluation_without_attacks_has_numbers_too():
+    share = {"value": 98.0, "num_images": 50, "interval_95": [90.0, 99.0]}
+    record = {"classes": {"details": {"unlearning_accuracy": share, "retain_accuracy_after": share}}}
+    numbers = robustness_numbers(record)
+    assert numbers["unlearning_accuracy"] == share and numbers["attacks"] == numbers["gaps"] == {}
 
 
 def test_ten_classes_with_their_mean_and_the_worst_of_each_column():

@@ -235,7 +235,8 @@ def robustness_numbers(record: Mapping[str, Any]) -> Metrics:
     }
     kept = ("post_attack", "variant", "steps", "curve", "num_cells", "num_failed", "num_broken_marks")
     attacks = {
-        attack["attack"]: {name: attack[name] for name in kept if name in attack} for attack in record["attacks"]
+        attack["attack"]: {name: attack[name] for name in kept if name in attack}
+        for attack in record.get("attacks", [])
     }
     return {
         "unlearning_accuracy": classes["details"]["unlearning_accuracy"],
