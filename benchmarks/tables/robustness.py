@@ -171,8 +171,7 @@ class RobustClassesTable(RobustnessTable):
     def _run(self, row: Row, output: Path) -> Metrics:
         erased = self._erase(row, output)
         flags = {"concept": row.cells["class"], "base_model": BASE, "pretrained_model_name_or_path": output / row.name}
-        numbers = robustness_numbers(self._judge(flags, output, f"{row.name}-plain"))
-        return {name: value for name, value in numbers.items() if name not in ("attacks", "gaps", "control")} | erased
+        return robustness_numbers(self._judge(flags, output, f"{row.name}-plain")) | erased
 
     def markdown(self, results: Mapping[str, Any]) -> dict[str, str]:
         """One line for each class, below them the mean and the worst of each column."""
