@@ -47,13 +47,16 @@ def test_every_row_is_a_valid_run_with_a_name_of_its_own():
     EVALUATE.parse(table.evaluation, {**table.judged, "control": "assets/fashion_sd"})
 
 
-def test_no_committed_row_has_to_run_again():
-    table, path = robustness(), ROOT / "docs/tables/robustness.json"
+@pytest.mark.parametrize("make", [robustness, robust_classes])
+def test_no_committed_row_has_to_run_again(make):
+    table = make()
+    path = ROOT / f"docs/tables/{table.name}.json"
     results = table.finished(path)
     assert list(results) == [result["name"] for result in json.loads(path.read_text())]
-    text = table.markdown(results)["robustness"]
-    assert text == (ROOT / "docs/tables/robustness.md").read_text(encoding="utf-8")
-    assert f"<!-- table robustness -->\n{text}<!-- end of table robustness -->" in (ROOT / table.pages[0]).read_text()
+    text = table.markdown(results)[table.name]
+    assert text == (ROOT / f"docs/tables/{table.name}.md").read_text(encoding="utf-8")
+    marked = f"<!-- table {table.name} -->\n{text}<!-- end of table {table.name} -->"
+    assert marked in (ROOT / table.pages[0]).read_text(encoding="utf-8")
     table.rows[0].flags["seed"] = 7
     assert len(table.finished(path)) == len(results) - (table.rows[0].name in results)
 
