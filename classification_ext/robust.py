@@ -33,16 +33,14 @@ class ClassifierRelearner(Lives[ClassifierRobustConfig, ClassifierAttacker]):
     of them does the whole of it.
     """
 
-    def __init__(
-        self, config: ClassifierRobustConfig, model: nn.Module, splits: Splits, *, seed: int, device: torch.device
-    ):
+    def __init__(self, config: ClassifierRobustConfig, model: nn.Module, splits: Splits, *, seed: int):
         super().__init__(config, seed)
-        self.model, self.splits, self._device = model, splits, device
+        self.model, self.splits = model, splits
 
     @property
     def device(self) -> torch.device:
         """See `Lives`."""
-        return self._device
+        return next(self.model.parameters()).device
 
     @contextmanager
     def relearned(self, number: int) -> Iterator[None]:

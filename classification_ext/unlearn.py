@@ -166,7 +166,7 @@ def train(run: Run) -> dict[str, Any]:
     if config.saliency_mask is not None:
         attach_mask(run, optimizer)
     robust = config.robust
-    relearner = ClassifierRelearner(robust, model, run.splits, seed=config.seed, device=run.accelerator.device)
+    relearner = ClassifierRelearner(robust, model, run.splits, seed=config.seed)
     if robust.has_lives:
         trainer.checkpoints.states["relearner"] = relearner
     set_up = round(time.perf_counter() - start, 2)

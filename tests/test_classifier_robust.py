@@ -36,7 +36,7 @@ def test_relearning_is_sgd_on_drawn_images_and_is_taken_back(place):
     before, flags = copy.deepcopy(model), [value.requires_grad for value in model.parameters()]
     splits = make_splits(labelled(20), labelled(10, seed=1), ForgetConfig(forget_class="east"))
     config = ClassifierRobustConfig(meta_steps=[2, 3], meta_learning_rates=[0.01, 0.05], meta_num_images=4)
-    relearner = ClassifierRelearner(config, model, splits, seed=3, device=torch.device("cpu"))
+    relearner = ClassifierRelearner(config, model, splits, seed=3)
 
     generator = seeded(3, "relearner", 5)
     plain, num_steps = copy.deepcopy(before).requires_grad_(True), one_of([2, 3], generator)

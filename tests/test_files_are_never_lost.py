@@ -523,7 +523,6 @@ sys.modules["fcntl"] = None
 import json, os, socket
 from pathlib import Path
 import barrier_diffusers.workflow.workflow, barrier_diffusers.utils.output_folder
-from barrier_diffusers.utils.files import save_whole, written_whole
 from barrier_diffusers.utils.locks import FolderLock
 folder = Path(sys.argv[1])
 with FolderLock(folder):

@@ -59,14 +59,19 @@ def test_adam_is_torchs():
         torch.testing.assert_close(mine, other.detach(), rtol=1e-6, atol=1e-7)
 
 
-def plainly_relearned(toy, config, number):
-    """A copy of the network after the number-th relearning of all weights, by torch's own Adam."""
+def plainly_drawn(toy, config, number):
+    """A copy of the network, torch's own Adam for all its weights, the images, and what else is drawn at birth."""
     generator, network = seeded(7, "relearner", number), toy.copy()
     num_steps = one_of(config.meta_steps, generator)
     one_of(["trained"], generator)
     optimizer = torch.optim.Adam(network.parameters(), lr=one_of(config.meta_learning_rates, generator))
     rows = torch.randperm(len(toy.rows), generator=generator)[: config.meta_num_images]
-    batch = default_collate([toy.rows[int(row)] for row in rows])
+    return network, optimizer, default_collate([toy.rows[int(row)] for row in rows]), num_steps, generator
+
+
+def plainly_relearned(toy, config, number):
+    """A copy of the network after the number-th relearning of all weights."""
+    network, optimizer, batch, num_steps, generator = plainly_drawn(toy, config, number)
     plainly_trained(toy, network, optimizer, batch, num_steps=num_steps, generator=generator)
     return network
 
@@ -119,13 +124,8 @@ def test_a_relearner_goes_on_from_where_it_was_while_the_weights_move_beneath_it
     toy = Toy()
     config = RobustConfig(meta_steps=[1, 2, 4], meta_lives=[3], meta_learning_rates=[1e-3, 1e-2], meta_num_images=3)
     them = relearner(toy, config)
-    generator = seeded(7, "relearner", 0)
-    num_steps = [one_of(config.meta_steps, generator)]
-    one_of(["trained"], generator)
-    plain = toy.copy()
-    optimizer = torch.optim.Adam(plain.parameters(), lr=one_of(config.meta_learning_rates, generator))
-    rows = torch.randperm(len(toy.rows), generator=generator)[:3]
-    batch = default_collate([toy.rows[int(row)] for row in rows])
+    plain, optimizer, batch, first, generator = plainly_drawn(toy, config, 0)
+    num_steps = [first]
     torch.manual_seed(0)
     for number in range(3):
         if number:

@@ -102,7 +102,8 @@ def loss_curves(history: Mapping[str, Sequence[float]], path: Path) -> None:
     plt.close(figure)
 
 
-def _png(figure: Any) -> bytes:
+def png(figure: Any) -> bytes:
+    """A figure as a PNG file, the same bytes each time; it is closed."""
     buffer = io.BytesIO()
     figure.tight_layout()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})  # long names, too
@@ -110,7 +111,7 @@ def _png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _errors(counted: Mapping[str, Any]) -> list[float]:
+def error_bar(counted: Mapping[str, Any]) -> list[float]:
     """Lengths of the error bar of a share below and above its value."""
     low, high = counted["interval_95"]
     return [max(0.0, counted["value"] - low), max(0.0, high - counted["value"])]
@@ -131,13 +132,13 @@ def label_bars(
         for position, label in enumerate(order):
             if label in shares:
                 counted, colour = shares[label], "tab:red" if label in forgotten else "tab:blue"
-                error = [[value] for value in _errors(counted)]
+                error = [[value] for value in error_bar(counted)]
                 axis.bar(position + shift, counted["value"], 0.38, color=colour, alpha=shade, yerr=error, capsize=2)
     axis.set_xticks(range(len(order)), order, rotation=30, ha="right")
     axis.set_ylim(0, 105)
     axis.set_ylabel("recognised, % (pale: before)" if before else "recognised, %")
     axis.grid(axis="y", alpha=0.3)
-    return _png(figure)
+    return png(figure)
 
 
 @as_written
@@ -150,7 +151,7 @@ def trade_off(points: Sequence[tuple[str, Mapping[str, Any], float, Sequence[flo
     figure, axis = plt.subplots(figsize=(7, 4.6))
     for number, (name, erased, drop, ends) in enumerate(points):
         across = None if ends is None else [[max(0.0, drop - ends[0])], [max(0.0, ends[1] - drop)]]
-        up = [[value] for value in _errors(erased)]
+        up = [[value] for value in error_bar(erased)]
         colour = f"C{number % 10}"
         axis.errorbar(drop, erased["value"], up, across, fmt="o", capsize=3, color=colour, label=name)
     axis.set_xlabel("retain accuracy drop, points")
@@ -158,7 +159,7 @@ def trade_off(points: Sequence[tuple[str, Mapping[str, Any], float, Sequence[flo
     axis.set_ylim(-3, 105)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    return _png(figure)
+    return png(figure)
 
 
 @as_written
@@ -172,7 +173,7 @@ def gap_curves(marks: Mapping[str, Mapping[str, Any]]) -> bytes:
     steps = [int(number) for number in marks]
     for side, colour in (("erased", "tab:red"), ("control", "tab:blue")):
         shares = [at[side] for at in marks.values()]
-        errors = np.array([_errors(counted) for counted in shares]).T
+        errors = np.array([error_bar(counted) for counted in shares]).T
         values = [counted["value"] for counted in shares]
         axis.errorbar(steps, values, errors, marker="o", capsize=3, color=colour, label=side)
     if min(steps) > 0:
@@ -184,7 +185,7 @@ def gap_curves(marks: Mapping[str, Mapping[str, Any]]) -> bytes:
     axis.set_ylabel("images that show it, %")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
-    return _png(figure)
+    return png(figure)
 
 
 @as_written
@@ -202,4 +203,4 @@ def drift_bars(maps: Sequence[Mapping[str, Any]]) -> bytes:
     axis.set_xlabel("relative drift on held-out images")
     axis.legend(fontsize=8)
     axis.grid(axis="x", alpha=0.3)
-    return _png(figure)
+    return png(figure)

@@ -7,19 +7,16 @@ alike. A class whose control is not among the assets has it trained first, from 
 
 from __future__ import annotations
 
-import io
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
-
-import matplotlib
-
-matplotlib.use("Agg")
+from typing import Any
 
 import matplotlib.pyplot as plt
 
+from barrier_diffusers.evaluation.pictures import error_bar, png
 from barrier_diffusers.utils.run_records import METRICS_NAME
 from benchmarks.tables.stable_diffusion import (
     ANCHORS,
@@ -30,10 +27,11 @@ from benchmarks.tables.stable_diffusion import (
     PROJECTION,
     SHORT_LIST,
     UNLEARN,
+    JudgedTable,
     objective_row,
     with_interval,
 )
-from benchmarks.tables.table import Metrics, Row, Script, Table, lines_of, log_of
+from benchmarks.tables.table import Metrics, Row, Script, lines_of, log_of
 
 RECIPE = "barrier_diffusers.scripts.train_text_to_image"
 TRAIN = Script(RECIPE, f"{RECIPE}:TrainConfig")
@@ -99,38 +97,20 @@ def train_control(concept: str, output: Path) -> Path:
 
 
 @dataclass(kw_only=True)
-class RobustnessTable(Table):
-    """One run of unlearn_sd.py and one of evaluate_sd.py per row, both sides under the same attacks."""
-
-    evaluation: ClassVar[str] = "train_scripts/configs/evaluate_fashion.yaml"
-    judged: dict[str, Any]  # what differs from `evaluation` in every row
+class ErasedTable(JudgedTable, ABC):
+    """One run of unlearn_sd.py and one of evaluate_sd.py per row; a run that is there is not made again."""
 
     def files(self, row: Row) -> list[str]:
         """Both configuration files; the control's weights are named by its class."""
         way = row.cells["erased by"]
         return [*([WAYS[way][0]] if way in WAYS else []), self.evaluation]
 
-    def made_of(self, row: Row) -> dict[str, Any]:
-        """The evaluation's flags as well."""
-        return {**super().made_of(row), "judged": self.judged}
-
     def run(self, chain: Sequence[Row], output: Path) -> list[Metrics]:
-        """Erase, then attack; a row that was stopped goes on with the attackers that are left."""
+        """Erase, then judge."""
         return [self._run(row, output) for row in chain]
 
-    def _run(self, row: Row, output: Path) -> Metrics:
-        way, concept = row.cells.values()
-        control = train_control(concept, output)
-        flags: dict[str, Any] = {"concept": concept, "control": control, "base_model": BASE}
-        erased: dict[str, Any] = {}
-        if way == NOTHING:
-            flags |= {"pretrained_model_name_or_path": BASE, "base_model": None}
-        elif way == NEVER_KNEW:
-            flags |= {"pretrained_model_name_or_path": control, "control": None}
-        else:
-            erased = self._erase(row, output)
-            flags["pretrained_model_name_or_path"] = output / row.name
-        return {**robustness_numbers(self._judge(flags, output, f"{row.name}-judged")), **erased}
+    @abstractmethod
+    def _run(self, row: Row, output: Path) -> Metrics: ...
 
     def _erase(self, row: Row, output: Path) -> Metrics:
         """What the run says, which is made unless it is there."""
@@ -149,6 +129,25 @@ class RobustnessTable(Table):
         EVALUATE.run(self.evaluation, {**flags, **common, **self.judged}, log_of(output, name))
         return json.loads((folder / METRICS_NAME).read_text())
 
+
+@dataclass(kw_only=True)
+class RobustnessTable(ErasedTable):
+    """Both sides under the same attacks; a row that was stopped goes on with the attackers that are left."""
+
+    def _run(self, row: Row, output: Path) -> Metrics:
+        way, concept = row.cells.values()
+        control = train_control(concept, output)
+        flags: dict[str, Any] = {"concept": concept, "control": control, "base_model": BASE}
+        erased: dict[str, Any] = {}
+        if way == NOTHING:
+            flags |= {"pretrained_model_name_or_path": BASE, "base_model": None}
+        elif way == NEVER_KNEW:
+            flags |= {"pretrained_model_name_or_path": control, "control": None}
+        else:
+            erased = self._erase(row, output)
+            flags["pretrained_model_name_or_path"] = output / row.name
+        return {**robustness_numbers(self._judge(flags, output, f"{row.name}-judged")), **erased}
+
     def markdown(self, results: Mapping[str, Any]) -> dict[str, str]:
         """One line for each row: percentages and points, with 95 % intervals in brackets."""
         headings = ["erased by", "class", "UA", "retain drop", "FID ratio", "inversion over the control's"]
@@ -165,7 +164,7 @@ class RobustnessTable(Table):
 
 
 @dataclass(kw_only=True)
-class RobustClassesTable(RobustnessTable):
+class RobustClassesTable(ErasedTable):
     """The robust recipe on one class after another, judged without attacks, which need a control for each."""
 
     def _run(self, row: Row, output: Path) -> Metrics:
@@ -192,10 +191,6 @@ class RobustClassesTable(RobustnessTable):
             lines.append([name, *(f"{value + 0.0:.{places}f}" for value, places in zip(values, digits, strict=True))])
         return {self.name: lines_of(headings, 1, lines)}
 
-    def picture(self, results: Mapping[str, Any]) -> bytes | None:
-        """None: without attacks there is no trade-off."""
-        return None
-
 
 MARKERS = "os^Dv"  # of the classes
 
@@ -204,13 +199,12 @@ def trade_offs(results: Sequence[Mapping[str, Any]]) -> bytes:
     """A PNG file: the relearning gap of each erased row, with its 95 % interval, against retain drop and seconds."""
     erased = [one for one in results if "seconds_training" in one["metrics"]]
     ways, classes = (list(dict.fromkeys(one["cells"][name] for one in erased)) for name in ("erased by", "class"))
-    figure, plots = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    figure, plots = plt.subplots(1, 2, figsize=(9, 4.2), sharey=True)
     for one in erased:
         metrics, way, concept = one["metrics"], one["cells"]["erased by"], one["cells"]["class"]
         gap = metrics["gaps"]["relearning"]["mean_strongest"]
-        low, high = gap["interval_95"]
         look = {"color": f"C{ways.index(way)}", "marker": MARKERS[classes.index(concept) % len(MARKERS)]}
-        ends = [[gap["value"] - low], [high - gap["value"]]]
+        ends = [[length] for length in error_bar(gap)]
         for plot, key in zip(plots, ("retain_accuracy_drop", "seconds_training"), strict=True):
             plot.errorbar(metrics[key], gap["value"], ends, label=f"{way}, {concept}", capsize=2, alpha=0.8, **look)
     plots[0].set(xlabel="retain drop, points", ylabel="strongest relearner over the control's, points")
@@ -218,11 +212,8 @@ def trade_offs(results: Sequence[Mapping[str, Any]]) -> bytes:
     for plot in plots:
         plot.axhline(0, color="black", linewidth=0.8)
         plot.grid(alpha=0.3)
-    figure.legend(*plots[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=100)
-    plt.close(figure)
-    return file.getvalue()
+    plots[1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), fontsize=8)
+    return png(figure)
 
 
 def robustness_numbers(record: Mapping[str, Any]) -> Metrics:

@@ -85,12 +85,10 @@ class ErasureTable(MeansTable):
 
 
 @dataclass(kw_only=True)
-class AttackTable(Table):
-    """One run of train_scripts/unlearn_sd.py and one of train_scripts/evaluate_sd.py per row."""
+class JudgedTable(Table):
+    """What is erased is judged by a run of train_scripts/evaluate_sd.py of its own."""
 
-    config: ClassVar[str] = CONFIG
     evaluation: ClassVar[str] = "train_scripts/configs/evaluate_fashion.yaml"
-    pages: tuple[str, ...] = ("README.md", "docs/evaluation.md")
     judged: dict[str, Any]  # what differs from `evaluation` in every row
 
     def files(self, row: Row) -> list[str]:
@@ -100,6 +98,14 @@ class AttackTable(Table):
     def made_of(self, row: Row) -> dict[str, Any]:
         """The evaluation's flags as well."""
         return {**super().made_of(row), "judged": self.judged}
+
+
+@dataclass(kw_only=True)
+class AttackTable(JudgedTable):
+    """One run of train_scripts/unlearn_sd.py and one of train_scripts/evaluate_sd.py per row."""
+
+    config: ClassVar[str] = CONFIG
+    pages: tuple[str, ...] = ("README.md", "docs/evaluation.md")
 
     def run(self, chain: Sequence[Row], output: Path) -> list[Metrics]:
         """Erase, then judge."""
