@@ -100,6 +100,24 @@ def test_esd_turns_the_frozen_guidance_round(step, network):
         step.ordinary_loss()
 
 
+@pytest.mark.parametrize(
+    "options", [{"name": "rl", "anchor_target": "base", "anchor_eta": 0.5}, {"name": "esd"}, {"name": "kl"}]
+)
+def test_what_is_forgotten_is_what_the_frozen_model_knows_by_the_concepts_own_name(options, step):
+    def told(condition):  # which prompts the frozen model reads
+        asked = []
+        frozen = lambda *given: asked.append(given[2]) or step.reference(*given)  # noqa: E731
+        objective = get_objective(options["name"])
+        objective.loss_of(replace(step, reference=frozen, options=ObjectiveConfig(**options), **condition))
+        return asked
+
+    learned = {"encoder_hidden_states": torch.randn(2, 6, 3)}
+    plainly = told({})
+    assert any(one is step.condition for one in plainly)
+    asked = told({"condition": learned, "named": step.condition})
+    assert len(asked) == len(plainly) and all(one is other for one, other in zip(asked, plainly, strict=True))
+
+
 def test_the_frozen_model_has_to_be_asked_for(step):
     with pytest.raises(ValueError, match="register it with needs"):
         replace(step, reference=None).reference_prediction(step.condition)

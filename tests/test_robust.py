@@ -296,6 +296,37 @@ def test_distilled_retention_and_the_frozen_anchor():
     )
 
 
+def test_the_target_lies_beyond_the_anchor_away_from_what_the_base_answers_to_the_concepts_own_name():
+    toy = Toy(anchor_target="base", anchor_eta=0.5)
+    base = toy.copy()
+    with torch.no_grad():
+        for parameter in toy.parameters:
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    adversary = TokenAdversary(
+        RobustConfig(token_rounds=1, token_interval=1, token_num_steps=1), toy.vocabulary(), seed=0
+    )
+    adversary.catch_up(1)
+    batch = toy.batch()
+    asked = adversary.named(batch, torch.zeros(4, dtype=torch.long))
+    made = StepMaker(toy.network, toy.denoiser, toy.options, toy.reference)(asked)
+    assert made.named is batch["condition"] and made.condition is not batch["condition"]
+
+    anchor, concept = (
+        base(made.noisy, made.timesteps, **one).sample.detach() for one in (batch["anchor"], batch["condition"])
+    )
+    target = anchor + 0.5 * (anchor - concept)
+    now = toy.network(made.noisy, made.timesteps, **made.condition).sample
+    objective = get_objective("rl")
+    torch.testing.assert_close(objective.loss_of(made), F.mse_loss(now, target))
+    seen = []
+    watched = replace(made, predict=lambda *given: seen.append(given[2]) or toy.predict(*given))
+    terms_of(toy, RobustConfig(context_radius=0.3))(watched, step=0, number=0)  # moved contexts aim there as well
+    where = toy.network(made.noisy, made.timesteps, **seen[-1]).sample
+    assert (where - now).abs().max() > 1e-5
+    found = terms_of(toy, RobustConfig(context_radius=0.3))(made, step=0, number=0)["objective"]
+    torch.testing.assert_close(found, F.mse_loss(where, target))
+
+
 PLAN = LearningPlan(seed=3, num_steps=40, batch_size=8, learning_rate=0.05)
 
 
@@ -643,6 +674,10 @@ CONTRADICTIONS = {
             "robust": {"meta_steps": [1]},
         },
         "leave robust.meta_steps at its default",
+    ),
+    "beyond the anchor's answer of a network that forgets": (
+        {"objective": {"anchor_eta": 1.0}},
+        "set objective.anchor_target to base",
     ),
     "a setting of another objective": (
         {"objective": {"name": "ga", "anchor_target": "base"}},

@@ -35,6 +35,7 @@ class DiffusionStep:
     unconditional: Condition | None = None  # of the empty prompt, for every sample; None if the objective needs none
     reference: Predict | None = None  # the network before training, no graph; None if the objective needs none
     options: Any = None  # the objective's own settings, an instance of its `settings` class
+    named: Condition | None = None  # by the concept's own name, where `condition` asks by a learned or moved one
 
     def __len__(self) -> int:
         return len(self.noisy)
@@ -62,6 +63,10 @@ class DiffusionStep:
         if self.reference is None:
             raise ValueError('the objective reads the frozen model: register it with needs=("reference",)')
         return self.reference(self.noisy, self.timesteps, _given(condition))
+
+    def knew(self) -> Tensor:
+        """What the network before training answers to the concept's own name, as a constant."""
+        return self.reference_prediction(self.condition if self.named is None else self.named)
 
     def ordinary_loss(self) -> Tensor:
         """MSE(eps(x_t, c), target): the loss the network was trained with, and the retain loss.

@@ -25,7 +25,11 @@ class EsdSettings(Checked):
 
 @register_objective("esd", needs=("samples_from_model", "unconditional", "reference"), settings=EsdSettings)
 def erased_guidance(step: DiffusionStep) -> Tensor:
-    """MSE(eps(x_t, c), e0 - eta (ec - e0)), e0 and ec the frozen model's predictions without and with the prompt."""
-    empty, prompted = (step.reference_prediction(condition) for condition in (step.unconditional, step.condition))
-    target = empty.float() - step.options.eta * (prompted.float() - empty.float())
+    """MSE(eps(x_t, c), e0 - eta (ec - e0)), e0 and ec the frozen model's predictions without and with the prompt.
+
+    The prompt of ec names the concept itself, also where robust training asks the network by a name that an attacker
+    learned.
+    """
+    empty = step.reference_prediction(step.unconditional).float()
+    target = empty - step.options.eta * (step.knew().float() - empty)
     return F.mse_loss(step.prediction().float(), target)

@@ -27,7 +27,7 @@ def divergence(step: DiffusionStep) -> Tensor:
     There is no floor: stop early. At the first step both sides are equal, where the loss has its maximum 0 and the
     gradient is 0 up to rounding; Adam, which divides by the gradient's size, leaves that point all the same.
     """
-    reference = step.reference_prediction(step.condition)
+    reference = step.knew()
     temperature = step.options.temperature
     log_reference, log_prediction = (
         F.log_softmax(value.float().flatten(1) / temperature, dim=1) for value in (reference, step.prediction())

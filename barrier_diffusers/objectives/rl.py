@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from barrier_diffusers.objectives.base import DiffusionStep, register_objective
-from barrier_diffusers.utils.checks import Checked
+from barrier_diffusers.utils.checks import Checked, at_least, check_settings, rules
 
 
 @dataclass
@@ -20,8 +20,20 @@ class RlSettings(Checked):
     # rl, concept: whose answer to the anchor prompt is aimed at. network: the one that trains, as it is in the step;
     # base: the frozen one, whose answers do not drift along
     anchor_target: Literal["network", "base"] = "network"
+    # rl, concept: how far the target lies beyond the anchor's answer, away from the base's answer to the concept, in
+    # distances between the two; 0: at the anchor's answer
+    anchor_eta: float = 0.0
 
     SECTION = "objective."
+    RULES = rules(anchor_eta=at_least(0))
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if self.anchor_eta and not self.reads_reference:
+            raise ValueError(
+                "objective.anchor_eta measures from the base's answers: set objective.anchor_target to base, or leave "
+                "objective.anchor_eta at 0"
+            )
 
     @property
     def reads_reference(self) -> bool:
@@ -31,7 +43,13 @@ class RlSettings(Checked):
 
 @register_objective("rl", needs=("anchor",), settings=RlSettings)
 def random_label(step: DiffusionStep) -> Tensor:
-    """MSE(eps(x_t, c), sg eps(x_t, c')): same x_t and timestep on both sides, no graph on the anchor's."""
+    """MSE(eps(x_t, c), sg eps(x_t, c')): same x_t and timestep on both sides, no graph on the anchor's.
+
+    With `anchor_eta` the target is eps_0(x_t, c') + anchor_eta (eps_0(x_t, c') - eps_0(x_t, c)).
+    """
     from_base = getattr(step.options, "reads_reference", False)  # a step may have no settings
     anchored = step.reference_prediction(step.anchor) if from_base else step.fixed_prediction(step.anchor)
-    return F.mse_loss(step.prediction().float(), anchored.float())
+    target = anchored.float()
+    if eta := getattr(step.options, "anchor_eta", 0.0):
+        target = target + eta * (target - step.knew().float())
+    return F.mse_loss(step.prediction().float(), target)

@@ -133,7 +133,7 @@ class RobustTerms:
             made = replace(made, reference=Remembered(made.reference))
         if config.context_radius:
             condition = worst_condition(self.objective, replace(made, predict=self.predict), config.context_radius)
-            made = replace(made, condition=condition)
+            made = replace(made, condition=condition, named=made.condition if made.named is None else made.named)
         # before the graph of the weights as they are, which cannot be moved while it is alive
         if config.meta_steps and step % config.meta_every == 0:
             assert self.relearner is not None

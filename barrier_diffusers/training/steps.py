@@ -176,6 +176,7 @@ class StepMaker:
             timesteps=timesteps,
             target=target,
             condition=batch["condition"],
+            named=batch.get("named"),
             anchor=batch.get("anchor"),
             unconditional=batch.get("unconditional"),
             reference=self.reference,
