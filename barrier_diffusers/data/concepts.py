@@ -185,7 +185,8 @@ class DataNeeds:
     forget_images: bool = True  # False: the forget prompts only
     retain_images: bool = True  # False: the retain prompts only
     retain: bool = True  # False: nothing of the retain rows is read
-    unconditional: bool = False  # the empty prompt's embedding
+    unconditional: bool = False  # the empty prompt's embedding, beside each row's own
+    dropout: bool = False  # that of the empty prompt, in place of some retain rows' own
     edit: bool = False  # captions only, for a closed-form edit: nothing is encoded
 
     @property

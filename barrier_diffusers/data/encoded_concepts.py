@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import ConcatDataset
 from torch.utils.data import Dataset as TorchDataset
 
 from barrier_diffusers.data.concepts import ConceptData, DataNeeds
@@ -23,6 +24,19 @@ class EncodedConcepts:
 
     forget: EncodedImages
     retain: TorchDataset | None  # rows as EncodedImages has them
+    empty_id: int | None = None  # row of the embeddings for the empty prompt, where one is needed
+
+    def drop_captions(self, share: float, seed: int) -> None:
+        """This share of the retain rows, drawn once, are asked with the empty prompt: guidance needs its answer kept."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def dropped(rows: Any) -> TorchDataset:
+            if isinstance(rows, ConcatDataset):
+                return ConcatDataset([dropped(part) for part in rows.datasets])
+            chosen = torch.rand(len(rows), generator=generator) < share
+            return replace(rows, caption_ids=rows.caption_ids.masked_fill(chosen, self.empty_id))
+
+        self.retain = dropped(self.retain)
 
 
 def encode_concepts(
@@ -44,7 +58,7 @@ def encode_concepts(
         raise ValueError("zero retain rows: alpha > 0, use_actual_bounds, residual_source and a projection need some")
     rows = {"forget": concepts.forget, **({"retain": concepts.retain} if needs.retain else {})}
     captions = {role: list(dataset[config.caption_column]) for role, dataset in rows.items()}
-    empty = [""] if needs.unconditional else []
+    empty = [""] if needs.unconditional or needs.dropout else []
     prompts = sorted({text for texts in captions.values() for text in texts} | {*(anchors or []), *empty})
     position = {text: index for index, text in enumerate(prompts)}
     text_key = fingerprint(prompts, module_hashes(pipeline, "text_encoder"))
@@ -64,6 +78,7 @@ def encode_concepts(
             moments = stored_rows(path, len(dataset), lambda: ({"moments": batch} for batch in batches))["moments"]
         ids = [torch.tensor([position[text] for text in texts]) for texts in (captions[role], targets or [])]
         anchor_ids = ids[1] if targets else None
-        return EncodedImages(moments, ids[0], anchor_ids, embeddings, position[""] if empty else None)
+        return EncodedImages(moments, ids[0], anchor_ids, embeddings, position[""] if needs.unconditional else None)
 
-    return EncodedConcepts(encode("forget", anchors), encode("retain", None) if needs.retain else None)
+    retain = encode("retain", None) if needs.retain else None
+    return EncodedConcepts(encode("forget", anchors), retain, position[""] if empty else None)

@@ -51,6 +51,9 @@ class UnlearnConfig(ConceptConfig, DiffusionUnlearningConfig):  # jsonargparse r
     # (then no retain image is read), or both
     retain_latents: Literal["images", "drawn", "both"] = "images"
     drawn_latents: DrawnLatentsConfig = field(default_factory=DrawnLatentsConfig)
+    # share of the retain rows with the empty prompt in place of their caption, as in training: guidance subtracts its
+    # answer from every other one
+    caption_dropout: float = 0.0
     evaluation: ImageEvaluationConfig = field(default_factory=ImageEvaluationConfig)
     certificate: CertificateConfig = field(default_factory=CertificateConfig)
 
@@ -60,6 +63,7 @@ class UnlearnConfig(ConceptConfig, DiffusionUnlearningConfig):  # jsonargparse r
         resolution=at_least(1),
         vae_batch_size=at_least(1),
         guidance_scale=at_least(0),
+        caption_dropout=Range(0, 1, without_high=True),
         rank=Range(0, 4096),  # no map of a known model is wider than this
     )
 
@@ -94,6 +98,10 @@ class UnlearnConfig(ConceptConfig, DiffusionUnlearningConfig):  # jsonargparse r
         if self.retain_latents != "images" and not self.needs_retain:
             raise ValueError(
                 f"retain_latents is {self.retain_latents}, but nothing reads retain data: set objective.alpha above 0"
+            )
+        if self.caption_dropout and not self.needs_retain:
+            raise ValueError(
+                f"caption_dropout is {self.caption_dropout}, but nothing reads retain data: set objective.alpha above 0"
             )
 
     def check_inputs(self) -> None:
@@ -188,5 +196,6 @@ def data_needs(config: UnlearnConfig, objective: Objective, prompts_suffice: boo
         retain_images=retain_images,
         retain=config.needs_retain,
         unconditional=objective.needs_unconditional,
+        dropout=config.caption_dropout > 0,
         edit=objective.edit is not None,
     )

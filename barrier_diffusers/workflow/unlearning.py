@@ -301,6 +301,8 @@ def _read_and_encode(run: Run, model: LoadedModel) -> RunData:
                 cache=run.cache,
                 base_hash=model.made_by(config),
             )
+    if config.caption_dropout:
+        encoded.drop_captions(config.caption_dropout, config.seed)
     return RunData(concepts, encoded, prompts, prompt_targets)
 
 
