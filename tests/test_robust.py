@@ -11,15 +11,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ddpm_models import Place, make_pipeline
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from peft import LoraConfig
 from robust_models import Toy
 from safetensors.torch import load_file
 from short_runs import run_tiny
-from torch.utils.data import default_collate
+from torch.utils.data import ConcatDataset, default_collate
 
 from barrier_diffusers import Barrier, BarrierConfig
 from barrier_diffusers.data.drawn_latents import DrawnLatentsConfig, with_drawn_latents
+from barrier_diffusers.data.encoded_concepts import EncodedConcepts
 from barrier_diffusers.data.encoding import EncodedImages, encode_prompts
 from barrier_diffusers.models.autoencoders import sample_latents
 from barrier_diffusers.models.learned_tokens import learned_tokens
@@ -634,6 +635,7 @@ CONTRADICTIONS = {
     ),
     "tokens that are not learned": ({"robust": {"meta_token_share": 0.5}}, "needs robust.meta_steps and robust.token"),
     "latents that nobody reads": ({"retain_latents": "drawn"}, "retain_latents is drawn, but nothing reads"),
+    "captions that nobody reads": ({"caption_dropout": 0.1}, "caption_dropout is 0.1, but nothing reads"),
     "a distillation of nothing": ({"objective": {"retain_target": "base"}}, "objective.alpha is 0"),
     "all weights and an adapter": ({"trained_weights": "all", "rank": 2}, "set rank to 0"),
     "a mask": (
@@ -706,12 +708,61 @@ def test_a_resumed_run_ends_with_the_same_bits(source, tmp_path):
     settings = {**ROBUST, "barrier.targets": "[Linear]", "max_train_steps": 4, "checkpointing_steps": 2}
     settings |= {"cache_dir": tmp_path / "cache", "gradient_accumulation_steps": 2, **TOKENS, **DRAWN}
     settings |= {"robust.context_radius": 0.1, "robust.token_interval": 1, "robust.sharpness": 0.01}
+    settings |= {"caption_dropout": 0.3, "objective.anchor_eta": 0.5}
     settings |= {"robust.meta_lives": "[3]", "robust.meta_weights": "either"}  # step 2 is in the second one's life
     whole = run_tiny(source, tmp_path / "whole", **settings)
     assert set(whole["history"]) == {"objective", "retain", "protection", "meta"} and min(whole["history"]["meta"]) > 0
     shutil.copytree(tmp_path / "whole" / "checkpoints", tmp_path / "half" / "checkpoints")
     half = run_tiny(source, tmp_path / "half", resume_from_checkpoint="step-2", **settings)
     assert half["hashes"] == whole["hashes"] and half["history"] == whole["history"]
+
+
+def test_what_guidance_subtracts_is_kept_where_captions_are_dropped(tmp_path):
+    base, source = pipelines.build("sd"), tmp_path / "base"
+    with torch.no_grad():  # a network that heeds its prompt
+        for name, parameter in base.unet.named_parameters():
+            if "attn2.to_v" in name or "attn2.to_out" in name:
+                parameter.mul_(10)
+    base.save_pretrained(source)
+    settings = {"trained_weights": "all", "objective.alpha": 10.0, "objective.retain_target": "base"}
+    settings |= {"max_train_steps": 40, "learning_rate": 1e-3, "cache_dir": tmp_path / "cache", **DRAWN}
+    generator = torch.Generator().manual_seed(0)
+    noisy, timesteps = torch.randn(8, 4, 4, 4, generator=generator), torch.arange(800, 960, 20)
+    empty = encode_prompts(base, [""])["encoder_hidden_states"].expand(8, -1, -1)
+
+    @torch.no_grad()
+    def answer(folder):
+        network = StableDiffusionPipeline.from_pretrained(folder).unet
+        return network(noisy, timesteps, encoder_hidden_states=empty).sample
+
+    moved = {}
+    for share in (0.0, 0.5):
+        run_tiny(source, tmp_path / "run", caption_dropout=share, **settings, overwrite_output_dir=True)
+        moved[share] = float((answer(tmp_path / "run") - answer(source)).square().mean())
+    assert moved[0.5] < 0.5 * moved[0.0]
+
+
+def test_the_same_retain_rows_are_asked_with_the_empty_prompt(tmp_path):
+    toy = Toy()
+    captions = torch.arange(400) % 3
+    embeddings = {key: torch.cat([value, 7 + value[:1]]) for key, value in toy.rows.embeddings.items()}
+
+    def dropped(share, seed=5):
+        rows = EncodedImages(None, captions, None, embeddings)
+        drawn = replace(rows, caption_ids=captions.flip(0))
+        them = EncodedConcepts(toy.rows, ConcatDataset([rows, drawn]), empty_id=3)
+        them.drop_captions(share, seed)
+        assert them.forget is toy.rows
+        return them.retain
+
+    first, again, other = dropped(0.2), dropped(0.2), dropped(0.2, seed=6)
+    ids = [torch.cat([part.caption_ids for part in one.datasets]) for one in (first, again, other)]
+    assert torch.equal(ids[0], ids[1]) and not torch.equal(ids[0], ids[2])
+    empty = ids[0] == 3
+    assert 120 < int(empty.sum()) < 200  # of 800
+    assert torch.equal(ids[0][~empty], torch.cat([captions, captions.flip(0)])[~empty])
+    row = int(empty.nonzero()[0])
+    assert torch.equal(first[row]["condition"]["encoder_hidden_states"], embeddings["encoder_hidden_states"][3])
 
 
 @pytest.mark.parametrize("name", ["ga", "kl", "esd", "concept"])

@@ -27,7 +27,7 @@ class EncodedConcepts:
     empty_id: int | None = None  # row of the embeddings for the empty prompt, where one is needed
 
     def drop_captions(self, share: float, seed: int) -> None:
-        """This share of the retain rows, drawn once, are asked with the empty prompt: guidance needs its answer kept."""
+        """Ask this share of the retain rows, drawn once, with the empty prompt: guidance needs its answer kept."""
         generator = torch.Generator().manual_seed(seed)
 
         def dropped(rows: Any) -> TorchDataset:

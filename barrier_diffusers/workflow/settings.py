@@ -101,7 +101,7 @@ class UnlearnConfig(ConceptConfig, DiffusionUnlearningConfig):  # jsonargparse r
             )
         if self.caption_dropout and not self.needs_retain:
             raise ValueError(
-                f"caption_dropout is {self.caption_dropout}, but nothing reads retain data: set objective.alpha above 0"
+                f"caption_dropout is {self.caption_dropout}, but nothing reads retain data: set objective.alpha"
             )
 
     def check_inputs(self) -> None:
