@@ -24,6 +24,7 @@ def in_repository(monkeypatch):
 
 
 ROWS = {"classes": 80, "objectives": 13, "projection": 8, "concepts": 6, "attacks": 5, "classifier": 660, "ddpm": 38}
+ROWS |= {"robust_classes": 10}
 
 
 @pytest.mark.parametrize("name", ROWS)
