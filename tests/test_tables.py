@@ -23,8 +23,8 @@ def in_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-ROWS = {"classes": 80, "objectives": 13, "projection": 8, "concepts": 6, "attacks": 5, "classifier": 660, "ddpm": 38}
-ROWS |= {"robust_classes": 10}
+ROWS = {"classes": 80, "objectives": 13, "projection": 8, "concepts": 6, "attacks": 5, "robust_classes": 10}
+ROWS |= {"classifier": 660, "ddpm": 38}
 
 
 @pytest.mark.parametrize("name", ROWS)
