@@ -326,6 +326,10 @@ def test_the_target_lies_beyond_the_anchor_away_from_what_the_base_answers_to_th
     assert (where - now).abs().max() > 1e-5
     found = terms_of(toy, RobustConfig(context_radius=0.3))(made, step=0, number=0)["objective"]
     torch.testing.assert_close(found, F.mse_loss(where, target))
+    made, told = toy.step(), []  # nor is the frozen network ever asked by a moved name
+    watched = replace(made, reference=lambda *given: told.append(given[2]) or made.reference(*given))
+    terms_of(toy, RobustConfig(context_radius=0.3))(watched, step=0, number=0)
+    assert len(told) == 2 and told[0] is made.anchor and told[1] is made.condition
 
 
 PLAN = LearningPlan(seed=3, num_steps=40, batch_size=8, learning_rate=0.05)

@@ -132,8 +132,9 @@ class RobustTerms:
         if made.reference is not None:
             made = replace(made, reference=Remembered(made.reference))
         if config.context_radius:
+            made = replace(made, named=made.condition if made.named is None else made.named)
             condition = worst_condition(self.objective, replace(made, predict=self.predict), config.context_radius)
-            made = replace(made, condition=condition, named=made.condition if made.named is None else made.named)
+            made = replace(made, condition=condition)
         # before the graph of the weights as they are, which cannot be moved while it is alive
         if config.meta_steps and step % config.meta_every == 0:
             assert self.relearner is not None
