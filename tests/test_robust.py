@@ -319,6 +319,19 @@ def test_the_target_lies_beyond_the_anchor_away_from_what_the_base_answers_to_th
     now = toy.network(made.noisy, made.timesteps, **made.condition).sample
     objective = get_objective("rl")
     torch.testing.assert_close(objective.loss_of(made), F.mse_loss(now, target))
+    toy.options.anchor_eta_names = "own"  # one learned name of four, which is steered to the anchor's answer alone
+    mixed = StepMaker(toy.network, toy.denoiser, toy.options, toy.reference)(
+        adversary.named(batch, torch.tensor([-1, -1, 0, -1]))
+    )
+    with torch.no_grad():
+        anchor, concept = (
+            base(mixed.noisy, mixed.timesteps, **one).sample for one in (batch["anchor"], batch["condition"])
+        )
+        expected = anchor + 0.5 * (anchor - concept)
+        expected[2] = anchor[2]
+    answer = toy.network(mixed.noisy, mixed.timesteps, **mixed.condition).sample
+    torch.testing.assert_close(objective.loss_of(mixed), F.mse_loss(answer, expected))
+    toy.options.anchor_eta_names = "all"
     seen = []
     watched = replace(made, predict=lambda *given: seen.append(given[2]) or toy.predict(*given))
     terms_of(toy, RobustConfig(context_radius=0.3))(watched, step=0, number=0)  # moved contexts aim there as well

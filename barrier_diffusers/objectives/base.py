@@ -36,6 +36,7 @@ class DiffusionStep:
     reference: Predict | None = None  # the network before training, no graph; None if the objective needs none
     options: Any = None  # the objective's own settings, an instance of its `settings` class
     named: Condition | None = None  # by the concept's own name, where `condition` asks by a learned or moved one
+    learned: Tensor | None = None  # (B,), whether a sample asks by a learned name; None: none does
 
     def __len__(self) -> int:
         return len(self.noisy)

@@ -23,6 +23,9 @@ class RlSettings(Checked):
     # rl, concept: how far the target lies beyond the anchor's answer, away from the base's answer to the concept, in
     # distances between the two; 0: at the anchor's answer
     anchor_eta: float = 0.0
+    # rl, concept: which names' target lies beyond the anchor's answer. all; or the concept's own alone, as one that
+    # robust.token_rounds learned may stand beside a retained word
+    anchor_eta_names: Literal["all", "own"] = "all"
 
     SECTION = "objective."
     RULES = rules(anchor_eta=at_least(0))
@@ -51,5 +54,8 @@ def random_label(step: DiffusionStep) -> Tensor:
     anchored = step.reference_prediction(step.anchor) if from_base else step.fixed_prediction(step.anchor)
     target = anchored.float()
     if eta := getattr(step.options, "anchor_eta", 0.0):
-        target = target + eta * (target - step.knew().float())
+        beyond = eta * (target - step.knew().float())
+        if step.learned is not None and step.options.anchor_eta_names == "own":
+            beyond[step.learned.to(beyond.device)] = 0
+        target = target + beyond
     return F.mse_loss(step.prediction().float(), target)

@@ -177,6 +177,7 @@ class StepMaker:
             target=target,
             condition=batch["condition"],
             named=batch.get("named"),
+            learned=batch.get("learned"),
             anchor=batch.get("anchor"),
             unconditional=batch.get("unconditional"),
             reference=self.reference,

@@ -192,7 +192,7 @@ class TokenAdversary:
                 key: torch.where(mask.view(-1, *(1 for _ in value.shape[1:])), table[key][rows].to(value), value)
                 for key, value in condition.items()
             }
-        return {**batch, "condition": condition, "named": batch["condition"]}
+        return {**batch, "condition": condition, "named": batch["condition"], "learned": which_B >= 0}
 
     def state_dict(self) -> dict[str, Any]:
         """The learned vectors."""
