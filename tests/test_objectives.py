@@ -106,9 +106,8 @@ def test_esd_turns_the_frozen_guidance_round(step, network):
 def test_what_is_forgotten_is_what_the_frozen_model_knows_by_the_concepts_own_name(options, step):
     def told(condition):  # which prompts the frozen model reads
         asked = []
-        frozen = lambda *given: asked.append(given[2]) or step.reference(*given)  # noqa: E731
-        objective = get_objective(options["name"])
-        objective.loss_of(replace(step, reference=frozen, options=ObjectiveConfig(**options), **condition))
+        watched = replace(step, reference=lambda *given: asked.append(given[2]) or step.reference(*given))
+        get_objective(options["name"]).loss_of(replace(watched, options=ObjectiveConfig(**options), **condition))
         return asked
 
     learned = {"encoder_hidden_states": torch.randn(2, 6, 3)}

@@ -90,6 +90,14 @@ def relearner(toy, config):
     return Relearner(config, toy.denoiser, toy.network, parameters=toy.parameters, images=toy.rows, seed=7)
 
 
+def one_name_learned(toy):
+    """An adversary that has learned one name, in one step."""
+    config = RobustConfig(token_rounds=1, token_interval=1, token_num_steps=1)
+    adversary = TokenAdversary(config, toy.vocabulary(), seed=0)
+    adversary.catch_up(1)
+    return adversary
+
+
 def terms_of(toy, config, them=None):
     return RobustTerms(config, get_objective("rl"), predict=toy.predict, parameters=toy.parameters, relearner=them)
 
@@ -303,32 +311,25 @@ def test_the_target_lies_beyond_the_anchor_away_from_what_the_base_answers_to_th
     with torch.no_grad():
         for parameter in toy.parameters:
             parameter.add_(0.01 * torch.randn_like(parameter))
-    adversary = TokenAdversary(
-        RobustConfig(token_rounds=1, token_interval=1, token_num_steps=1), toy.vocabulary(), seed=0
-    )
-    adversary.catch_up(1)
+    adversary = one_name_learned(toy)
     batch = toy.batch()
-    asked = adversary.named(batch, torch.zeros(4, dtype=torch.long))
-    made = StepMaker(toy.network, toy.denoiser, toy.options, toy.reference)(asked)
-    assert made.named is batch["condition"] and made.condition is not batch["condition"]
 
-    anchor, concept = (
-        base(made.noisy, made.timesteps, **one).sample.detach() for one in (batch["anchor"], batch["condition"])
-    )
+    def asked_by(*names):  # a step, and what the base answers to the anchor and to the concept's own name there
+        named = adversary.named(batch, torch.tensor(names))
+        made = StepMaker(toy.network, toy.denoiser, toy.options, toy.reference)(named)
+        answers = [base(made.noisy, made.timesteps, **batch[key]).sample.detach() for key in ("anchor", "condition")]
+        return made, *answers
+
+    made, anchor, concept = asked_by(0, 0, 0, 0)
+    assert made.named is batch["condition"] and made.condition is not batch["condition"]
     target = anchor + 0.5 * (anchor - concept)
     now = toy.network(made.noisy, made.timesteps, **made.condition).sample
     objective = get_objective("rl")
     torch.testing.assert_close(objective.loss_of(made), F.mse_loss(now, target))
     toy.options.anchor_eta_names = "own"  # one learned name of four, which is steered to the anchor's answer alone
-    mixed = StepMaker(toy.network, toy.denoiser, toy.options, toy.reference)(
-        adversary.named(batch, torch.tensor([-1, -1, 0, -1]))
-    )
-    with torch.no_grad():
-        anchor, concept = (
-            base(mixed.noisy, mixed.timesteps, **one).sample for one in (batch["anchor"], batch["condition"])
-        )
-        expected = anchor + 0.5 * (anchor - concept)
-        expected[2] = anchor[2]
+    mixed, anchor, concept = asked_by(-1, -1, 0, -1)
+    expected = anchor + 0.5 * (anchor - concept)
+    expected[2] = anchor[2]
     answer = toy.network(mixed.noisy, mixed.timesteps, **mixed.condition).sample
     torch.testing.assert_close(objective.loss_of(mixed), F.mse_loss(answer, expected))
     toy.options.anchor_eta_names = "all"
@@ -520,10 +521,7 @@ def test_a_run_that_did_not_erase_says_so(capsys):
     assert result == {"loss_before": gauge.before, "loss_after": gauge.before, "token_losses": [], "unsettled": 1}
     assert "warning: not erased: of 1 names" in capsys.readouterr().err
     assert torch.equal(torch.get_rng_state(), state)
-    adversary = TokenAdversary(
-        RobustConfig(token_rounds=1, token_interval=1, token_num_steps=1), toy.vocabulary(), seed=0
-    )
-    adversary.catch_up(1)
+    adversary = one_name_learned(toy)
     with torch.no_grad():  # a network that reads no prompt answers every one like the anchor
         for layer in (one for one in toy.network.modules() if isinstance(one, torch.nn.Linear)):
             if layer.in_features == toy.network.config.cross_attention_dim:
@@ -759,7 +757,7 @@ def test_what_guidance_subtracts_is_kept_where_captions_are_dropped(tmp_path):
     assert moved[0.5] < 0.5 * moved[0.0]
 
 
-def test_the_same_retain_rows_are_asked_with_the_empty_prompt(tmp_path):
+def test_the_same_retain_rows_are_asked_with_the_empty_prompt():
     toy = Toy()
     captions = torch.arange(400) % 3
     embeddings = {key: torch.cat([value, 7 + value[:1]]) for key, value in toy.rows.embeddings.items()}

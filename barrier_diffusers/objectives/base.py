@@ -69,6 +69,10 @@ class DiffusionStep:
         """What the network before training answers to the concept's own name, as a constant."""
         return self.reference_prediction(self.condition if self.named is None else self.named)
 
+    def beyond(self, start: Tensor, eta: float) -> Tensor:
+        """start + eta (start - eps_0(x_t, c)): away from what the network before training answers to the concept."""
+        return start + eta * (start - self.knew().float())
+
     def ordinary_loss(self) -> Tensor:
         """MSE(eps(x_t, c), target): the loss the network was trained with, and the retain loss.
 

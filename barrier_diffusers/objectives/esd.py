@@ -31,5 +31,4 @@ def erased_guidance(step: DiffusionStep) -> Tensor:
     learned.
     """
     empty = step.reference_prediction(step.unconditional).float()
-    target = empty - step.options.eta * (step.knew().float() - empty)
-    return F.mse_loss(step.prediction().float(), target)
+    return F.mse_loss(step.prediction().float(), step.beyond(empty, step.options.eta))

@@ -54,8 +54,8 @@ def random_label(step: DiffusionStep) -> Tensor:
     anchored = step.reference_prediction(step.anchor) if from_base else step.fixed_prediction(step.anchor)
     target = anchored.float()
     if eta := getattr(step.options, "anchor_eta", 0.0):
-        beyond = eta * (target - step.knew().float())
+        beyond = step.beyond(target, eta)
         if step.learned is not None and step.options.anchor_eta_names == "own":
-            beyond[step.learned.to(beyond.device)] = 0
-        target = target + beyond
+            beyond[step.learned] = target[step.learned]
+        target = beyond
     return F.mse_loss(step.prediction().float(), target)

@@ -192,7 +192,8 @@ class TokenAdversary:
                 key: torch.where(mask.view(-1, *(1 for _ in value.shape[1:])), table[key][rows].to(value), value)
                 for key, value in condition.items()
             }
-        return {**batch, "condition": condition, "named": batch["condition"], "learned": which_B >= 0}
+        learned = (which_B >= 0).to(self.device)
+        return {**batch, "condition": condition, "named": batch["condition"], "learned": learned}
 
     def state_dict(self) -> dict[str, Any]:
         """The learned vectors."""
