@@ -5,6 +5,7 @@ import io
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -132,6 +133,23 @@ def test_the_traceback_can_be_asked_for(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("BARRIER_TRACEBACK", "1")
     error, _ = ended(lost_key, monkeypatch, capsys)
     assert isinstance(error, RuntimeError)
+
+
+@pytest.mark.parametrize("error", [RecursionError("half imported"), OSError("half read"), KeyError("half there")])
+@pytest.mark.parametrize("reading", [False, True], ids=["main", "settings"])
+def test_an_error_that_a_signal_caused_is_the_signals(error, reading, monkeypatch, capsys):
+    """A library that the signal found in the middle of something ends in an error of its own."""
+
+    def stopped(_):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except BaseException:
+            raise error from None
+
+    monkeypatch.setattr(sys, "argv", ["script"])
+    with pytest.raises(SystemExit) as caught:
+        run_script(stopped, stopped if reading else Config)
+    assert caught.value.code == 143 and capsys.readouterr().err == "stopped by SIGTERM: start it again\n"
 
 
 WORKER = """

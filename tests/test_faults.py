@@ -314,6 +314,27 @@ def test_a_signal_while_a_script_imports_is_one_line(script, number, tmp_path):
         assert said == f"stopped by {number.name}: start it again\n"
 
 
+IMPORTING = """
+import os, signal, sys
+import barrier_diffusers.utils.signals
+
+try:  # as a library does that imports a part of itself
+    os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+except BaseException:
+    raise RecursionError
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_library_that_is_being_imported_cannot_change_how_a_signal_ends_a_script(number, tmp_path):
+    script = tmp_path / "train_scripts" / "script.py"
+    script.parent.mkdir()
+    script.write_text(IMPORTING)
+    command = [sys.executable, str(script), number.name]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 128 + number and done.stderr == f"stopped by {number.name}: start it again\n"
+
+
 def heard(pid, number):
     """Whether a process handles the signal by now (Python's own Ctrl-C does not count)."""
     status = Path(f"/proc/{pid}/status").read_text()

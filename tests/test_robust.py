@@ -696,6 +696,18 @@ CONTRADICTIONS = {
         {"objective": {"anchor_eta": 1.0}},
         "set objective.anchor_target to base",
     ),
+    "beyond for nobody": (
+        {"objective": {"anchor_target": "base", "anchor_eta_names": "own"}, "robust": {"token_rounds": 1}},
+        "but objective.anchor_eta is 0: set it",
+    ),
+    "names that nobody learns": (
+        {"objective": {"anchor_target": "base", "anchor_eta": 1.0, "anchor_eta_names": "own"}},
+        "but no names are learned: set robust.token_rounds",
+    ),
+    "beyond what another objective aims at": (
+        {"objective": {"name": "ga", "anchor_eta": 1.0}},
+        "objective 'ga' does not read objective.anchor_eta",
+    ),
     "a setting of another objective": (
         {"objective": {"name": "ga", "anchor_target": "base"}},
         "does not read objective.anchor_target",

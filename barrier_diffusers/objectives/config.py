@@ -66,9 +66,13 @@ class ObjectiveConfig(UceSettings, EsdSettings, KlSettings, RlSettings, SharedSe
     """
 
     def __post_init__(self) -> None:
-        for part in type(self).__mro__:  # each objective checks its own
-            if is_dataclass(part) and not issubclass(part, ObjectiveConfig):
+        chosen = OBJECTIVES.get(self.name)
+        for part in type(self).__mro__:  # each objective checks its own; what the chosen one does not read, it refuses
+            if not is_dataclass(part) or issubclass(part, ObjectiveConfig):
+                continue
+            if chosen is None or part is SharedSettings or issubclass(chosen.settings or object, part):
                 part(**{item.name: getattr(self, item.name) for item in fields(part)})
+        check_settings(self)
 
     def anchors_of(
         self, concepts: Sequence[str], synonyms: Sequence[str] = (), labels: bool = False

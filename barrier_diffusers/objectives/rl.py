@@ -37,6 +37,11 @@ class RlSettings(Checked):
                 "objective.anchor_eta measures from the base's answers: set objective.anchor_target to base, or leave "
                 "objective.anchor_eta at 0"
             )
+        if self.anchor_eta_names != "all" and not self.anchor_eta:
+            raise ValueError(
+                f"objective.anchor_eta_names is {self.anchor_eta_names!r}, but objective.anchor_eta is 0: set it, or "
+                "leave objective.anchor_eta_names at all"
+            )
 
     @property
     def reads_reference(self) -> bool:

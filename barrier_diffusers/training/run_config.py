@@ -184,6 +184,11 @@ class DiffusionUnlearningConfig(UnlearningConfig):
             )
         if self.max_train_steps is not None:
             robust.check_rounds(self.max_train_steps)
+        if self.objective.anchor_eta_names != "all" and not robust.token_rounds:
+            raise ValueError(
+                f"objective.anchor_eta_names is {self.objective.anchor_eta_names!r}, but no names are learned: set "
+                "robust.token_rounds, or leave objective.anchor_eta_names at all"
+            )
         if robust.project_conflicts and self.objective.alpha == 0:
             raise ValueError("robust.project_conflicts needs a retain loss: set objective.alpha above 0")
         if robust.fresh_share and self.protected:

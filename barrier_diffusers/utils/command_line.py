@@ -27,7 +27,7 @@ from barrier_diffusers.utils.help_page import groups_of, help_page
 from barrier_diffusers.utils.installation import require_assets, resolve_named_files, where_assets_are
 from barrier_diffusers.utils.open_settings import class_with_open_sections, yaml_or_text
 from barrier_diffusers.utils.overlaps import check_overlaps, expand_outputs
-from barrier_diffusers.utils.signals import heeding_signals
+from barrier_diffusers.utils.signals import heeding_signals, stopped_by
 
 
 def run_script(main: Callable[[Any], None], config_class: type | Callable[[list[str]], Any]) -> None:
@@ -61,6 +61,8 @@ def _run(main: Callable[[Any], None], config_class: type | Callable[[list[str]],
                     resolve_named_files(sys.argv[1:], Path(inspect.unwrap(main).__code__.co_filename).parent)
                 )
             except (ArgumentError, ValueError, TypeError, OSError) as error:
+                if stopped_by() is not None:
+                    raise
                 files = [value for word, value in zip(sys.argv, sys.argv[1:], strict=False) if word == "--config"]
                 says_no_file = "parsing config" in _message(error)
                 where = f" ({', '.join(files)})" if says_no_file else ""
@@ -68,6 +70,8 @@ def _run(main: Callable[[Any], None], config_class: type | Callable[[list[str]],
             prepare(config)
             main(config)
     except Exception as error:
+        if (number := stopped_by()) is not None:
+            raise SystemExit(128 + number) from error
         if os.environ.get("BARRIER_TRACEBACK") or is_bug(error):
             raise
         raise SystemExit(_fail(explanation(error, getattr(config, "output_dir", None)), 1)) from error

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -23,7 +23,7 @@ SCRIPTS = ("train_scripts", "scripts", "classification_ext", "ddpm_ext")  # fold
 START_AGAIN = "start it again"
 
 _way_on = START_AGAIN
-_stopping = False
+_stopped_by: int | None = None
 
 
 def set_way_on(text: str) -> None:
@@ -44,29 +44,41 @@ def say_stopped(number: int) -> int:
     return 128 + number
 
 
+def stopped_by() -> int | None:
+    """The signal that ended the last block of `heeding_signals`, which `say_stopped` has told of. Whatever other error
+    leaves that block is its consequence: a library that was just importing a part of itself fails in its own way."""
+    return _stopped_by
+
+
 def _stop(number: int, frame: FrameType | None) -> None:
-    global _stopping
-    if _stopping:  # somebody swallowed the first one, or takes too long
+    global _stopped_by
+    if _stopped_by is not None:  # somebody swallowed the first one, or takes too long
         os._exit(128 + number)
-    _stopping = True
+    _stopped_by = number
     raise SystemExit(say_stopped(number))
 
 
-def heed_signals() -> dict[signal.Signals, Any]:
+def _stop_at_once(number: int, frame: FrameType | None) -> None:
+    """For a script that imports, or is done: nothing is half written, and an error in the middle of an import would
+    leave modules that are half there, which others stumble over."""
+    os._exit(say_stopped(number))
+
+
+def heed_signals(handler: Callable[[int, FrameType | None], None] = _stop) -> dict[signal.Signals, Any]:
     """From now on a signal ends the process in one line; the handlers before. An ignored signal (nohup) stays ignored,
     and outside the main thread, where Python handles none, nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         return {}
     heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    return {number: signal.signal(number, _stop) for number in heeded}
+    return {number: signal.signal(number, handler) for number in heeded}
 
 
 @contextmanager
 def heeding_signals() -> Iterator[None]:
     """`heed_signals` for the duration of a block, which starts with nothing to go on from."""
-    global _stopping
+    global _stopped_by
     set_way_on(START_AGAIN)
-    _stopping = False
+    _stopped_by = None
     before = heed_signals()
     try:
         yield
@@ -77,6 +89,6 @@ def heeding_signals() -> Iterator[None]:
 
 _program = Path(getattr(sys.modules.get("__main__"), "__file__", None) or "").resolve()
 if _program.parent.name in SCRIPTS or _program.name.startswith("barrier-"):
-    heed_signals()
+    heed_signals(_stop_at_once)
     end_with_launcher()
     quiet_libraries()
