@@ -43,6 +43,8 @@ TUNED_ON = ("sneaker", "dress")  # the classes that settings were chosen on
 NOTHING, NEVER_KNEW = "nothing", "control"
 WITHOUT_BARRIER = {"barrier.lambda_interval": 0.0, "barrier.use_actual_bounds": False}
 PAGES = ("docs/robustness.md",)
+# what the robust recipe aims at and retains by, which costs no more steps
+BEYOND = {"objective.anchor_target": "base", "objective.anchor_eta": 1.0, "caption_dropout": 0.2}
 KEPT_GAPS = ("strongest", "mean_strongest", "mean_attackers", "half")
 ESD = {"objective.name": "esd", "objective.num_inference_steps": 10, "max_train_steps": 150}
 UCE = {"objective.name": "uce", "barrier.use_actual_bounds": False, **KEYS_AND_VALUES}
@@ -51,6 +53,8 @@ UCE = {"objective.name": "uce", "barrier.use_actual_bounds": False, **KEYS_AND_V
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "rl alone": (CONFIG, WITHOUT_BARRIER),
     "BARRIER": (CONFIG, {}),  # as `make unlearn`
+    "rl alone, beyond": (CONFIG, {**WITHOUT_BARRIER, **BEYOND}),
+    "BARRIER, beyond": (CONFIG, BEYOND),
     "projection": (CONFIG, PROJECTION),
     "UCE": (CONFIG, objective_row("UCE", "none", UCE).flags),
     "ESD": (CONFIG, objective_row("esd", "none", ESD).flags),
