@@ -5,39 +5,37 @@ Shapes: N images, C channels, S image side, H height, W width.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from itertools import product
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset, Features, Image, Value
+from PIL.Image import fromarray
 from torch import Tensor, nn
 
-from barrier_diffusers.evaluation.attack_gap import attack_gap
-from barrier_diffusers.evaluation.attacks.base import LearningBudget, Mark
-from barrier_diffusers.evaluation.attacks.cells import CellResult, seen_by
-from barrier_diffusers.evaluation.attacks.running import (
-    CONTROL,
-    ERASED,
-    AttackResults,
-    attack_record,
-    rows_of,
-    seen_record,
-)
-from barrier_diffusers.evaluation.judge import Judge, as_rgb
+from barrier_diffusers.data.labelled_images import LabelledImages
+from barrier_diffusers.data.readers import rows_hash
+from barrier_diffusers.evaluation.accuracy import erasure_metrics
+from barrier_diffusers.evaluation.attacked import CURVES_NAME, Plain, attack_models, check_budgets
+from barrier_diffusers.evaluation.attacks.base import Attempt, Forgotten, LearningBudget, Mark, Marks, Run
+from barrier_diffusers.evaluation.attacks.cells import PICTURE_COLUMNS, CellRunner, Scene, evenly
+from barrier_diffusers.evaluation.attacks.running import CONTROL, ERASED, rows_of
+from barrier_diffusers.evaluation.judge import Judge
 from barrier_diffusers.evaluation.judged_model import PICTURE_NAME, require_alike, require_another
 from barrier_diffusers.evaluation.pictures import attacks_picture
-from barrier_diffusers.evaluation.tables import print_attacks, print_gaps
-from barrier_diffusers.models.generation import SamplingConfig, generate
+from barrier_diffusers.models.generation import generate
 from barrier_diffusers.models.learned_tokens import LearnedTokens
 from barrier_diffusers.models.loading import module_hashes
 from barrier_diffusers.objectives.base import Condition
 from barrier_diffusers.training.learning import every_weight, frozen, learn
-from ddpm_ext.diffusion import LABELS, LabelDenoiser, draw
+from barrier_diffusers.utils.files import write_json
+from barrier_diffusers.utils.run_records import fingerprint, module_hash
+from ddpm_ext.diffusion import LABELS, LabelDenoiser
 from ddpm_ext.loading import load_pipeline, load_rows
 from ddpm_ext.metrics import EvaluationLabels
 from ddpm_ext.pipeline import ClassConditionalDDPMPipeline
@@ -66,41 +64,97 @@ def whole_network(
     return every_weight(pipeline.unet)
 
 
-ATTACKS: dict[str, Callable[..., AbstractContextManager[list[nn.Parameter]]]] = {
+TRAINED: dict[str, Callable[..., AbstractContextManager[list[nn.Parameter]]]] = {
     "inversion": learned_row,
     "relearning": whole_network,
 }
-Images = dict[tuple[str, str], Tensor]  # (attack, label) -> bytes (N, C, S, S) that it learns from
 
 
-def attack_images(
+def attack(name: str, pipeline: ClassConditionalDDPMPipeline, forgotten: Forgotten, budget: LearningBudget) -> Attempt:
+    """Train what the attack of this name trains, on the budget's images of the label, ask for it, take it back.
+
+    Raises:
+        FloatingPointError: a loss that is not finite, before the first mark.
+    """
+    images = budget.choose(forgotten.images)
+    pixels_NCSS, number = as_bytes(images), pipeline.labels.index(forgotten.concept)
+    ask = partial(generate, pipeline, sampling=forgotten.sampling, desc=f"images after {name}")
+    changes_weights = name == "relearning"
+
+    def draw(num_steps: int) -> Mark:
+        others = forgotten.retain_prompts if changes_weights else []
+        return Mark(num_steps, ask(forgotten.prompts), ask(others) if others else None)
+
+    def condition(rows: Tensor) -> Condition:
+        return {LABELS: torch.full_like(rows, number)}
+
+    marks = Marks(budget, draw)
+    with frozen(pipeline), TRAINED[name](pipeline, number, budget) as trained:
+        failed = marks.train(
+            lambda: learn(
+                LabelDenoiser(pipeline),
+                pixels_NCSS,
+                condition=condition,
+                parameters=trained,
+                budget=budget,
+                desc=f"{name} of {forgotten.concept}",
+                after_step=marks,
+            )
+        )
+    return Attempt(marks.drawn[-1].images_NHWC, forgotten.prompts, len(images), marks=marks.drawn, failed=failed)
+
+
+def as_dataset(rows: LabelledImages) -> Dataset:
+    """The same with columns image and text, the label's name."""
+    pictures = [fromarray(image.squeeze(0).numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy())
+                for image in rows.images]  # fmt: skip
+    names = [rows.names[label] for label in rows.labels.tolist()]
+    columns = {"image": pictures, "text": names}
+    return Dataset.from_dict(columns, features=Features({"image": Image(), "text": Value("string")}))
+
+
+def as_bytes(images: Dataset) -> Tensor:
+    """Bytes (N, C, S, S) of a data set that `as_dataset` made."""
+    stacked = torch.from_numpy(np.stack([np.asarray(image) for image in images["image"]]))
+    return stacked.unsqueeze(1) if stacked.dim() == 3 else stacked.permute(0, 3, 1, 2).contiguous()
+
+
+def attackers_view(
     config: LabelEvaluationConfig,
     data: LabelledDataConfig,
     pipeline: ClassConditionalDDPMPipeline,
-    forgotten: Sequence[str],
-) -> Images:
-    """What the chosen attacks learn from, of the evaluation split; call it before any long work.
+    asked: EvaluationLabels,
+) -> list[Forgotten]:
+    """What an attacker knows of each label, whose images are the evaluation split's; call it before any long work.
+
+    A grid and a comparison with a control also look at what is retained, with up to half as many images.
 
     Raises:
-        ValueError: a label with fewer images than an attack wants, or a new row that is to start as no label's.
+        ValueError: what an attack cannot work with, too few images or no such label, or a control that is none.
     """
-    start = config.inversion.initial_label
-    if start is not None and start not in pipeline.labels:
-        raise ValueError(
-            f"inversion.initial_label {start!r} is no label of the pipeline: {', '.join(pipeline.labels)}"
+    control = load_control(config, pipeline)
+    if not config.attacks:
+        return []
+    rows, found = load_rows(data, pipeline, split=config.split), []
+    retained = [label for label in asked.labels if label not in asked.forgotten]
+    half = max(1, config.images_per_label // 2) if config.attack_budget or config.control else 0
+    others = [retained[place] for place in evenly(len(retained), half)]
+    for label in asked.forgotten:
+        place, sampling = rows_of(asked.labels, label), config.sampling
+        found.append(
+            Forgotten(
+                label,
+                prompts=asked.labels[place],
+                images=as_dataset(rows[rows.rows_of(label)]),
+                others=as_dataset(rows[[]]),
+                sampling=replace(sampling, seed=sampling.seed + place.start),
+                resolution=pipeline.resolution,
+                retain_prompts=others,
+                retain_labels=others,
+            )
         )
-    found: Images = {}
-    load_control(config, pipeline)
-    if config.attacks:
-        rows = load_rows(data, pipeline, split=config.split)
-        for name, label in product(config.attacks, forgotten):
-            budget = config.budget_of(name)
-            mine = rows[rows.rows_of(label)]
-            budget.require(mine, f"{label} in split {config.split!r}")
-            generator = torch.Generator().manual_seed(budget.seed)
-            found[name, label] = draw(
-                mine, [rows.index_of(label)], limit=budget.num_images, generator=generator
-            ).images
+    models = [pipeline, *([control] if control is not None else [])]
+    check_budgets(config.budgets, config.attack_budget, models, found)
     return found
 
 
@@ -122,159 +176,80 @@ def load_control(
     return control
 
 
-def attack(
-    name: str,
-    pipeline: ClassConditionalDDPMPipeline,
-    label: str,
-    images: Tensor,
-    budget: LearningBudget,
-    labels: Sequence[str],
-    sampling: SamplingConfig,
-) -> np.ndarray:
-    """Byte images (N, S, S, C) of the labels (N) under an attack that learns from `images`, at its end.
+class LabelCellRunner(CellRunner):
+    """Runs attacks on class-conditional DDPMs."""
 
-    Raises:
-        FloatingPointError: a loss that is not finite.
-    """
-    marks = attack_marks(name, pipeline, label, images=images, budget=budget, labels=labels, sampling=sampling)
-    return marks[-1].images_NHWC
+    def load(self, model: str) -> ClassConditionalDDPMPipeline:
+        """The pipeline of a model."""
+        return load_pipeline(self.scene.models[model][0])
 
-
-def attack_marks(
-    name: str,
-    pipeline: ClassConditionalDDPMPipeline,
-    label: str,
-    images: Tensor,
-    budget: LearningBudget,
-    labels: Sequence[str],
-    sampling: SamplingConfig,
-) -> list[Mark]:
-    """Byte images (N, S, S, C) of the labels (N) at the marks of an attack that learns from `images`, and at its end.
-
-    Raises:
-        FloatingPointError: a loss that is not finite.
-    """
-    marks: list[Mark] = []
-
-    def look(num_steps: int) -> None:
-        marks.append(Mark(num_steps, generate(pipeline, labels, sampling=sampling, desc=f"images after {name}")))
-
-    def after_step(num_steps: int) -> None:
-        if num_steps in budget.marks and num_steps < budget.num_steps:
-            look(num_steps)
-
-    number = pipeline.labels.index(label)
-
-    def condition(rows: Tensor) -> Condition:
-        return {LABELS: torch.full_like(rows, number)}
-
-    with frozen(pipeline), ATTACKS[name](pipeline, number, budget) as trained:
-        denoiser = LabelDenoiser(pipeline)
-        learn(
-            denoiser,
-            images,
-            condition=condition,
-            parameters=trained,
-            budget=budget,
-            desc=f"{name} of {label}",
-            after_step=after_step,
-        )
-        look(budget.num_steps)
-    return marks
+    def attack_of(self, name: str) -> Run:
+        """What runs the attack of this name."""
+        return partial(attack, name)
 
 
 def run_attacks(
+    folder: str,
     pipeline: ClassConditionalDDPMPipeline,
     config: LabelEvaluationConfig,
-    images: Images,
+    forgotten: Sequence[Forgotten],
     judge: Judge,
     asked: EvaluationLabels,
     plain: np.ndarray,
     output: Path,
+    cache: Path,
 ) -> dict[str, Any]:
     """Run the chosen attacks on every forgotten label, each on the pipeline as it is; print and draw what came of it.
 
     Args:
-        images: of `attack_images`.
-        plain: byte images (N, S, S, C) of these labels, without an attack.
-        output: folder that gets the picture.
+        folder: the pipeline's, which other processes load.
+        forgotten: of `attackers_view`.
+        plain: byte images (N, S, S, C) of the labels that are asked for, without an attack.
+        output: folder that gets the picture, and the curves if there are some.
+        cache: folder of what each attacker brought back: what is there is not tried again.
 
     Returns:
         attacks: per attack and label, shares of images recognised as the label before and after, and the budget.
-        seconds_attacks: attack -> seconds, of the pipeline that is judged.
-        control_attacks, attack_gaps: with a control, the same of it, and how far apart the two are.
+        seconds_attacks: attack -> seconds.
+        control, control_attacks, attack_gaps: with a control, the same of it, and how far apart the two are.
 
     Raises:
-        FloatingPointError: an attack's loss that is not finite.
+        FloatingPointError: without a grid, an attack's loss that is not finite.
     """
-    judged = attack_model(ERASED, pipeline, config, images=images, judge=judge, asked=asked, plain=plain)
-    print_attacks(judged.records, judged.seconds)
-    shown = {label: as_rgb(plain[rows_of(asked.labels, label)]) for label in asked.forgotten}
-    attacks_picture(shown, judged.images, path=output / PICTURE_NAME, columns=min(12, config.images_per_label))
-    found: dict[str, Any] = {"attacks": judged.records, "seconds_attacks": judged.seconds}
+    pipelines = {ERASED: pipeline}
+    models: dict[str, tuple[str, str | None, str | None]] = {ERASED: (folder, None, None)}
+    drawn = {ERASED: plain_answers(judge, asked, plain)}
     control = load_control(config, pipeline)
-    if control is not None:
-        control = control.to(pipeline.device)
-        made = generate(control, asked.labels, sampling=config.sampling, desc="images of the control")
-        other = attack_model(CONTROL, control, config, images=images, judge=judge, asked=asked, plain=made)
-        gaps = [
-            {"attack": name, "concept": label, **attack_gap(results, other.results[name, label], 0.0, 0.0)}
-            for (name, label), results in judged.results.items()
-        ]
-        print_gaps(gaps)
-        found |= {"control_attacks": other.records, "attack_gaps": gaps}
-    return found
+    if control is not None and config.control is not None:
+        pipelines[CONTROL], models[CONTROL] = control.to(pipeline.device), (config.control, None, None)
+        images = generate(control, asked.labels, sampling=config.sampling, desc="images of the control")
+        drawn[CONTROL] = plain_answers(judge, asked, images)
+    scene = Scene(
+        models=models,
+        hashes={model: fingerprint(module_hashes(one)) for model, one in pipelines.items()},
+        forgotten=list(forgotten),
+        classifier=judge.source,
+        facts=[
+            *(module_hash(judge.classifier), judge.attribute, judge.rendering),
+            *(rows_hash(known.images, ["image", "text"]) for known in forgotten),
+        ],
+        cache=cache,
+        first_failure_ends=config.attack_budget is None,
+        attribute=judge.attribute,
+        rendering=judge.rendering,
+    )
+    runner = LabelCellRunner(scene, str(pipeline.device), pipelines)
+    attacked = attack_models(runner, config.budgets, config.attack_budget, drawn, workers=config.attack_workers)
+    if attacked.has_curves:
+        write_json(output / CURVES_NAME, attacked.curves)
+    columns = min(PICTURE_COLUMNS, config.images_per_label)
+    attacks_picture(attacked.plain, attacked.pictures, path=output / PICTURE_NAME, columns=columns)
+    return {**attacked.metrics, "seconds_attacks": attacked.seconds}
 
 
-@dataclass
-class AttackedModel:
-    """What the attacks brought out of one pipeline."""
-
-    records: list[dict[str, Any]] = field(default_factory=list)
-    results: dict[tuple[str, str], AttackResults] = field(default_factory=dict)  # by attack and label
-    seconds: dict[str, float] = field(default_factory=dict)  # by attack
-    images: dict[str, np.ndarray] = field(default_factory=dict)  # "attack: label" -> bytes (N, H, W, 3), at the end
-
-
-def attack_model(
-    model: str,
-    pipeline: ClassConditionalDDPMPipeline,
-    config: LabelEvaluationConfig,
-    images: Images,
-    judge: Judge,
-    asked: EvaluationLabels,
-    plain: np.ndarray,
-) -> AttackedModel:
-    """Run the chosen attacks on every forgotten label of one pipeline; see `run_attacks`."""
-    found = AttackedModel()
-    for name in config.attacks:
-        budget, start = config.budget_of(name), time.perf_counter()
-        for label in asked.forgotten:
-            learned_from, rows = images[name, label], rows_of(asked.labels, label)
-            sampling = replace(config.sampling, seed=config.sampling.seed + rows.start)
-            marks = attack_marks(
-                name,
-                pipeline,
-                label=label,
-                images=learned_from,
-                budget=budget,
-                labels=asked.labels[rows],
-                sampling=sampling,
-            )
-            seen = [seen_by(judge, mark.images_NHWC, label, num_steps=mark.num_steps) for mark in marks]
-            cell = CellResult(model, name, label, "as set", asdict(budget), 0.0, marks=seen)
-            record = attack_record(
-                name,
-                label,
-                plain=judge.shows(plain[rows], label),
-                attacked=seen[-1].shown,
-                budget=budget,
-                num_images=len(learned_from),
-            )
-            if len(marks) > 1:
-                record["curve"] = {str(mark.num_steps): seen_record(mark) for mark in seen}
-            found.records.append(record)
-            found.results[name, label] = AttackResults([cell], [])
-            found.images[f"{name}: {label}"] = as_rgb(marks[-1].images_NHWC)
-        found.seconds[name] = round(time.perf_counter() - start, 2)
-    return found
+def plain_answers(judge: Judge, asked: EvaluationLabels, images: np.ndarray) -> Plain:
+    """What the judge says of images (N, S, S, C) of the labels that are asked for, and those of each forgotten one."""
+    answers = {judge.attribute: judge.recognise(judge.probabilities(judge.render(images)))}
+    wanted = {judge.attribute: asked.labels}
+    numbers = erasure_metrics(None, answers, wanted=wanted, attribute=judge.attribute, forgotten=asked.forgotten)
+    return Plain(numbers, {label: images[rows_of(asked.labels, label)] for label in asked.forgotten})

@@ -24,7 +24,7 @@ from barrier_diffusers.utils.command_line import run_script
 from barrier_diffusers.utils.files import write_json
 from barrier_diffusers.utils.output_folder import in_output_folder
 from barrier_diffusers.utils.run_records import fingerprint
-from ddpm_ext.attacks import attack_images, run_attacks
+from ddpm_ext.attacks import attackers_view, run_attacks
 from ddpm_ext.loading import load_pipeline
 from ddpm_ext.metrics import evaluate, make_evaluation_labels, make_judge, real_images
 from ddpm_ext.settings import EvaluateConfig
@@ -41,8 +41,9 @@ def main(config: EvaluateConfig) -> None:
     judge = make_judge(config.evaluation, pipeline.labels)
     asked = make_evaluation_labels(config.evaluation, pipeline.labels, forgotten=config.concepts)
     real = real_images(config.evaluation, config.data, pipeline=pipeline, forgotten=config.concepts)
-    to_attack = attack_images(config.evaluation, config.data, pipeline=pipeline, forgotten=config.concepts)
+    forgotten = attackers_view(config.evaluation, config.data, pipeline=pipeline, asked=asked)
     sampling, before = config.evaluation.sampling, None
+    cache = Path(config.cache_dir or output / "cache")
     if config.base_model is not None:
         base = load_pipeline(config.base_model).to(device)
         if base.labels != pipeline.labels:
@@ -50,11 +51,9 @@ def main(config: EvaluateConfig) -> None:
         base_hashes = module_hashes(base)
         require_another("base_model", config.base_model, judged=module_hashes(pipeline), named=base_hashes)
         made_by = fingerprint(base_hashes)
-        before = generate_cached(base, asked.labels, sampling=sampling, cache=output / "cache", model_hash=made_by)
+        before = generate_cached(base, asked.labels, sampling=sampling, cache=cache, model_hash=made_by)
     images = generate(pipeline, asked.labels, sampling=sampling)
-    scores = evaluate(
-        config.evaluation, judge, asked=asked, before=before, after=images, real=real, cache=output / "cache"
-    )
+    scores = evaluate(config.evaluation, judge, asked=asked, before=before, after=images, real=real, cache=cache)
     scores |= {"model": module_hashes(pipeline), "scheduler": type(pipeline.scheduler).__name__}
     image_rows(as_rgb(images), asked.labels, path=output / "images.png")
     if asked.forgotten:
@@ -62,15 +61,17 @@ def main(config: EvaluateConfig) -> None:
     else:
         low, high = scores["accuracy"]["interval_95"]
         print(f"recognised: {scores['accuracy']['value']:.1f} % of {len(images)} images ({low:.1f} to {high:.1f})")
-    if to_attack:
+    if forgotten:
         scores |= run_attacks(
+            config.pretrained_model_name_or_path,
             pipeline,
             config.evaluation,
-            images=to_attack,
+            forgotten=forgotten,
             judge=judge,
             asked=asked,
             plain=images,
             output=output,
+            cache=cache,
         )
     write_json(output / RESULT_NAME, scores)
     print(f"result: {output / RESULT_NAME}")

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from barrier_diffusers.evaluation.attacks.base import LearningBudget
+from barrier_diffusers.evaluation.attacks.base import (
+    FIRST_MARKS,
+    LEARNING_RATES,
+    MARKS,
+    NUM_IMAGES,
+    Budget,
+    Forgotten,
+    LearningBudget,
+    Level,
+    Variant,
+)
 from barrier_diffusers.evaluation.classifier_source import ClassifierSource
 from barrier_diffusers.evaluation.judge import check_judge
 from barrier_diffusers.models.generation import SamplingConfig
@@ -157,6 +168,35 @@ class RowInversionConfig(LearningBudget):
     learning_rate: float = 2e-2
     initial_label: str | None = None  # the new row starts as this label's; None: as that of the forgotten one
 
+    SURVIVORS = 2
+
+    def check(self, pipeline: Any, forgotten: Forgotten) -> None:
+        """Enough images, and a label to start from."""
+        self.require(forgotten.images, forgotten.concept)
+        if self.initial_label is not None and self.initial_label not in pipeline.labels:
+            raise ValueError(
+                f"inversion.initial_label {self.initial_label!r} is no label of the pipeline: "
+                f"{', '.join(pipeline.labels)}"
+            )
+
+    def variants(self, level: Level, forgotten: Forgotten) -> list[Variant]:
+        """standard: from the label's own row and another's. thorough: one more start, two learning rates."""
+        starts = [None, *forgotten.other_words]
+        rates: tuple[float, ...] = (self.learning_rate, 4 * self.learning_rate)
+        if level == "standard":
+            starts, rates = starts[:2], (self.learning_rate,)
+        return [
+            Variant(
+                f"from {start or forgotten.concept}, {rate:g}",
+                replace(self, initial_label=start, learning_rate=rate),
+            )
+            for start, rate in product(starts, rates)
+        ]
+
+    def further(self, level: Level, forgotten: Forgotten) -> list[Variant]:
+        """A thousand steps."""
+        return [Variant("1,000 steps", replace(self, num_steps=1000))] if level == "thorough" else []
+
 
 @dataclass
 class FineTuningConfig(LearningBudget):
@@ -166,6 +206,32 @@ class FineTuningConfig(LearningBudget):
     batch_size: int = 10
     num_images: int | None = 10
     learning_rate: float = 1e-4
+
+    SURVIVORS = 4
+
+    def check(self, pipeline: Any, forgotten: Forgotten) -> None:
+        """Enough images."""
+        self.require(forgotten.images, forgotten.concept)
+
+    def trying(self, rate: float, num_images: int | None, marks: list[int]) -> FineTuningConfig:
+        """These settings with others for what a grid varies."""
+        return replace(self, learning_rate=rate, num_images=num_images, marks=marks, num_steps=max(marks))
+
+    def variants(self, level: Level, forgotten: Forgotten) -> list[Variant]:
+        """standard: four learning rates with the settings' images and marks. thorough: every combination with numbers
+        of images, few steps and images."""
+        if level == "standard":
+            marks = self.marks or MARKS
+            return [Variant(f"{rate:g}", self.trying(rate, self.num_images, marks)) for rate in LEARNING_RATES[:4]]
+        counts = sorted({min(count, len(forgotten.images)) for count in NUM_IMAGES})
+        return [
+            Variant(f"{rate:g}, {count} images", self.trying(rate, count, FIRST_MARKS), 10)
+            for rate, count in product(LEARNING_RATES, counts)
+        ]
+
+    def further(self, level: Level, forgotten: Forgotten) -> list[Variant]:
+        """All marks."""
+        return [Variant("", replace(self, marks=MARKS, num_steps=MARKS[-1]))] if level == "thorough" else []
 
 
 @dataclass
@@ -193,6 +259,9 @@ class LabelEvaluationConfig:
     # embedding is learned), relearning (the whole network is fine-tuned)
     attacks: list[Literal["inversion", "relearning"]] = field(default_factory=list)
     control: str | None = None  # folder of a pipeline that never saw the labels: attacks are tried on it, too
+    # None: each attack as its section says. standard: a handful of settings of each; thorough: a grid of dozens
+    attack_budget: Literal["standard", "thorough"] | None = None
+    attack_workers: int = 1  # processes that attacks run in, each with its share of the cores and its GPU
     inversion: RowInversionConfig = field(default_factory=RowInversionConfig)
     relearning: FineTuningConfig = field(default_factory=FineTuningConfig)
 
@@ -203,6 +272,7 @@ class LabelEvaluationConfig:
         images_per_label=at_least(1),
         images_per_retained_label=at_least(1),
         neighbours=at_least(1),
+        attack_workers=at_least(1),
     )
 
     def __post_init__(self) -> None:
@@ -216,10 +286,13 @@ class LabelEvaluationConfig:
 
     def check_control(self, labels: list[str]) -> None:
         """A ValueError if there is a control, but no attack, or one without the labels; it is not loaded."""
+        for name in ("control", "attack_budget"):
+            if getattr(self, name) is not None and not self.attacks:
+                raise ValueError(
+                    f"evaluation.{name} is about attacks, and there is none: name some in evaluation.attacks"
+                )
         if self.control is None:
             return
-        if not self.attacks:
-            raise ValueError("evaluation.control is about attacks, and there is none: name some in evaluation.attacks")
         require_labels(self.control, "evaluation.control", labels)
 
     def check_judge(self, labels: list[str]) -> None:
@@ -233,9 +306,10 @@ class LabelEvaluationConfig:
         assert self.judge is not None
         return ClassifierSource(self.judge, setting="evaluation.judge")
 
-    def budget_of(self, attack: str) -> LearningBudget:
-        """What an attack may spend."""
-        return getattr(self, attack)
+    @property
+    def budgets(self) -> dict[str, Budget]:
+        """Chosen attack -> what it may spend."""
+        return {name: getattr(self, name) for name in self.attacks}
 
 
 @dataclass(kw_only=True)
@@ -248,9 +322,10 @@ class EvaluateConfig:
     concept: str | list[str] = field(default_factory=list)  # labels it was made to forget; none: accuracy of all
     base_model: str | None = None  # the pipeline before it was unlearned, for the "before" columns
     overwrite_output_dir: bool = False  # an earlier evaluation in output_dir is deleted first
+    cache_dir: str | None = None  # "before" images, and what each attacker brought back; default output_dir/cache
     evaluation: LabelEvaluationConfig = field(default_factory=LabelEvaluationConfig)
 
-    RULES = rules(pretrained_model_name_or_path=FOLDER, output_dir=OUTPUT, base_model=FOLDER)
+    RULES = rules(pretrained_model_name_or_path=FOLDER, output_dir=OUTPUT, base_model=FOLDER, cache_dir=OUTPUT)
 
     def __post_init__(self) -> None:
         require_different(self.concepts, "concept")
@@ -270,6 +345,8 @@ class EvaluateConfig:
         """What a run is about to do, in one line."""
         about = f" for {' and '.join(self.concepts)}" if self.concepts else ""
         attacks = ", ".join(self.evaluation.attacks) or "no attack"
+        if self.evaluation.attack_budget:
+            attacks += f" ({self.evaluation.attack_budget})"
         return f"judging {self.pretrained_model_name_or_path}{about} on {self.data.source}; {attacks}"
 
     @property

@@ -25,6 +25,7 @@ from barrier_diffusers import Barrier
 from barrier_diffusers.data.folders import announce
 from barrier_diffusers.data.labelled_images import LabelledImages
 from barrier_diffusers.data.readers import take_evenly
+from barrier_diffusers.evaluation.attacks.base import Forgotten
 from barrier_diffusers.evaluation.erasure import generate_cached
 from barrier_diffusers.evaluation.judge import Judge, as_rgb
 from barrier_diffusers.evaluation.pictures import before_after_grid, loss_curves, strip
@@ -43,7 +44,7 @@ from barrier_diffusers.utils.command_line import run_script
 from barrier_diffusers.utils.files import save_whole, write_json
 from barrier_diffusers.utils.output_folder import in_output_folder
 from barrier_diffusers.utils.run_records import MANIFEST_NAME, METRICS_NAME, fingerprint, manifest
-from ddpm_ext.attacks import Images, attack_images, run_attacks
+from ddpm_ext.attacks import attackers_view, run_attacks
 from ddpm_ext.diffusion import LABELS, LabelDenoiser, LabelRows, UnlearningRows, draw
 from ddpm_ext.loading import load_pipeline, load_rows
 from ddpm_ext.metrics import EvaluationLabels, evaluate, make_evaluation_labels, make_judge, real_images
@@ -171,7 +172,7 @@ class Before:
     judge: Judge | None
     images: np.ndarray = field(default_factory=lambda: np.empty(0))  # (N, S, S, C) of these labels
     real: np.ndarray | None = None
-    attack_images: Images = field(default_factory=dict)
+    forgotten: list[Forgotten] = field(default_factory=list)  # as an attacker knows them
 
 
 def load_model(config: UnlearnConfig, device: torch.device) -> LoadedModel:
@@ -208,7 +209,7 @@ def _look(config: UnlearnConfig, model: LoadedModel, before: Before) -> None:
     pipeline, evaluation = model.pipeline, config.evaluation
     if before.judge is not None:
         before.real = real_images(evaluation, config.data, pipeline=pipeline, forgotten=config.concepts)
-    before.attack_images = attack_images(evaluation, config.data, pipeline=pipeline, forgotten=config.concepts)
+    before.forgotten = attackers_view(evaluation, config.data, pipeline=pipeline, asked=before.asked)
     before.images = generate_cached(
         pipeline,
         before.asked.labels,
@@ -273,16 +274,18 @@ def judge_after(
         warn_if_not_erased(metrics["unlearning_accuracy"], asked.forgotten, erase_more(config))
     hashes = {"base_denoiser": model.hashes["unet"], **module_hashes(pipeline)}
     write_json(output / MANIFEST_NAME, manifest(config, hashes, history=history, **facts))
-    if before.attack_images and before.judge is not None:
+    if before.forgotten and before.judge is not None:
         write_json(output / METRICS_NAME, metrics)  # these stay if an attack fails
         metrics |= run_attacks(
+            config.output_dir,
             pipeline,
             config.evaluation,
-            images=before.attack_images,
+            forgotten=before.forgotten,
             judge=before.judge,
             asked=asked,
             plain=after,
             output=output,
+            cache=cache_of(config),
         )
     write_json(output / METRICS_NAME, metrics)  # last: without it nothing reports on the run
 

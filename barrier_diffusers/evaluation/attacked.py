@@ -28,6 +28,7 @@ from barrier_diffusers.evaluation.attacks.running import (
     record_of,
     run_attacks,
 )
+from barrier_diffusers.evaluation.judge import as_rgb
 from barrier_diffusers.evaluation.judged_model import CONTROL_PREFIX, JudgedModel, source_of_judged
 from barrier_diffusers.evaluation.protocols.concepts import ConceptProtocol
 from barrier_diffusers.evaluation.settings import EvaluateConfig
@@ -54,6 +55,14 @@ class Attacked:
     tokens: dict[str, dict[str, Tensor]]  # "CONCEPT_ATTACK" -> tokens that were learned, by text encoder
 
 
+@dataclass(frozen=True)
+class Plain:
+    """What a model draws without an attack."""
+
+    numbers: Mapping[str, Any]  # of `erasure_metrics`
+    images: Mapping[str, np.ndarray]  # concept -> bytes (N, H, W, 1 or 3)
+
+
 def check_attacks(config: EvaluateConfig, judged_model: JudgedModel, forgotten: Sequence[Forgotten]) -> None:
     """Refuse, before any long work, what an attack cannot work with.
 
@@ -61,12 +70,20 @@ def check_attacks(config: EvaluateConfig, judged_model: JudgedModel, forgotten: 
         ValueError: says what is missing and what to do.
     """
     pipelines = [judged_model.pipeline, *([judged_model.control] if judged_model.control is not None else [])]
-    for name, budget in config.budgets.items():
+    check_budgets(config.budgets, config.attack_budget, pipelines, forgotten)
+
+
+def check_budgets(
+    budgets: Mapping[str, Budget], level: Level | None, pipelines: Sequence[Any], forgotten: Sequence[Forgotten]
+) -> None:
+    """A ValueError if an attack of the grid, or as it is set, cannot work with one of the pipelines or concepts, or if
+    a setting is one that no attacker of the grid has."""
+    for name, budget in budgets.items():
         for known in forgotten:
             tried = [budget]
-            if config.attack_budget is not None:
-                tried = [variant.budget for variant in budget.variants(config.attack_budget, known)]
-                require_tried(name, budget, config.attack_budget, known)
+            if level is not None:
+                tried = [variant.budget for variant in budget.variants(level, known)]
+                require_tried(name, budget, level, known)
             for pipeline in pipelines:
                 for one in tried:
                     one.check(pipeline, known)
@@ -123,41 +140,58 @@ def attack(
     Raises:
         FloatingPointError: without a grid, an attack ended in non-finite numbers.
     """
-    judged_model, judge, level = concepts.judged_model, concepts.judge, config.attack_budget
-    assert judge is not None
-    plain = {known.concept: concepts.plain_images(known.concept) for known in forgotten}
-    shows = {(ERASED, concept): judge.shows(images, concept) for concept, images in plain.items()}
-    usable = {ERASED: USABLE * classes["retain_accuracy_after"]}
-    metrics: dict[str, Any] = {}
+    judged_model = concepts.judged_model
+    names = [known.concept for known in forgotten]
+    plain = {ERASED: Plain(classes, {name: concepts.plain_images(name) for name in names})}
     pipelines = {ERASED: judged_model.pipeline}
     if judged_model.control is not None:
         images, numbers = concepts.control()
-        metrics["control"] = {name.removesuffix("_after"): numbers["details"][name] for name in CONTROL_SHARES}
-        usable[CONTROL] = USABLE * numbers["retain_accuracy_after"]
+        plain[CONTROL] = Plain(numbers, {name: concepts.plain_images(name, images) for name in names})
         pipelines[CONTROL] = judged_model.control
-        for concept in plain:
-            shows[CONTROL, concept] = judge.shows(concepts.plain_images(concept, images), concept)
-
     runner = CellRunner(scene_of(config, concepts, forgotten), judged_model.device, pipelines)
-    with CellPool(runner, config.attack_workers) as pool:
-        results = run_attacks(pool, list(pipelines), forgotten, budgets=config.budgets, level=level)
+    return attack_models(runner, config.budgets, config.attack_budget, plain, workers=config.attack_workers)
 
-    records: dict[str, list[dict[str, Any]]] = {model: [] for model in pipelines}
+
+def attack_models(
+    runner: CellRunner,
+    budgets: Mapping[str, Budget],
+    level: Level | None,
+    plain: Mapping[str, Plain],
+    workers: int = 1,
+) -> Attacked:
+    """Every attack on every concept of the models that `plain` has answers of; print the tables.
+
+    Args:
+        budgets: name of the attack -> what it may spend.
+        level: of the grid that each attack is tried with; None: only its own budget.
+        plain: ERASED, and CONTROL if there is one -> what it draws without an attack.
+        workers: processes.
+
+    Raises:
+        FloatingPointError: without a grid, an attack ended in non-finite numbers.
+    """
+    judge, forgotten = runner.judge, runner.scene.forgotten
+    with CellPool(runner, workers) as pool:
+        results = run_attacks(pool, list(plain), forgotten, budgets=budgets, level=level)
+    usable = {model: USABLE * answers.numbers["retain_accuracy_after"] for model, answers in plain.items()}
+    records: dict[str, list[dict[str, Any]]] = {model: [] for model in plain}
     seconds: dict[str, float] = {}
     for (model, name, concept), found in results.items():
-        budget = config.budgets[name]
-        records[model].append(record_of(found, budget, shows[model, concept], level=level, usable=usable[model]))
+        shows = judge.shows(plain[model].images[concept], concept)
+        records[model].append(record_of(found, budgets[name], shows, level=level, usable=usable[model]))
         label = name if model == ERASED else f"{name}, {model}"
         seconds[label] = round(seconds.get(label, 0.0) + found.seconds, 2)
-    metrics["attacks"] = records[ERASED]
-    print_attacks(records[ERASED], {name: seconds[name] for name in config.budgets})
+    metrics: dict[str, Any] = {"attacks": records[ERASED]}
+    print_attacks(records[ERASED], {name: seconds[name] for name in budgets})
     if CONTROL in records:
+        details = plain[CONTROL].numbers["details"]
+        metrics["control"] = {name.removesuffix("_after"): details[name] for name in CONTROL_SHARES}
         metrics["control_attacks"] = records[CONTROL]
         metrics["attack_gaps"] = gaps(results, usable)
         print_gaps(metrics["attack_gaps"])
     curves = curves_record(results)
     has_curves = level is not None or any(len(row["marks"]) > 1 for row in curves)
-    shown = {concept: first_small(images) for concept, images in plain.items()}
+    shown = {concept: first_small(as_rgb(images)) for concept, images in plain[ERASED].images.items()}
     return Attacked(metrics, seconds, curves, has_curves, shown, first_images(results), learned_tokens(results))
 
 

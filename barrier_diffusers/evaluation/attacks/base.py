@@ -39,6 +39,12 @@ __all__ = [
     "rename_concept",
 ]
 
+# of the grids that relearn
+MARKS = [5, 10, 20, 40, 100, 200]
+FIRST_MARKS = [5, 10, 20, 40]  # of the first round of a thorough grid
+LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+NUM_IMAGES = (2, 10, 60)  # that a thorough grid relearns from
+
 
 @dataclass(frozen=True)
 class Forgotten:

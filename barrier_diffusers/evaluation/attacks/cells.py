@@ -29,10 +29,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from barrier_diffusers.evaluation.attacks.base import ATTACKS, Forgotten, Mark, Variant
+from barrier_diffusers.evaluation.attacks.base import ATTACKS, Forgotten, Mark, Run, Variant
 from barrier_diffusers.evaluation.classifier_source import ClassifierSource
 from barrier_diffusers.evaluation.image_folder import png_bytes, scheduler_facts
-from barrier_diffusers.evaluation.judge import Judge
+from barrier_diffusers.evaluation.judge import Judge, Rendering, as_rgb
 from barrier_diffusers.models.loading import load_merged
 from barrier_diffusers.utils.files import write_json
 from barrier_diffusers.utils.registry import load_module
@@ -143,6 +143,8 @@ class Scene:
     cache: Path  # folder of the results
     modules: list[str] = field(default_factory=list)  # of the user, that register attacks
     first_failure_ends: bool = True  # False: an attack that ends in non-finite numbers is a result
+    attribute: str | None = None  # of the judge; None: the one that has the concepts
+    rendering: Rendering = "plain"  # how images are shown to it
 
     def known(self, concept: str) -> Forgotten:
         """What an attacker knows of a concept."""
@@ -150,7 +152,7 @@ class Scene:
 
 
 class CellRunner:
-    """Runs cells in this process.
+    """Runs cells in this process; a subclass for another kind of pipeline says how one is loaded and attacked.
 
     Args:
         pipelines: models that are loaded already; others are when they are first attacked.
@@ -158,13 +160,22 @@ class CellRunner:
 
     def __init__(self, scene: Scene, device: str, pipelines: Mapping[str, Any] | None = None):
         self.scene, self.device, self.pipelines = scene, device, dict(pipelines or {})
-        self.judge = Judge(scene.classifier, [known.concept for known in scene.forgotten])
+        concepts = [known.concept for known in scene.forgotten]
+        self.judge = Judge(scene.classifier, concepts, attribute=scene.attribute, rendering=scene.rendering)
         self.on_device: str | None = None
+
+    def load(self, model: str) -> Any:
+        """The pipeline of a model."""
+        return load_merged(*self.scene.models[model])
+
+    def attack_of(self, name: str) -> Run:
+        """What runs the attack of this name."""
+        return ATTACKS.find(name).run
 
     def pipeline(self, model: str) -> Any:
         """The model on the device, on which there is one at a time."""
         if model not in self.pipelines:
-            self.pipelines[model] = load_merged(*self.scene.models[model])
+            self.pipelines[model] = self.load(model)
         if self.on_device not in (None, model):
             self.pipelines[self.on_device].to("cpu")
         self.on_device = model
@@ -203,7 +214,7 @@ class CellRunner:
         start, budget = time.perf_counter(), cell.variant.budget
         result = CellResult(cell.model, cell.attack, cell.concept, cell.variant.name, asdict(budget), 0.0)
         try:
-            attempt = ATTACKS.find(cell.attack).run(pipeline, known, budget)
+            attempt = self.attack_of(cell.attack)(pipeline, known, budget)
         except FloatingPointError as error:
             if self.scene.first_failure_ends:
                 raise
@@ -219,25 +230,20 @@ class CellRunner:
             marks=seen,
             failed=attempt.failed,
             seconds=round(time.perf_counter() - start, 2),
-            picture=strip_of(marks[strongest].images_NHWC),
+            picture=strip_of(as_rgb(marks[strongest].images_NHWC)),
             tokens=base64.b64encode(save(marks[strongest].tokens)).decode() if marks[strongest].tokens else "",
         )
 
     def _look(self, mark: Mark, known: Forgotten) -> Seen:
-        seen = seen_by(self.judge, mark.images_NHWC, known.concept, num_steps=mark.num_steps)
+        probabilities = self.judge.probabilities(self.judge.render(mark.images_NHWC))
+        shown = [label == known.concept for label in self.judge.recognise(probabilities)]
+        seen = Seen(mark.num_steps, shown, round(probabilities.amax(1).mean().item(), 4))
         if mark.retained_NHWC is None:
             return seen
         others = self.judge.probabilities(self.judge.render(mark.retained_NHWC))
         pairs = zip(self.judge.recognise(others), known.retain_labels, strict=True)
         right = [found == wanted for found, wanted in pairs]
         return replace(seen, retained=right, retained_confidence=round(others.amax(1).mean().item(), 4))
-
-
-def seen_by(judge: Judge, images_NHWC: np.ndarray, concept: str, num_steps: int) -> Seen:
-    """What the judge says of images (N, H, W, 1 or 3) that were asked for as the concept."""
-    probabilities = judge.probabilities(judge.render(images_NHWC))
-    shown = [label == concept for label in judge.recognise(probabilities)]
-    return Seen(num_steps, shown, round(probabilities.amax(1).mean().item(), 4))
 
 
 def evenly(length: int, count: int) -> list[int]:
@@ -259,7 +265,7 @@ def with_fewer_prompts(known: Forgotten, count: int) -> Forgotten:
 _runner: CellRunner | None = None  # of this process, if it is a worker
 
 
-def _start_worker(scene: Scene, threads: int, numbers: Any) -> None:
+def _start_worker(kind: type[CellRunner], scene: Scene, threads: int, numbers: Any) -> None:
     global _runner
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -275,7 +281,7 @@ def _start_worker(scene: Scene, threads: int, numbers: Any) -> None:
     for module in scene.modules:
         load_module(module, "module", ATTACKS)
     gpus = torch.cuda.device_count()
-    _runner = CellRunner(scene, f"cuda:{number % gpus}" if gpus else "cpu")
+    _runner = kind(scene, f"cuda:{number % gpus}" if gpus else "cpu")
 
 
 def _run_in_worker(cell: Cell) -> CellResult:
@@ -310,7 +316,7 @@ class CellPool:
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
             threads = max(1, torch.get_num_threads() // self.workers)
-            arguments = (self.runner.scene, threads, context.Value("i", 0))
+            arguments = (type(self.runner), self.runner.scene, threads, context.Value("i", 0))
             self._pool = ProcessPoolExecutor(self.workers, context, _start_worker, arguments)
         started = {self._pool.submit(_run_in_worker, cell): index for index, cell in enumerate(cells)}
         found: dict[int, CellResult] = {}

@@ -16,6 +16,10 @@ from torch import Tensor, nn
 
 from barrier_diffusers.data.encoding import EncodedImages, encode_prompts
 from barrier_diffusers.evaluation.attacks.base import (
+    FIRST_MARKS,
+    LEARNING_RATES,
+    MARKS,
+    NUM_IMAGES,
     Attempt,
     Forgotten,
     LearningBudget,
@@ -37,10 +41,6 @@ from barrier_diffusers.training.learning import encode, every_weight, frozen, le
 from barrier_diffusers.utils.checks import Range, at_least, rules
 
 ATTENTION, ALL_MAPS = ["to_q", "to_k", "to_v", "to_out.0"], ["Linear", "Conv2d"]
-MARKS = [5, 10, 20, 40, 100, 200]
-FIRST_MARKS = [5, 10, 20, 40]  # of the first round of a thorough grid
-LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
-NUM_IMAGES = (2, 10, 60)  # that a thorough grid relearns from
 LORA_8 = "LoRA 8 on attention"  # of the standard grid; the thorough one has its neighbours
 # trained_weights, targets and rank -> their name
 TRAINED: dict[str, tuple[Literal["adapter", "all"], list[str], int]] = {

@@ -28,25 +28,6 @@ def rows_of(labels: Sequence[str], concept: str) -> slice:
     return slice(first, first + labels.count(concept))
 
 
-def attack_record(
-    attack: str, concept: str, *, plain: Sequence[bool], attacked: Sequence[bool], budget: Budget, num_images: int
-) -> dict[str, Any]:
-    """The record of one attack on one concept.
-
-    Args:
-        plain, attacked: which images show the concept, of the plain prompts and under the attack.
-        num_images: that the attack learned from.
-    """
-    return {
-        "attack": attack,
-        "concept": concept,
-        "pre_attack": share(plain),
-        "post_attack": share(attacked),
-        "budget": asdict(budget),
-        "num_training_images": num_images,
-    }
-
-
 def forgotten_concepts(
     evaluation: ImageEvaluationConfig,
     config: ConceptConfig,
