@@ -13,7 +13,7 @@ export DIFFUSERS_VERBOSITY = error
 
 .DEFAULT_GOAL := help
 .PHONY: help install unlearn unlearn-robust evaluate test test-slow table attack-table robustness-table bench bench-gpu reference embedded-model control unlearn-classifier classifier-table \
-	embedded-resnet unlearn-ddpm ddpm-table embedded-ddpm retrained-ddpm demo test-demo quality style clean
+	embedded-resnet unlearn-ddpm unlearn-ddpm-robust ddpm-table embedded-ddpm retrained-ddpm demo test-demo quality style clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -99,6 +99,9 @@ embedded-resnet: $(READY) ## train assets/fashion_resnet again
 
 unlearn-ddpm: $(READY) ## erase a label from the embedded DDPM
 	$(LAUNCH) -m ddpm_ext.unlearn --config ddpm_ext/configs/unlearn_fashion.yaml --overwrite_output_dir true
+
+unlearn-ddpm-robust: $(READY) ## the same against relearning and inversion
+	$(LAUNCH) -m ddpm_ext.unlearn --config ddpm_ext/configs/robust_fashion.yaml --overwrite_output_dir true
 
 ddpm-table: $(READY) ## all rows of ddpm_ext's table; finished rows are not run again
 	$(BIN)/python -m benchmarks.tables --tables ddpm --output_dir runs/ddpm_table
