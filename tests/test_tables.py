@@ -11,7 +11,7 @@ from short_runs import ROOT, SHORT
 
 from barrier_diffusers.workflow.settings import chosen_objective
 from benchmarks.tables import TABLES
-from benchmarks.tables.__main__ import TableConfig, main
+from benchmarks.tables.__main__ import TableConfig, main, write
 from benchmarks.tables.stable_diffusion import UNLEARN, AttackTable, ErasureTable
 from benchmarks.tables.table import MeansTable, Row
 from benchmarks.tables.workers import run_all
@@ -96,6 +96,20 @@ def test_finished_rows_are_not_run_again(tmp_path, monkeypatch, capsys, in_a_cop
     other.write_text(Path(ErasureTable.config).read_text() + "seed: 1\n")
     monkeypatch.setattr(ErasureTable, "config", str(other))
     assert tiny_table().finished(tmp_path / "docs/tiny.json") == {}
+
+
+def test_rows_that_another_command_finished_meanwhile_stay(tmp_path, in_a_copy):
+    """Each of two commands writes what it has run; neither knows of the other's rows."""
+    table = tiny_table()
+    table.pages = ()
+    metrics = {"unlearning_accuracy": 100.0, "retain_accuracy_before": 90.0, "retain_accuracy_after": 88.0}
+    made = {row.name: table.result(row, {**metrics, "seconds_training": 1.0}) for row in table.rows}
+    for name, result in reversed(made.items()):
+        all_rows = write(table, {name: result}, tmp_path / "docs")
+    assert all_rows == made
+    found = json.loads((tmp_path / "docs/tiny.json").read_text())
+    assert [result["name"] for result in found] == ["sneaker", "then_sketches"]  # the table's order
+    assert {path.name for path in (tmp_path / "docs").iterdir()} == {"tiny.json", "tiny.md"}  # and no lock
 
 
 def share(row):

@@ -17,6 +17,7 @@ from typing import Any
 
 from barrier_diffusers.utils.command_line import run_script
 from barrier_diffusers.utils.files import write_json
+from barrier_diffusers.utils.locks import FolderLock
 from benchmarks.pages import into_page
 from benchmarks.tables import TABLES
 from benchmarks.tables.table import Table
@@ -46,35 +47,40 @@ class TableConfig:
             raise ValueError(f"rows is no regular expression: {error}") from error
 
 
-def write(table: Table, results: Mapping[str, Any], docs: Path) -> None:
-    """The finished rows, in the table's order, as JSON, as Markdown and as a picture, and in the pages that
-    have their marks."""
+def write(table: Table, fresh: Mapping[str, Any], docs: Path) -> dict[str, Any]:
+    """All finished rows, these among them, which are written in the table's order as JSON, as Markdown and as a
+    picture, and into the pages that have their marks. What another command has finished meanwhile is kept."""
     docs.mkdir(parents=True, exist_ok=True)
-    write_json(docs / f"{table.name}.json", [results[row.name] for row in table.rows if row.name in results])
-    for name, text in table.markdown(results).items():
-        (docs / f"{name}.md").write_text(text, encoding="utf-8")
-    if (picture := table.picture(results)) is not None:
-        (docs / f"{table.name}.png").write_bytes(picture)
-    for name, text in table.short_forms(results).items():
-        for page in table.pages:
-            into_page(Path(page), name, text)
+    path = docs / f"{table.name}.json"
+    with FolderLock(docs, wait_seconds=60):
+        results = table.finished(path) | dict(fresh)
+        if results:
+            write_json(path, [results[row.name] for row in table.rows if row.name in results])
+            for name, text in table.markdown(results).items():
+                (docs / f"{name}.md").write_text(text, encoding="utf-8")
+            if (picture := table.picture(results)) is not None:
+                (docs / f"{table.name}.png").write_bytes(picture)
+            for name, text in table.short_forms(results).items():
+                for page in table.pages:
+                    into_page(Path(page), name, text)
+    return results
 
 
 def build(table: Table, config: TableConfig) -> list[str]:
     """Run what is missing of a table, write it as its rows finish, print it; a line for each row that failed."""
     docs, output, failed = Path(config.docs), Path(config.output_dir), list[str]()
-    results = {} if config.again else table.finished(docs / f"{table.name}.json")
-    for wave in table.missing(results, output, config.rows):
+    fresh: dict[str, Any] = {}
+    finished = {} if config.again else table.finished(docs / f"{table.name}.json")
+    for wave in table.missing(finished, output, config.rows):
         chains = {chain[0].name: chain for chain in wave}
         jobs = {name: (chain, output) for name, chain in chains.items()}
         for name, metrics in run_all(table.run, jobs, config.workers, failed):
-            results |= {
+            fresh |= {
                 row.name: table.result(row, row_metrics)
                 for row, row_metrics in zip(chains[name], metrics, strict=True)
             }
-            write(table, results, docs)
-    if results:
-        write(table, results, docs)
+            write(table, fresh, docs)
+    if results := write(table, fresh, docs):
         for name, text in table.markdown(results).items():
             print(f"{name}\n\n{text}")
     return failed
