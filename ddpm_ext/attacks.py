@@ -106,8 +106,7 @@ def attack(name: str, pipeline: ClassConditionalDDPMPipeline, forgotten: Forgott
 
 def as_dataset(rows: LabelledImages) -> Dataset:
     """The same with columns image and text, the label's name."""
-    pictures = [fromarray(image.squeeze(0).numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy())
-                for image in rows.images]  # fmt: skip
+    pictures = [fromarray(image.permute(1, 2, 0).squeeze(2).numpy()) for image in rows.images]  # grey ones flat
     names = [rows.names[label] for label in rows.labels.tolist()]
     columns = {"image": pictures, "text": names}
     return Dataset.from_dict(columns, features=Features({"image": Image(), "text": Value("string")}))
@@ -115,8 +114,8 @@ def as_dataset(rows: LabelledImages) -> Dataset:
 
 def as_bytes(images: Dataset) -> Tensor:
     """Bytes (N, C, S, S) of a data set that `as_dataset` made."""
-    stacked = torch.from_numpy(np.stack([np.asarray(image) for image in images["image"]]))
-    return stacked.unsqueeze(1) if stacked.dim() == 3 else stacked.permute(0, 3, 1, 2).contiguous()
+    pixels_NSSC = np.stack([np.atleast_3d(np.asarray(image)) for image in images["image"]])
+    return torch.from_numpy(pixels_NSSC).permute(0, 3, 1, 2).contiguous()
 
 
 def attackers_view(
@@ -220,8 +219,8 @@ def run_attacks(
     models: dict[str, tuple[str, str | None, str | None]] = {ERASED: (folder, None, None)}
     drawn = {ERASED: plain_answers(judge, asked, plain)}
     control = load_control(config, pipeline)
-    if control is not None and config.control is not None:
-        pipelines[CONTROL], models[CONTROL] = control.to(pipeline.device), (config.control, None, None)
+    if control is not None:
+        pipelines[CONTROL], models[CONTROL] = control.to(pipeline.device), (str(config.control), None, None)
         images = generate(control, asked.labels, sampling=config.sampling, desc="images of the control")
         drawn[CONTROL] = plain_answers(judge, asked, images)
     scene = Scene(

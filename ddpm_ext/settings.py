@@ -12,12 +12,12 @@ from barrier_diffusers.evaluation.attacks.base import (
     FIRST_MARKS,
     LEARNING_RATES,
     MARKS,
-    NUM_IMAGES,
     Budget,
     Forgotten,
     LearningBudget,
     Level,
     Variant,
+    image_counts,
 )
 from barrier_diffusers.evaluation.classifier_source import ClassifierSource
 from barrier_diffusers.evaluation.judge import check_judge
@@ -213,25 +213,20 @@ class FineTuningConfig(LearningBudget):
         """Enough images."""
         self.require(forgotten.images, forgotten.concept)
 
-    def trying(self, rate: float, num_images: int | None, marks: list[int]) -> FineTuningConfig:
-        """These settings with others for what a grid varies."""
-        return replace(self, learning_rate=rate, num_images=num_images, marks=marks, num_steps=max(marks))
-
     def variants(self, level: Level, forgotten: Forgotten) -> list[Variant]:
         """standard: four learning rates with the settings' images and marks. thorough: every combination with numbers
         of images, few steps and images."""
         if level == "standard":
             marks = self.marks or MARKS
-            return [Variant(f"{rate:g}", self.trying(rate, self.num_images, marks)) for rate in LEARNING_RATES[:4]]
-        counts = sorted({min(count, len(forgotten.images)) for count in NUM_IMAGES})
+            return [Variant(f"{rate:g}", self.until(marks, learning_rate=rate)) for rate in LEARNING_RATES[:4]]
         return [
-            Variant(f"{rate:g}, {count} images", self.trying(rate, count, FIRST_MARKS), 10)
-            for rate, count in product(LEARNING_RATES, counts)
+            Variant(f"{rate:g}, {count} images", self.until(FIRST_MARKS, learning_rate=rate, num_images=count), 10)
+            for rate, count in product(LEARNING_RATES, image_counts(len(forgotten.images)))
         ]
 
     def further(self, level: Level, forgotten: Forgotten) -> list[Variant]:
         """All marks."""
-        return [Variant("", replace(self, marks=MARKS, num_steps=MARKS[-1]))] if level == "thorough" else []
+        return [Variant("", self.until(MARKS))] if level == "thorough" else []
 
 
 @dataclass

@@ -174,11 +174,16 @@ def attack_models(
     with CellPool(runner, workers) as pool:
         results = run_attacks(pool, list(plain), forgotten, budgets=budgets, level=level)
     usable = {model: USABLE * answers.numbers["retain_accuracy_after"] for model, answers in plain.items()}
+    shows = {
+        (model, concept): judge.shows(images, concept)
+        for model, answers in plain.items()
+        for concept, images in answers.images.items()
+    }
     records: dict[str, list[dict[str, Any]]] = {model: [] for model in plain}
     seconds: dict[str, float] = {}
     for (model, name, concept), found in results.items():
-        shows = judge.shows(plain[model].images[concept], concept)
-        records[model].append(record_of(found, budgets[name], shows, level=level, usable=usable[model]))
+        mine = shows[model, concept]
+        records[model].append(record_of(found, budgets[name], mine, level=level, usable=usable[model]))
         label = name if model == ERASED else f"{name}, {model}"
         seconds[label] = round(seconds.get(label, 0.0) + found.seconds, 2)
     metrics: dict[str, Any] = {"attacks": records[ERASED]}

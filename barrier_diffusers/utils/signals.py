@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -61,7 +61,10 @@ def _stop(number: int, frame: FrameType | None) -> None:
 def _stop_at_once(number: int, frame: FrameType | None) -> None:
     """For a script that imports, or is done: nothing is half written, and an error in the middle of an import would
     leave modules that are half there, which others stumble over."""
-    os._exit(say_stopped(number))
+    status = say_stopped(number)
+    with suppress(RuntimeError, ValueError, OSError):  # in the middle of another write, or closed
+        sys.stdout.flush()
+    os._exit(status)
 
 
 def heed_signals(handler: Callable[[int, FrameType | None], None] = _stop) -> dict[signal.Signals, Any]:

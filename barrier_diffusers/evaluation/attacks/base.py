@@ -6,8 +6,8 @@ Shapes: N images, H height, W width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Sized
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from datasets import Dataset
@@ -44,6 +44,11 @@ MARKS = [5, 10, 20, 40, 100, 200]
 FIRST_MARKS = [5, 10, 20, 40]  # of the first round of a thorough grid
 LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 NUM_IMAGES = (2, 10, 60)  # that a thorough grid relearns from
+
+
+def image_counts(available: int) -> list[int]:
+    """Numbers of images that a thorough grid relearns from, as far as there are so many."""
+    return sorted({min(count, available) for count in NUM_IMAGES})
 
 
 @dataclass(frozen=True)
@@ -144,6 +149,10 @@ class LearningBudget(ImageBudget):
         super().__post_init__()
         if self.marks and max(self.marks) > self.num_steps:
             raise ValueError(f"marks name step {max(self.marks)}, but num_steps is {self.num_steps}: raise it")
+
+    def until(self, marks: list[int], **changes: Any) -> Self:
+        """These settings with other marks, which end with the last of them, and with what else a grid varies."""
+        return replace(self, marks=marks, num_steps=max(marks), **changes)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from barrier_diffusers.evaluation.attacks.base import (
     FIRST_MARKS,
     LEARNING_RATES,
     MARKS,
-    NUM_IMAGES,
     Attempt,
     Forgotten,
     LearningBudget,
@@ -27,6 +26,7 @@ from barrier_diffusers.evaluation.attacks.base import (
     Mark,
     Marks,
     Variant,
+    image_counts,
     register_attack,
     rename_concept,
 )
@@ -86,22 +86,14 @@ class RelearningConfig(LearningBudget):
             rename_concept([*images["text"], *forgotten.prompts], forgotten.concept, words=TOKEN)
 
     def fewer_images(self, forgotten: Forgotten) -> list[int]:
-        """Numbers of images that a thorough grid tries, as far as there are so many."""
-        available = len(self.images_of(forgotten)[1])
-        return sorted({min(count, available) for count in NUM_IMAGES})
+        """Numbers of images that a thorough grid tries."""
+        return image_counts(len(self.images_of(forgotten)[1]))
 
     def trying(self, trained: str, rate: float, num_images: int | None, marks: list[int]) -> RelearningConfig:
         """These settings with others for what a grid varies."""
         kind, targets, rank = TRAINED[trained]
-        return replace(
-            self,
-            trained_weights=kind,
-            targets=targets,
-            rank=rank,
-            learning_rate=rate,
-            num_images=num_images,
-            marks=marks,
-            num_steps=max(marks),
+        return self.until(
+            marks, trained_weights=kind, targets=targets, rank=rank, learning_rate=rate, num_images=num_images
         )
 
     @property
@@ -129,7 +121,7 @@ class RelearningConfig(LearningBudget):
         """All marks, with the concept's name and with a token that is learned first."""
         if level == "standard":
             return []
-        longer = replace(self, marks=MARKS, num_steps=MARKS[-1])
+        longer = self.until(MARKS)
         return [Variant("", longer), Variant("learned token", replace(longer, token_steps=100))]
 
 
